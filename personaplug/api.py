@@ -30,9 +30,8 @@ from personaplug.infra.atomic_io import storage_errors, write_checked_json, writ
 from personaplug.infra.checksums import read_json
 from personaplug.infra.distributed import connect, on_main
 from personaplug.llm.loading import choose_device
-from personaplug.methods import find_method, needed_parts, parse_methods
+from personaplug.methods import default_rows, needed_parts, parse_methods
 from personaplug.methods.base import Method
-from personaplug.methods.registry import DEFAULT
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import CARD, find_plug, model_card, read_description
 from personaplug.run import Models, Run, open_models
@@ -112,7 +111,7 @@ class Plug(ModelHubMixin):
             task: of a folder that does not say it, such as LaMP_3.
             out: folder for the data and the run; None = `runs/` and the name of the file.
             llm: the language model: hub name, local folder or package:NAME; None = the default of `personaplug train`.
-            dev_share: share of the users for `evaluate`.
+            dev_share: share of the users for `evaluate`, at least two users.
             questions_per_user: how many last rows of each user are asked, each with the rows before it as history.
             skip_bad: pass over at most so many broken rows.
             settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.
@@ -205,11 +204,11 @@ class Plug(ModelHubMixin):
         )
 
     def evaluate(self, rows: object = None, *, methods: str | None = None, **settings: Any) -> Results:
-        """Compare the plug with the plain model and with its controls; `print` shows the table.
+        """Compare the plug with its controls and with free rivals; `print` shows the verdict and the table.
 
         Args:
             rows: other rows with the columns of the training rows; None = the users that `train` held out.
-            methods: rows of the table, as for `personaplug evaluate`; None = the plug and its controls.
+            methods: rows of the table, as for `personaplug evaluate`; None = the plug, its controls and free rivals.
             settings: as for `personaplug evaluate`: limit=200, num_beams=1.
         """
         config = with_values(self.run.config, settings)
@@ -308,7 +307,7 @@ class Plug(ModelHubMixin):
 
     def _default_methods(self) -> list[Method]:
         trained = self._trained_parts()
-        rows = map(find_method, DEFAULT)
+        rows = default_rows(self.run.task, has_train_split=self._data is not None)
         return [row for row in rows if all(part.name in trained for part in needed_parts([row]))]
 
     @contextmanager

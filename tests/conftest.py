@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from postgres_server import PostgresServer
     from stores import Place
     from vllm_stand_in import StandIn
+
+# Every call of httpx makes a client, which reads the certificates of all authorities: most of the time of a local call.
+vars(ssl)["create_default_context"] = lru_cache(ssl.create_default_context)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -37,7 +37,7 @@ def sentences(markdown: str) -> list[str]:
             paragraphs.append([_LIST_MARK.sub("", line)])
         else:
             paragraphs[-1].append(line.strip())
-    prose = (_INLINE_CODE.sub("code", _LINK.sub(r"\1", " ".join(lines))) for lines in paragraphs)
+    prose = (_INLINE_CODE.sub("Code", _LINK.sub(r"\1", " ".join(lines))) for lines in paragraphs)
     parts = (part.strip() for paragraph in prose for part in _SENTENCE_END.split(paragraph))
     return [part for part in parts if _WORD.search(part)]
 

@@ -111,12 +111,12 @@ def test_rows_of_every_kind_make_the_same_data_and_go_on_with_the_same_run(
 def test_other_rows_in_the_same_folder_are_refused(plug: Plug) -> None:
     with pytest.raises(RunConflict, match="holds data of other rows"):
         Plug.train(ROWS[:-1], **COLUMNS, out=plug.run.folder.parent, **TOY)
-    assert len(list(plug._split("dev"))) == 4
+    assert len(list(plug._split("dev"))) == 8
 
 
 def test_whole_users_are_held_out_and_the_control_is_trained(plug: Plug) -> None:
     train, dev = ({sample.user_id for sample in plug._split(split)} for split in ("train", "dev"))
-    assert (len(train), len(dev), train & dev) == (5, 1, set())
+    assert (len(train), len(dev), train & dev) == (4, 2, set())
     assert plug.run.trained("instruction-only", seed=0)
     assert plug.run.task.labels == ("1", "2", "3", "4", "5")
 
@@ -163,7 +163,7 @@ def test_an_explanation_gives_weights_and_what_the_answer_loses_without_each_ite
 def test_an_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
     results = plug.evaluate()
     assert [row.name for row in results.rows] == ["plain", "instruction-only", "wrong-user", "shuffled", "plug"]
-    assert {row.n for row in results.rows} == {4}
+    assert {row.n for row in results.rows} == {8}
     assert "| instruction-only |" in str(results)
     assert [row.name for row in plug.evaluate(methods="plain,user-median", limit=2).rows] == ["plain", "user-median"]
 
@@ -237,7 +237,7 @@ def test_only_a_new_folder_or_a_saved_plug_is_written_over(plug: Plug, saved: Pa
 def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
     rows = [
         {"user": f"u{u}", "question": f"How is day {d}?", "answer": f"{SECRET} {'fine ' * (u + d)}for {u} on {d}"}
-        for u in range(3)
+        for u in range(4)
         for d in range(3)
     ]
     plug = Plug.train(rows, out=tmp_path / "chats", **TOY)
@@ -261,7 +261,7 @@ def test_a_folder_in_the_layout_of_lamp_has_its_own_prompts_and_fields(plug: Plu
     prompt = next(iter(plug._split("train"))).prompt
     renamed = [{"question": row["product"], "answer": row["stars"]} for row in history_of("c1")]
     assert other.answer(prompt, user="c1") == other.answer(prompt, history=renamed)
-    assert {row.n for row in other.evaluate(data, methods="plain,plug").rows} == {4}
+    assert {row.n for row in other.evaluate(data, methods="plain,plug").rows} == {8}
     with pytest.raises(ConfigError, match="other rows have a `kind`"):
         Plug.train(data, labels=["1"], out=tmp_path / "other", **TOY)
     with pytest.raises(RecordError, match="its 'question' is missing"):
@@ -291,7 +291,7 @@ def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogC
             "0 columns 'star'; did you mean 'stars'.*customer, product, stars, when",
         ),
         ([], {}, MissingData, "holds no rows. Expected rows with the columns customer, product, stars, when"),
-        (ROWS[:5], {}, ConfigError, "1 users with a question and an earlier row. Expected 3"),
+        (ROWS[:5], {}, ConfigError, "Expected 4 or more users with a question.*; found 1"),
         ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: its 'stars' is null"),
         ("no.csv", {}, MissingData, "There is no file no.csv"),
         (ROWS, {"kind": "stars"}, ConfigError, "one of label, rating, text, chat; found 'stars'"),

@@ -9,7 +9,7 @@ from sentence_lengths import percentile_90, sentences, word_counts
 def test_sentences_end_at_marks_before_a_new_beginning() -> None:
     assert sentences("It costs 0.5 s, e.g. on a laptop. Then `a.b()` runs! Why? (Because.)") == [
         "It costs 0.5 s, e.g. on a laptop",
-        "Then code runs",
+        "Then Code runs",
         "Why",
         "(Because",
     ]

@@ -179,8 +179,8 @@ def python_page() -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = tuple(head)
-    lines = [head, ["---"] * len(head), *rows]
+    titles = tuple(head)
+    lines: list[Iterable[str]] = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

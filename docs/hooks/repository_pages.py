@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "project/overview.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
+    "examples/README.md": "getting-started/examples.md",
     "benchmarks/README.md": "research/benchmarks.md",
     "benchmarks/LOG.md": "research/log.md",
 }
@@ -70,10 +71,10 @@ def _site_path(path: str, *, uri: str) -> str | None:
     """Return the path from a page to the page or asset that a link names; None if the site has none."""
     file = _repository_path(path, uri=uri)
     target = file.removeprefix("docs/") if file.startswith("docs/") else PAGES.get(file)
-    if target is None and (ROOT / file).exists():
-        return None
-    # A file that does not exist keeps its link, which a strict build refuses.
-    return posixpath.relpath(target or file, posixpath.dirname(uri) or ".")
+    if target is None:
+        # A file that does not exist keeps its link, which a strict build refuses.
+        return None if (ROOT / file).exists() else path
+    return posixpath.relpath(target, posixpath.dirname(uri) or ".")
 
 
 def _repository_path(path: str, *, uri: str) -> str:

@@ -29,7 +29,8 @@ from personaplug.training.parts import train
 logger = logging.getLogger(__name__)
 
 _SIDE_BY_SIDE = 6
-_TELLING = 8  # items of history from which a user's mean score says something
+_GENRES = ("musical", "western")
+_MIDDLE_SCORE = 3.0
 _CHAT_USERS, _CHAT_PROMPTS = 3, 2
 
 
@@ -97,34 +98,32 @@ def run_quickstart(
 
 
 def _films_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
-    """Films as rows, the kindest and the strictest test user as columns."""
-    strict, kind = _extremes(samples)
-    head = [
-        f"{'film':<86}",
-        f"{_mean_given(strict):.1f} given so far",
-        f"{_mean_given(kind):.1f} given so far",
-        "plain",
-    ]
-    lines = [" | ".join(head)]
-    for sample in samples[:: max(1, len(samples) // _SIDE_BY_SIDE)][:_SIDE_BY_SIDE]:
+    """Rate films as the user who prefers musicals most, as the one who prefers westerns most, and as nobody."""
+    by_taste = sorted(samples, key=_preference)
+    users = (by_taste[-1], by_taste[0])
+    tastes = [", ".join(f"{genre}s {_mean_given(user, genre):.1f}" for genre in _GENRES) for user in users]
+    lines = [" | ".join([f"{'film, and the mean of the scores that a user gave':<86}", *tastes, "plain"])]
+    films = [film for genre in _GENRES for film in [s for s in samples if genre in s.query][: _SIDE_BY_SIDE // 2]]
+    for sample in films or samples[:_SIDE_BY_SIDE]:
         answers = [
             generate(run, sample.prompt, history=items, models=models, plain=not items)
-            for items in (strict.history, kind.history, ())
+            for items in (*(user.history for user in users), ())
         ]
-        lines.append(" | ".join([f"{sample.query[:86]:<86}", *(f"{a:^16}" for a in answers[:2]), answers[2]]))
+        lines.append(" | ".join([f"{sample.query[:86]:<86}", *(f"{a:^25}" for a in answers[:2]), answers[2]]))
     return "\n".join(lines)
 
 
-def _extremes(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
-    """The strictest and the kindest user among those with a history long enough to tell, or else the longest."""
-    enough = min(_TELLING, max(len(sample.history) for sample in samples))
-    by_mean = sorted((s for s in samples if len(s.history) >= enough), key=_mean_given)
-    return by_mean[0], by_mean[-1]
+def _preference(sample: Sample) -> float:
+    """By how much a user's scores of the first genre are above those of the second."""
+    first, second = (_mean_given(sample, genre) for genre in _GENRES)
+    return first - second
 
 
-def _mean_given(sample: Sample) -> float:
-    given = [int(item.answer) for item in sample.history if item.answer]
-    return sum(given) / len(given) if given else float("nan")
+def _mean_given(sample: Sample, genre: str) -> float:
+    """The mean score that a user gave to films of a genre; to all films if the user saw none of it."""
+    scores = [(int(item.answer), genre in item.text) for item in sample.history if item.answer]
+    given = [score for score, is_of_genre in scores if is_of_genre] or [score for score, _ in scores]
+    return sum(given) / len(given) if given else _MIDDLE_SCORE
 
 
 def _chats_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
@@ -162,10 +161,10 @@ def _indented(text: str) -> str:
 
 
 RATINGS = Demo(
-    SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2),
+    SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2, generosity_sd=0.5, taste_sd=1.2),
     ("epochs=2", "validation_limit=64"),
     known="every taste",
-    shown="the same films for two users, as the model with their personas rates them",
+    shown="the same films for a lover of musicals and a lover of westerns, which no mean tells apart",
     show=_films_side_by_side,
 )
 CHATS = Demo(

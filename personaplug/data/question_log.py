@@ -32,7 +32,8 @@ QUESTIONS_PER_USER = 8
 _QUESTION, _ANSWER = CHAT.item_fields
 _ONE_USER = "the user"
 _MAX_SHOWN_LABELS = 12
-_MIN_USERS = 3
+_MIN_USERS = 4
+_MIN_DEV_USERS = 2  # a control shows each user the history of another
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,21 @@ class QuestionLog:
         """Write train and dev, which share no user, and the histories of all users; or check that they are there.
 
         Raises:
-            ConfigError: if there are fewer than three users with a question.
+            ConfigError: if there are too few users with a question.
             RunConflict: if the folder holds other data.
         """
-        with storage_errors(folder), TemporaryDirectory(prefix=f".{folder.name}.", dir=_made(folder.parent)) as place:
+        with storage_errors(folder), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
             draft = Path(place, "draft")
             users = len({sample.owner for sample in reader})
             if users < _MIN_USERS:
                 raise ConfigError(
-                    f"{self.source.name} has {users} users with a question and an earlier row. Expected "
-                    f"{_MIN_USERS} or more: to train on, to choose the checkpoint on, and to evaluate on."
+                    f"Expected {_MIN_USERS} or more users with a question and an earlier row, to train and to evaluate "
+                    f"on; found {users} in {self.source.name}."
                 )
-            parts = split_by_user(reader, draft, share=dev_share)
+            parts = split_by_user(reader, draft, share=max(dev_share, _MIN_DEV_USERS / users))
             write_lamp(reader.history_samples(), draft, HISTORIES, task=self.task)
-            logger.info(
-                "train: %d questions of %d users; held out: %d of %d", *(parts.train, parts.train_users), parts.dev,
-                parts.dev_users,
-            )  # fmt: skip
+            counts = (parts.train, parts.train_users, parts.dev, parts.dev_users)
+            logger.info("train: %d questions of %d users; held out for evaluation: %d questions of %d users", *counts)
             if not folder.exists():
                 draft.rename(folder)
             elif not _holds_same_files(draft, folder):
@@ -119,7 +118,7 @@ def open_log(
         _answers(source, columns),
         column=columns.answer,
         kind=_known_kind(kind),
-        labels=[as_text(label, "a label") for label in labels],
+        labels=_known_labels(labels),
     )
     chosen = answers.kind if answers.labels or kind else CHAT.kind
     labelled = {"labels": answers.labels, "query_after": f"{_QUESTION}: "} if answers.labels else {}
@@ -215,9 +214,11 @@ def _known_kind(kind: str | None) -> str | None:
     return kind
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _known_labels(labels: Sequence[object]) -> list[str]:
+    try:
+        return [as_text(label, "a label") for label in labels]
+    except Flaw as flaw:
+        raise ConfigError(f"The labels are wrong: {flaw}.") from None
 
 
 def _holds_same_files(one: Path, other: Path) -> bool:

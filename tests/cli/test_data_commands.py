@@ -67,9 +67,13 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         (["CHATS", "--out", "EMPTY/set", "--format", "aloe"], "line 1: it has an unknown form"),
         (["CHATS", "--out", "EMPTY/set", "--share", "1"], "between 0 and 1"),
         (["CHATS", "--out", "EMPTY/set", "--max-samples-per-user", "0"], "at least 1"),
+        (["CHATS", "--out", "EMPTY/set", "--user", "who"], "are for logs"),
+        (["CHATS", "EMPTY/log.csv", "--out", "EMPTY/set"], "Some files hold conversations"),
         (["CHATS", "--out", "EMPTY/full"], "already holds a data set"),
         (["EMPTY/one.jsonl", "--out", "EMPTY/set"], "2 or more users, found 1"),
-        (["EMPTY/empty.jsonl", "--out", "EMPTY/set"], "It holds no records"),
+        (["EMPTY/empty.jsonl", "--out", "EMPTY/set"], "it holds no records"),
+        (["EMPTY/log.csv", "--out", "EMPTY/set"], "no user has two rows"),
+        (["EMPTY/log.csv", "--out", "EMPTY/set", "--share", "0.5"], "are for conversations"),
     ],
 )
 def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: Path, tmp_path: Path) -> None:
@@ -77,6 +81,7 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: 
     (tmp_path / "full" / "train_questions.json").write_text("[]")
     (tmp_path / "one.jsonl").write_text(lines(chat("One?", "First."), chat("Two?", "Second.")))
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "log.csv").write_text("user,title,stars\nann,a film,3\nbob,a film,4\n")
     done = call(*(word.replace("CHATS", str(chats)).replace("EMPTY", str(tmp_path)) for word in words))
     assert done.exit_code == 2, done.output
     assert said in done.output
@@ -87,4 +92,4 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: 
 def test_help_names_every_format_and_the_default_maximum() -> None:
     text = "".join(call("--help").output.split())
     assert [name for name in FORMATS if name not in text] == []
-    assert f"[default:{MAX_SAMPLES_PER_USER}]" in text
+    assert f"[default:{MAX_SAMPLES_PER_USER}ofchats" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from personaplug.cli.quickstart import CHATS, RATINGS, Demo, _extremes, run_quickstart
+from personaplug.cli.quickstart import CHATS, RATINGS, Demo, _preference, run_quickstart
 from personaplug.config_parsing import load_config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulation import SimulationConfig
@@ -27,7 +27,8 @@ def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
     assert {"user-mean", "user-median", "user-majority", "classical"} <= results.by_name.keys()
     assert "Is plug better than rivals that cost nothing?" in " ".join(said.split())
     assert "personal gain" in said
-    assert "given so far" in said
+    assert "musicals" in said
+    assert "westerns" in said
     assert (tmp_path / "q" / "results.json").exists()
     again = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
@@ -55,12 +56,11 @@ def test_quickstart_names_the_packages_unless_the_user_names_a_model(demo: Demo)
     assert load_config(overrides=["llm=owner/model"], base=base).model.llm == "owner/model"
 
 
-def test_short_histories_too_have_a_strictest_and_a_kindest_user() -> None:
-    def user(name: str, *scores: int) -> Sample:
-        items = tuple(HistoryItem(str(i), (("score", str(score)),), "score") for i, score in enumerate(scores))
-        return Sample(name, name, "p", "q", "1", items)
+def test_preference_is_the_distance_of_two_genres() -> None:
+    def user(*given: tuple[str, str]) -> Sample:
+        items = tuple(HistoryItem(str(i), (("text", t), ("score", s)), "score") for i, (t, s) in enumerate(given))
+        return Sample("q", "u", "p", "q", "1", items)
 
-    short = [user("one", 5), user("kind", 4, 5, 4), user("strict", 1, 2, 1), user("none")]
-    assert [sample.id for sample in _extremes(short)] == ["strict", "kind"]
-    long = [*short, user("long", *[3] * 9), user("longer", *[2] * 10)]
-    assert [sample.id for sample in _extremes(long)] == ["longer", "long"]
+    assert _preference(user(("A musical", "5"), ("A loud musical", "4"), ("A western", "1"))) == 3.5
+    assert _preference(user(("A western", "2"), ("A war film", "4"))) == 1  # the mean of all stands for musicals
+    assert _preference(user()) == 0

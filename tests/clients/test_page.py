@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -161,7 +162,13 @@ def test_python_library(
 
 
 @pytest.mark.slow
-def test_litellm_proxy(server: RecordingServer, client_python: Callable[[str], Path], tmp_path: Path) -> None:
+def test_litellm_proxy(
+    server: RecordingServer,
+    client_python: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LITELLM_MASTER_KEY", f"sk-{secrets.token_hex(24)}")
     programs, address = client_python("litellm").parent, f"http://127.0.0.1:{free_port()}"
     (tmp_path / "litellm.yaml").write_text(_block("LiteLLM (proxy)", "yaml").replace(SERVER, server.url))
     command = _block("LiteLLM (proxy)", "sh").replace("4000", address.rpartition(":")[2])

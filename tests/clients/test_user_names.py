@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,8 +139,15 @@ def test_python_library(
 
 
 @pytest.fixture
-def proxy(server: RecordingServer, client_python: Callable[[str], Path], tmp_path: Path) -> Iterator[str]:
+def proxy(
+    server: RecordingServer,
+    client_python: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[openai.OpenAI]:
     """LiteLLM's proxy with a model that lets `user` through, and one that does not."""
+    key = f"sk-{secrets.token_hex(24)}"
+    monkeypatch.setenv("LITELLM_MASTER_KEY", key)
     litellm = client_python("litellm").parent / "litellm"
     to = f"litellm_params: {{model: openai/{MODEL}, api_base: {server.url}/v1, api_key: none"
     (tmp_path / "litellm.yaml").write_text(
@@ -151,12 +159,11 @@ def proxy(server: RecordingServer, client_python: Callable[[str], Path], tmp_pat
     command = [str(litellm), "--config", str(tmp_path / "litellm.yaml"), "--host", "127.0.0.1", "--port", port]
     url = f"http://127.0.0.1:{port}"
     with running_program(command, output=tmp_path / "output.txt", ready_url=f"{url}/health/liveliness"):
-        yield url
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.mark.slow
-def test_litellm_proxy(server: RecordingServer, proxy: str) -> None:
-    client = openai.OpenAI(base_url=f"{proxy}/v1", api_key="none", max_retries=0)
+def test_litellm_proxy(server: RecordingServer, proxy: openai.OpenAI) -> None:
     ways = [
         Way({"model": MODEL, "extra_headers": HEADER}),
         Way({"model": MODEL, "safety_identifier": "ann"}),
@@ -166,6 +173,6 @@ def test_litellm_proxy(server: RecordingServer, proxy: str) -> None:
 
     def ask_all(given: list[dict[str, Any]]) -> None:
         for fields in given:
-            client.chat.completions.create(messages=TURNS, **fields)
+            proxy.chat.completions.create(messages=TURNS, **fields)
 
     _check(server, ways, ask_all)

@@ -33,6 +33,7 @@ _FENCE = re.compile(
 _INLINE = re.compile(r"`(personaplug [^`]+)`")
 _SEPARATORS = {"&&", "||", ";", "|", ">", ">>", "&"}
 _SHELLS = ("", "bash", "sh", "console")
+_SUM = re.compile(r"\$\(\(.*?\)\)")
 _VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
 _LEFT_OUT = "…"  # a command with it is shown in part
 
@@ -60,7 +61,7 @@ PAGES_THAT_RUN = sorted({block.page for block in PYTHON if block.runs})
 
 def _commands(code: str) -> Iterator[list[str]]:
     """Yield the words behind each `personaplug` of a shell script, without redirections and what follows a pipe."""
-    for line in code.replace("\\\n", " ").splitlines():
+    for line in _SUM.sub("1", code.replace("\\\n", " ")).splitlines():
         if "personaplug" not in line:
             continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -96,7 +97,7 @@ def _check_command(words: list[str]) -> None:
     settings, methods = values.get("settings"), values.get("methods")
     if isinstance(settings, tuple | list):
         load_config(overrides=[word for word in settings if isinstance(word, str) and word != _LEFT_OUT])
-    if isinstance(methods, str):
+    if isinstance(methods, str) and methods:
         parse_methods(methods)
 
 

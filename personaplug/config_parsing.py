@@ -40,12 +40,22 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
     if path is not None:
         values.update(flatten(read_yaml(Path(path))))
         _check_given_once(values, path)
-    for word in overrides:
+    return with_values(base or Config(), values | parse_words(overrides))
+
+
+def parse_words(words: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `key=value` words by key; later words win.
+
+    Raises:
+        ConfigError: for a word without an equals sign, or a value that is no YAML.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"Settings are written key=value; found {word!r}.")
         values[key.strip()] = _parse_yaml(text, source=f"the value of {key.strip()}")
-    return with_values(base or Config(), values)
+    return values
 
 
 def _check_given_once(values: Mapping[str, Any], path: str | Path) -> None:

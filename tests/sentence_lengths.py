@@ -54,7 +54,10 @@ def percentile_90(counts: Sequence[int]) -> float:
 
 def pages() -> dict[str, int]:
     """Return the Markdown pages of the project by name, each with its limit."""
-    docs = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    docs = [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
     benchmarks = sorted((ROOT / "benchmarks").glob("*.md"))
     limits = dict.fromkeys(docs, LIMIT) | dict.fromkeys(benchmarks, LIMIT_OF_BENCHMARKS)
     return {str(path.relative_to(ROOT)): limit for path, limit in limits.items()}

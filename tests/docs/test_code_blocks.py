@@ -26,7 +26,10 @@ from personaplug.errors import ConfigError
 from personaplug.methods import parse_methods
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("docs/**/*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")),
+    *ROOT.glob("docs/**/*.md"),
+]
 _FENCE = re.compile(
     r"^(?P<mark><!-- run -->\n+)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )

@@ -1,0 +1,165 @@
+"""The examples, from end to end on toy parts and fewer users: what they print, write and serve."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from personaplug.config_parsing import parse_words
+from personaplug.data.manners import GREETINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = [
+    *("llm=toy", "encoder=hash:32", "dtype=float32", "max_steps=3", "train_limit=24", "validation_limit=8"),
+    *("limit=20", "resamples=100", "max_new_tokens=8", "num_beams=1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def load(name: str) -> ModuleType:
+    """Load an example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run an example with words of a command line, and return what it prints."""
+
+    def run_it(example: ModuleType, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["example", *words])
+        example.main()
+        return capfd.readouterr().out
+
+    return run_it
+
+
+def verdict_of(text: str) -> list[str]:
+    """Return the questions that the verdict answers, with the first word of each answer."""
+    flat = " ".join(text.split())
+    return re.findall(r"Is plug (personal|better than [\w ]+)\? (?:Yes|No|Not shown):", flat)
+
+
+QUESTIONS = ["personal", "better than no history", "better than rivals that cost nothing"]
+
+
+def test_shop_reviews_prints_the_verdict_and_stars_for_two_customers(run: Any) -> None:
+    example = load("shop_reviews")
+    example.CUSTOMERS = 30
+    out = run(example, *TOY)
+    assert verdict_of(out) == QUESTIONS
+    answers = re.findall(r"^A (\w+) about a lighthouse, (\w+): ([1-5]) stars \((.*)\)$", out, flags=re.MULTILINE)
+    assert [answer[:2] for answer in answers] == [(k, c) for k in ("musical", "western") for c in ("ann", "bob")]
+    for *_, stars, shares in answers:
+        percent = {label: int(share) for label, share in re.findall(r"(\d): (\d+)%", shares)}
+        assert list(percent) == ["1", "2", "3", "4", "5"]
+        assert percent[stars] == max(percent.values())
+
+
+def test_the_file_of_reviews_holds_tastes_that_no_mean_expresses() -> None:
+    command = [sys.executable, ROOT / "examples" / "shop_reviews.py", "--csv", "reviews.csv"]
+    subprocess.run(command, check=True)
+    with open("reviews.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["customer", "product", "stars", "date"]
+    by_customer: dict[str, list[float]] = defaultdict(list)
+    by_kind: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        by_customer[row["customer"]].append(float(row["stars"]))
+        by_kind[row["customer"], row["product"].split()[1]].append(float(row["stars"]))
+    assert len(by_customer) == 200
+    assert {"ann", "bob", "c007"} <= set(by_customer)
+    assert statistics.mean(map(statistics.pstdev, by_customer.values())) > 1.4
+    assert statistics.mean(map(statistics.pstdev, by_kind.values())) < 0.5
+    assert statistics.mean(by_kind["ann", "musical"]) > 4 > 2 > statistics.mean(by_kind["ann", "western"])
+
+
+def test_support_replies_drafts_for_two_agents_and_shows_how_they_wrote(run: Any) -> None:
+    example = load("support_replies")
+    example.AGENTS = replace(example.AGENTS, users=40)
+    out = run(example, *TOY)
+    question, plain, hola, day = re.split(r"\n\n(?=The plain model|train-)", out.strip())
+    assert question.startswith("Question: ")
+    assert plain.startswith("The plain model:\n")
+    for part, greeting in ((hola, "Hola!"), (day, "Good day!")):
+        assert greeting in GREETINGS
+        assert re.match(rf"(train-\d+) wrote earlier:\n{greeting} .*\n\1, drafted by the plug:", part, re.DOTALL)
+    assert question.removeprefix("Question: ") not in {row["question"] for row in example.make_replies()}
+
+
+def test_news_categories_prints_probabilities_beside_counts(run: Any) -> None:
+    example = load("news_categories")
+    example.READERS = 20
+    out = run(example, *TOY)
+    lines = re.findall(r"^(counting|A football|The minister)[^%]*?((?: +\d+%){5})$", out, flags=re.MULTILINE)
+    assert [name for name, _ in lines] == ["counting", "A football", "The minister"] * 2
+    assert all(98 <= sum(map(int, re.findall(r"\d+", shares))) <= 102 for _, shares in lines)
+    filings, rankings = example.make_filings()
+    for row in filings:
+        ranking, topics = rankings[row["reader"]], example.TOPICS_OF[row["headline"]]
+        assert all(ranking.index(row["category"]) <= ranking.index(topic) for topic in topics)
+
+
+def test_chat_app_talks_as_two_users_and_stops_the_server(run: Any) -> None:
+    example = load("chat_app")
+    example.USERS = replace(example.USERS, users=8)
+    out = run(example, *TOY)
+    question = example.simulate(example.USERS, "dev").samples[0].query
+    assert re.findall(r"^(\w+): (.*)$", out, flags=re.MULTILINE) == [(user, question) for user in ("ann", "ben")] * 2
+    assert re.search(r"ann states a preference: \{.*'used': True\}", out)
+    assert re.search(r"ben clicks thumbs down: \{.*\}", out)
+
+
+def test_researchers_table_has_rivals_two_seeds_and_a_results_file(run: Any) -> None:
+    example = load("researchers_table")
+    example.USERS = replace(example.USERS, users=8, dev_users=4, max_items=10)
+    out = run(example, *TOY)
+    assert verdict_of(out) == QUESTIONS
+    results = json.loads(Path("runs/researchers_table/results.json").read_text(encoding="utf-8"))
+    rows = {row["method"]: row for row in results["rows"]}
+    assert ",".join(rows) == example.ROWS
+    assert rows["plug"]["seeds"] == [0, 1]
+    assert all(re.search(rf"^{re.escape(name[:10])}", out, flags=re.MULTILINE) for name in rows)
+
+
+def test_the_notebook_runs_from_top_to_bottom(capfd: pytest.CaptureFixture[str]) -> None:
+    """The cells run in one namespace; those with the tags `parameters` and `data` are followed by smaller values."""
+    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    namespace: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            continue
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        exec("".join(cell["source"]), namespace)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            namespace["settings"] |= parse_words(TOY)
+        if "data" in cell["metadata"].get("tags", ()):
+            namespace["rows"] = namespace["rows"][: 20 * 16]
+    out = capfd.readouterr().out
+    assert verdict_of(out) == QUESTIONS
+    assert re.search(r"^[1-5] \{'1': 0\.\d+", out, flags=re.MULTILINE)
+    assert out.count("weight") == 3

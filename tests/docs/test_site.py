@@ -80,7 +80,7 @@ def test_the_page_of_python_has_all_public_names() -> None:
             "[its\nresults](../benchmarks/results/speed.json)",
             "its\nresults (`benchmarks/results/speed.json`)",
         ),
-        ("protocol.md", "[benchmarks/experiments](../benchmarks/experiments)", "benchmarks/experiments"),
+        ("protocol.md", "[benchmarks/results](../benchmarks/results)", "benchmarks/results"),
         ("plug.md", "[gone](../no/such/file.md)", "[gone](../no/such/file.md)"),
         ("plug.md", "[here](#scale) [there](https://example.org/a)", "[here](#scale) [there](https://example.org/a)"),
         ("plug.md", "```\n[log](../README.md)\n```", "```\n[log](../README.md)\n```"),

@@ -172,7 +172,7 @@ def explain(
         raise ConfigError(f"The answers of {task.name} are {', '.join(task.labels)}; the answer given is none of them.")
     models = models or open_models(run.config)
     personalizer = Personalizer(plug or load_plug(run, models), persona_scale=run.config.evaluation.persona_scale)
-    query, items = _query(run, last_message(prompt)), personalizer.used_items(items)
+    query, items = _query(run, last_message(prompt)), tuple(personalizer.used_items(items))
     encoded = personalizer.encode(items, encoder=models.encoder)
     weights = item_weights(personalizer, query.text, encoded).tolist()
     effects: list[float | None] = [None] * len(items)

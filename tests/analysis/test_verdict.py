@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def _pair(b: str, difference: float, p: float | None, **more: Any) -> dict[str, 
 
 
 def _verdict(
-    pairs: list[dict[str, Any]], *, metric: str = "mae", scores: dict[str, float | None] = SCORES
+    pairs: list[dict[str, Any]], *, metric: str = "mae", scores: Mapping[str, float | None] = SCORES
 ) -> list[str]:
     rows = [{"method": name, "metrics": {} if score is None else {metric: score}} for name, score in scores.items()]
     pairs = [pair | {"metric": metric} for pair in pairs]

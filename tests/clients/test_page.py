@@ -25,6 +25,7 @@ from recording_server import QUESTIONS, USERS, RecordingServer, assert_persona, 
 from personaplug.cli.main import main
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys
+from personaplug.serving.openai_protocol import ChatRequest
 
 pytest_plugins = ["client_fixtures"]
 
@@ -73,6 +74,7 @@ def _check_recipe(
         assert requests[1].body.stream
         answer = server.answer(user, QUESTIONS[0])
         earlier = first_answer or answer
+        assert isinstance(requests[1].body, ChatRequest)
         assert [turn.text for turn in requests[1].body.messages] == [QUESTIONS[0], earlier, QUESTIONS[1]]
         assert printed[user] == f"{answer}\n{server.answer(user, QUESTIONS[0], earlier, QUESTIONS[1])}"
     assert not torch.equal(personas["ann"], personas["bob"])

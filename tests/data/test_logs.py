@@ -74,7 +74,7 @@ def test_the_kind_of_answers_is_decided(texts: list[str], kind: str, labels: tup
 )
 def test_answers_that_may_be_either_are_refused(texts: list[str], options: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        decide_answers(texts, column="answer", **options)  # type: ignore[arg-type]
+        decide_answers(texts, column="answer", **options)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])

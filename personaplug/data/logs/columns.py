@@ -237,8 +237,9 @@ class _Finder:
 
     def _choose(self, names: Sequence[str], known: Sequence[str], *, role: str) -> str:
         """Return the column with the earliest known name; refuse if two are alike."""
-        ranks = {name: _rank(self.free[name].key, known) for name in names}
-        ranked = sorted(names, key=lambda name: len(known) * 2 if ranks[name] is None else ranks[name])
+        places = {name: _rank(self.free[name].key, known) for name in names}
+        ranks = {name: 2 * len(known) if place is None else place for name, place in places.items()}
+        ranked = sorted(names, key=ranks.__getitem__)
         if len(ranked) > 1 and ranks[ranked[0]] == ranks[ranked[1]]:
             raise self._unclear(role, names)
         return ranked[0]

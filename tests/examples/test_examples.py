@@ -12,7 +12,6 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,8 +32,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def load(name: str) -> ModuleType:
-    """Load an example as a module."""
+def load(name: str) -> Any:
+    """Load an example as a module, whose names differ from example to example."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -47,7 +46,7 @@ def load(name: str) -> ModuleType:
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Run an example with words of a command line, and return what it prints."""
 
-    def run_it(example: ModuleType, *words: str) -> str:
+    def run_it(example: Any, *words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["example", *words])
         example.main()
         return capfd.readouterr().out

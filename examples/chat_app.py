@@ -63,7 +63,8 @@ def talk(client: openai.OpenAI) -> None:
 
 def main() -> None:
     """Train a plug, serve it on a free port, talk, and stop the server."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("personaplug").setLevel("INFO")  # and not the client's log of its requests
     settings, train = SETTINGS | {"out": "runs/chat_app"} | parse_words(sys.argv[1:]), simulate(USERS, "train")
     write_lamp(train.samples, f"{settings['out']}/data", "train", task=train.task)
     plug = Plug.train(f"{settings['out']}/data", **settings)

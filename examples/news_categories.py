@@ -25,32 +25,36 @@ TOPICS = {
     "science": ("A physicist", "a space probe"),
     "culture": ("A film director", "an opera"),
 }
+RANKINGS = {  # the favourite first; those of the other readers are drawn
+    "ann": ["sports", "science", "business", "politics", "culture"],
+    "bob": ["business", "politics", "culture", "sports", "science"],
+}
 VERBS = ("speaks about", "warns of", "dreams of", "pays for", "jokes about")
 TOPICS_OF = {
     f"{TOPICS[a][0]} {verb} {TOPICS[b][1]}": (a, b) for a in TOPICS for verb in VERBS for b in TOPICS if a != b
 }
 
 
-def make_filings() -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """Return 20 headlines that each reader filed, one a row, and each reader's topics, the favourite first."""
+def make_filings() -> list[dict[str, str]]:
+    """Return one row for each headline that a reader filed: 20 of each reader."""
     draw, filings = random.Random(0), []
-    rankings = {f"reader {number}": draw.sample(list(TOPICS), len(TOPICS)) for number in range(READERS)}
-    for reader, ranking in rankings.items():
+    for reader in (*RANKINGS, *(f"r{number:03}" for number in range(len(RANKINGS), READERS))):
+        ranking = RANKINGS.get(reader) or draw.sample(list(TOPICS), len(TOPICS))
         for headline in draw.sample(list(TOPICS_OF), 20):
             label = min(TOPICS_OF[headline], key=ranking.index)
             filings.append({"reader": reader, "headline": headline, "category": label})
-    return filings, rankings
+    return filings
 
 
 def main() -> None:
     """Train on what readers filed, and print the probabilities of two new headlines for two readers."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    filings, rankings = make_filings()
+    filings = make_filings()
     settings = SETTINGS | {"out": "runs/news_categories", "labels": list(TOPICS)} | parse_words(sys.argv[1:])
     plug = Plug.train(filings, user="reader", question="headline", answer="category", **settings)
-    for reader in list(rankings)[:2]:
+    for reader, ranking in RANKINGS.items():
         counts = Counter(row["category"] for row in filings if row["reader"] == reader)
-        print(f"\n{reader} prefers {', '.join(rankings[reader])}")
+        print(f"\n{reader} prefers {', '.join(ranking)}")
         print(f"{'':<48}", *(f"{topic:>8}" for topic in TOPICS))
         print(f"{'counting':<48}", *(f"{counts[topic] / counts.total():>8.0%}" for topic in TOPICS))
         for headline in ("A football coach reads about the stock market", "The minister reads about a space probe"):

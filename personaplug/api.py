@@ -104,7 +104,10 @@ class Plug(ModelHubMixin):
         Args:
             rows: a file (CSV, TSV, JSON lines, JSON, Parquet, also .gz), a DataFrame, a Hugging Face data set, any
                 iterable of mappings, or a folder in LaMP's layout, which has its own users, task and dev split.
-            user, question, answer, date: columns. Without a date, the rows of a user are in time order.
+            user: the column that names whose row it is.
+            question: the column of what was asked.
+            answer: the column of the user's answer.
+            date: the column of the time; None = the rows of a user are in time order.
             date_format: of the dates, as for `datetime.strptime`; None = ISO and forms like it, and epoch times.
             kind: label, rating, text or chat; None = what the answers show.
             labels: the answers that there are; none = those that the rows show, if they are few and short.

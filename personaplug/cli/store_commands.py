@@ -108,9 +108,10 @@ def _histories_of_data(folder: Path, run: Run) -> Mapping[str, Sequence[HistoryI
     from itertools import chain
 
     from personaplug.data import open_dataset
+    from personaplug.data.lamp import splits_in
     from personaplug.store.loading import histories_of
 
-    splits = sorted({path.name.split("_questions")[0] for path in folder.glob("*_questions.json*")})
+    splits = splits_in(folder)
     if not splits:
         raise MissingData(f"{folder} holds no {{train,dev,test}}_questions.json[.gz].")
     order = sorted(splits, key=lambda split: (split != "train", split))  # histories of train are the earlier ones

@@ -227,6 +227,11 @@ class _Row:
 _Template = tuple[tuple[str, str | None], ...]
 
 
+def as_literal(text: str) -> str:
+    """Return a text for a `ColumnMapping`'s prompt, in which its braces are no placeholders."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
 def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
     """Split the prompt at its placeholders, so that a user's text is never read as a template; check the fields."""
     try:

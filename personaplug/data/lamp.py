@@ -47,11 +47,16 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
     folder, name = existing_folder(folder), f"{split}_questions.json"
     questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
     if questions is None:
-        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
+        splits = splits_in(folder)
         there = ", ".join(splits) or "none"
         raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
     task = task if isinstance(task, Task) else load_task(folder, task=task)
     return _LampReader(questions, outputs, task, **limits)
+
+
+def splits_in(folder: Path) -> list[str]:
+    """Return the names of the splits whose questions a folder holds, sorted."""
+    return sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
 
 
 def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[HistoryItem, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from personaplug.data.delimited_files import NumberedRecord, check_columns
-from personaplug.data.event_log import ColumnMapping, EventLogReader
+from personaplug.data.event_log import ColumnMapping, EventLogReader, as_literal
 from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.logs.answers import AnswerKind, decide_answers
 from personaplug.data.record_files import RecordSource, record_source
@@ -139,7 +139,7 @@ def open_known_log(rows: object, columns: Columns, *, task: Task) -> QuestionLog
 
 def mapping_of(columns: Columns, task: Task) -> ColumnMapping:
     """Return what the columns mean to a task of `open_log`; the prompt lists the labels, if there are any."""
-    listed = ", ".join(task.labels).replace("{", "{{").replace("}", "}}")
+    listed = as_literal(", ".join(task.labels))
     wording = f"Which of these answers would this user give: {listed}? {task.query_after}" if listed else ""
     return ColumnMapping(
         user=columns.user,

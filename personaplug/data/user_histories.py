@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.data.ids import as_id, short_id
-from personaplug.data.lamp import open_dataset, read_items
+from personaplug.data.lamp import open_dataset, read_items, splits_in
 from personaplug.data.question_log import HISTORIES, Columns, items_of
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
@@ -83,7 +83,7 @@ class Histories:
     def _by_user(self) -> dict[str, tuple[HistoryItem, ...]]:
         """The history of each user that the data set names: the longest one if there are several."""
         assert self.folder is not None
-        splits = [path.name.partition("_questions.json")[0] for path in sorted(self.folder.glob("*_questions.json*"))]
+        splits = splits_in(self.folder)
         histories: dict[str, tuple[HistoryItem, ...]] = {}
         for split in [HISTORIES] if HISTORIES in splits else splits:
             for sample in open_dataset(self.folder, split, task=self.task, max_history=self.max_history):

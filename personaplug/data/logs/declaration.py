@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from personaplug.data.event_log import as_literal
 from personaplug.data.logs.answers import AnswerKind
 from personaplug.data.records import PREFERENCE, REJECTED
 from personaplug.data.task import Task
@@ -72,8 +73,8 @@ def declare_for(task: Task, *, questions: Sequence[str]) -> Declaration:
             f"{len(questions)} columns for them. Name a column for each field by --question, in this order; or make "
             f"items of another form in Python, and give their data folder by --data."
         )
-    marker = task.query_after.replace("{", "{{").replace("}", "}}")
-    return Declaration(task, dict(zip(names, questions, strict=True)), f"{marker}{{{names[0]}}}")
+    prompt = f"{as_literal(task.query_after)}{{{names[0]}}}"
+    return Declaration(task, dict(zip(names, questions, strict=True)), prompt)
 
 
 def field_name(column: str) -> str:
@@ -100,7 +101,7 @@ def _request(answer: str, answers: AnswerKind, *, is_listed: bool = True) -> str
         return f"Which {answer} from {labels[0]} to {labels[-1]} would this user give? Answer with the number alone."
     if answers.kind == "text":
         return f"Write the {answer} as this user would write it."
-    listed = ", ".join(labels).replace("{", "{{").replace("}", "}}")
+    listed = as_literal(", ".join(labels))
     if not is_listed or len(listed) > _MAX_LISTED:
         return f"Which {answer} would this user choose? Answer with it alone."
     return f"Which {answer} would this user choose? Answer with one of: {listed}."

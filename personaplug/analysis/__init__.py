@@ -1,1 +1,1 @@
-"""Metrics, significance tests, results, tables and figures; needs numpy, never torch."""
+"""Metrics, significance tests, results, tables and figures. This package does not import torch."""

@@ -1,7 +1,7 @@
-"""Results as figures: scores as bars, personal gains as points about zero, subgroups as lines.
+"""Results as figures: scores as bars, personal gains as points around zero, subgroups as lines.
 
-The colors are those that Okabe and Ito chose for color-blind readers. matplotlib is an optional dependency and imported
-late; nothing needs a display.
+The colors are from the palette of Okabe and Ito for color-blind readers. matplotlib is an optional dependency, so it is
+imported inside functions. No figure needs a display.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _FAMILIES = {
     "none": ("no personalization", "#8c8c8c"),
     "plug": ("plug", _BLUE),
     "prompt": ("items or profile in the prompt", "#e69f00"),
-    "weights": ("weights of its own", "#009e73"),
-    "counts": ("counts of own words or labels", "#56b4e9"),
+    "weights": ("fine-tuned weights", "#009e73"),
+    "counts": ("counts of the user's words or labels", "#56b4e9"),
     "no-lm": ("no language model", "#8c6d31"),
     "control": ("control", _PALE),
     "oracle": ("best possible", "#cc79a7"),
 }
 _OTHER = ("other", "#56b4e9")
-_LINE_STYLES: list[dict[str, Any]] = [  # of a method, of its wrong-user control and of a row without history
+_LINE_STYLES: list[dict[str, Any]] = [  # for a method, its wrong-user control and a row without history
     {"color": _BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8},
     {"color": "#d55e00", "marker": "s", "markersize": 3.5, "linewidth": 1.2, "linestyle": "--"},
     {"color": "#9a9a9a", "linewidth": 1.2, "linestyle": ":"},
 ]
-_SHIFTS = (0.0, 0.08, -0.08)  # along the axis, so that the whiskers of these lines do not cover one another
+_SHIFTS = (0.0, 0.08, -0.08)  # along the axis, so that the whiskers of these lines do not overlap
 
 
 def scores_figure(results: Results, metric: str) -> Figure:
-    """Draw horizontal bars of one metric, a bar per row with its interval, each control below its method."""
+    """Draw a horizontal bar with an interval for each row, each control below its method."""
     rows = _with_controls_below([row for row in results.rows if metric in row.metrics])
     if not rows:
         raise MissingData(f"No row of these results has the metric {metric!r}; there is nothing to draw.")
@@ -50,25 +50,25 @@ def scores_figure(results: Results, metric: str) -> Figure:
     axes = figure.add_subplot()
     reach = [_bar(axes, row, metric=metric, position=position) for position, row in enumerate(rows)]
     _name_lines(axes, [row.method for row in rows])
-    axes.set_xlim(left=0, right=max(reach) * 1.12 or 1)  # room for the numbers at the whiskers' ends
+    axes.set_xlim(left=0, right=max(reach) * 1.12 or 1)  # leaves space for the numbers behind the whiskers
     axes.set_xlabel(_directed(metric), color=_GRAY)
     axes.set_title(_figure_title(results), loc="left", color=_INK, fontsize=11, pad=10)
-    drawn = {_style(row.method) for row in rows}
-    shown = [style for style in [*_FAMILIES.values(), _OTHER] if style in drawn]
+    row_styles = {_style(row.method) for row in rows}
+    legend = [style for style in [*_FAMILIES.values(), _OTHER] if style in row_styles]
     bar = {"linewidth": 7, "solid_capstyle": "butt"}
-    return _finished(figure, [{"label": label, "color": color, **bar} for label, color in shown])
+    return _finished(figure, [{"label": label, "color": color, **bar} for label, color in legend])
 
 
 def gains_figure(results_list: Sequence[Results]) -> Figure:
-    """Draw the personal gain of each method with its interval in each set's leading metric, a panel per set.
+    """Draw the personal gain of each method in the leading metric, with its interval, in a panel for each set.
 
-    A point is filled if its p, corrected by Holm if that is given, is below .05.
+    A point is filled if Holm's p, or else p, is below .05.
     """
     named = zip(set_names(results_list), results_list, strict=True)
     panels = [(name, r, gains) for name, r in named if (gains := r.personal_gains(r.leading_metric))]
     methods = {name: results.by_name[name].method for _, results, gains in panels for name in gains}
     if not methods:
-        raise MissingData("None of these results compares a method with its wrong-user control; nothing to draw.")
+        raise MissingData("No result compares a method with its wrong-user control; there is nothing to draw.")
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = _new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
@@ -86,22 +86,23 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
         _name_lines(axes, list(methods.values()))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle("Personal gain: own history against a stranger's", x=0.01, ha="left", color=_INK, fontsize=11)
-    sure = {"label": "p < .05 (Holm's where given)", "color": _BLUE, "marker": "o"}
-    unsure = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
-    return _finished(figure, [sure, unsure])
+    figure.suptitle("Personal gain: own history against another user's", x=0.01, ha="left", color=_INK, fontsize=11)
+    significant = {"label": "p < .05 (Holm p if given)", "color": _BLUE, "marker": "o"}
+    not_significant = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
+    return _finished(figure, [significant, not_significant])
 
 
 def subgroups_figure(results: Results, metric: str) -> Figure:
-    """Draw one metric over the subgroups: a panel per method, with its wrong-user control and a row without history.
+    """Draw one metric over the subgroups, in a panel per method, with its wrong-user control and a base.
 
-    That row personalizes nothing, and is trained if any such row is. Without any method, each row has a panel.
+    The base is a row without personalization, a trained row if there is one. If no row personalizes, each row has a
+    panel.
     """
     infos = {row.name: row.method for part in results.subgroups for row in part.rows if _is_drawn(row, metric)}
     if not infos:
         raise MissingData(f"These results have no subgroups with the metric {metric!r}; there is nothing to draw.")
     rows = sorted(infos.values(), key=lambda info: info.is_seeded)
-    reference = [info.name for info in rows if info.family == "none" and not info.is_control][-1:]
+    base = [info.name for info in rows if info.family == "none" and not info.is_control][-1:]
     methods = [info.name for info in infos.values() if not info.is_control and info.family != "none"] or list(infos)
     controls = {info.gain_of: info.name for info in infos.values()}
     across = min(4, len(methods))
@@ -109,22 +110,22 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     figure = _new_figure(0.8 + 2.3 * max(across, 2), 1.1 + 2.0 * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes, method in zip(grid.flat, methods, strict=False):
-        names = (method, controls.get(method, ""), *reference)
+        names = (method, controls.get(method, ""), *base)
         for name, style, shift in zip(names, _LINE_STYLES, _SHIFTS, strict=False):
             rows_at = {index + shift: part.by_name.get(name) for index, part in enumerate(results.subgroups)}
-            drawn = {position: row for position, row in rows_at.items() if row and _is_drawn(row, metric)}
-            _line(axes, drawn, metric=metric, style=style)
+            points = {position: row for position, row in rows_at.items() if row and _is_drawn(row, metric)}
+            _line(axes, points, metric=metric, style=style)
         axes.set_title(_literal(method), loc="left", color=_INK, fontsize=10)
         axes.grid(axis="y", color=_GRID)
     _name_subgroups(grid, [one_line(part.name) for part in results.subgroups], panels=len(methods))
     figure.supylabel(_directed(metric), color=_GRAY, fontsize=10)
     figure.suptitle(_figure_title(results), x=0.01, ha="left", color=_INK, fontsize=11)
-    labels = ["own history", "a stranger's history", *reference]
+    labels = ["own history", "another user's history", *base]
     return _finished(figure, [{"label": label, **style} for label, style in zip(labels, _LINE_STYLES, strict=False)])
 
 
 def _style(method: MethodInfo) -> tuple[str, str]:
-    """The label in the legend, and the color."""
+    """Return the label in the legend, and the color."""
     return _FAMILIES.get("control" if method.is_control else method.family, _OTHER)
 
 
@@ -133,14 +134,14 @@ def _is_drawn(row: ResultRow, metric: str) -> bool:
 
 
 def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
-    """Draw a bar with its whisker and number; return how far it reaches."""
+    """Draw a bar with its whisker and number; return the position of the right end."""
     value = row.metrics[metric]
     if not math.isfinite(value):
         axes.text(0, position, f" {value}", va="center", color=_GRAY, fontsize=8)
         return 0.0
     axes.barh(position, value, height=0.68, color=_style(row.method)[1], zorder=2)
     if ends := row.interval(metric):
-        # The white rim keeps the whisker apart from a dark bar.
+        # The white rim makes the whisker visible on a dark bar.
         axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
     reach = max([value, *(ends or ())])
@@ -182,7 +183,10 @@ def _name_lines(axes: Axes, methods: Sequence[MethodInfo]) -> None:
 
 
 def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
-    """Name the subgroups below the lowest panel of each column; of "items=1", "items=5" the axis says "items" once."""
+    """Name the subgroups below the lowest panel of each column.
+
+    If the names are "items=1", "items=5", the ticks have the numbers, and the axis has the title "items".
+    """
     keys = {name.partition("=")[0] for name in names}
     shared = keys.pop() if len(keys) == 1 and all("=" in name for name in names) else ""
     ticks = [_literal(name.partition("=")[2] if shared else name) for name in names]
@@ -198,7 +202,7 @@ def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
 
 def _figure_title(results: Results) -> str:
     about = results.about
-    # "owner/name (weights …, width …)": the name is enough above a figure.
+    # From "owner/name (weights …, width …)", the title has the name only.
     model = about.model.split(" (")[0].rpartition("/")[2]
     parts = (about.set or about.task, about.variant, about.split, model)
     return _literal(" · ".join(one_line(part) for part in parts if part))
@@ -211,7 +215,7 @@ def _directed(metric: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escape text for matplotlib, which reads a formula between two dollar signs."""
+    """Escape text for matplotlib, which parses text between two dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -224,7 +228,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _finished(figure: Figure, legend: Sequence[dict[str, Any]]) -> Figure:
-    """Add the legend, given as styles of lines, and remove the frames and ticks that say nothing."""
+    """Add a legend, given as line styles, and remove frames and tick marks."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **style) for style in legend]

@@ -1,4 +1,4 @@
-"""Metrics of a model's probabilities: of right answers, against rejected ones, against the plain model."""
+"""Metrics of a model's probabilities: for right answers, against rejected answers, and against the plain model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from personaplug.analysis.metric_base import Array, LikelihoodMetric, Likelihood
 
 
 class _PerToken(LikelihoodMetric):
-    """A mean over the tokens of all samples, in nats. The statistics are a sample's sum and its tokens, (n, 2)."""
+    """A mean over the tokens of all samples, in nats. The statistics are each sample's sum and token count, (n, 2)."""
 
     greater_is_better = False
 
@@ -23,9 +23,9 @@ class _PerToken(LikelihoodMetric):
 
 
 class NegativeLogLikelihood(_PerToken):
-    """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
+    """NLL of the right answers, in nats per token; per answer if a closed set of answers is scored.
 
-    A proper score: it shows what a model knows of a user long before its likeliest text changes.
+    As a proper score, it shows an effect of the history even if the likeliest text does not change.
 
     Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
     """
@@ -34,12 +34,11 @@ class NegativeLogLikelihood(_PerToken):
 
 
 class Divergence(_PerToken):
-    """How far a row is from the plain model where the text is neutral, in nats per token; 0 for the row `plain`.
+    """The distance of a row from the plain model on the plain model's answers, in nats per token; 0 for the row `plain`.
 
-    The text is the plain model's own greedy answer to the bare prompt, at most 32 tokens with the end of text, the same
-    for all rows. Over its tokens t this is the mean of KL(plain ‖ row) = Σ_v p(v) · log(p(v) / q(v)), where p and q are
-    the distributions of token t behind the tokens before it: p of the plain model, q of the row with its prompt and its
-    soft tokens. It needs no right answers.
+    All rows are compared on the same text: the plain model's greedy answer to the bare prompt, up to 32 tokens. The
+    value is the mean over its tokens of KL(plain ‖ row) = Σ_v p(v) · log(p(v) / q(v)). Here p is the plain model's
+    distribution of the next token, and q the row's, with its prompt and its soft tokens. No right answers are needed.
     """
 
     name = "divergence"
@@ -47,9 +46,9 @@ class Divergence(_PerToken):
 
 
 class _AgainstRejected(LikelihoodMetric):
-    """A score of the right answer against the best rejected one, by log p per token.
+    """A score of the right answer against the best rejected answer, by log p per token.
 
-    The statistics are the score and 1; 0 and 0 of a sample without rejected answers, which does not count.
+    The statistics are the score and 1. A sample without rejected answers does not count and has 0 and 0.
     """
 
     def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
@@ -62,13 +61,16 @@ class _AgainstRejected(LikelihoodMetric):
 
     @abstractmethod
     def _score(self, lead: float) -> float:
-        """Return the score of a sample; `lead` is the right answer's log p per token above the best rejected one's."""
+        """Return the score of a sample.
+
+        `lead` is the right answer's log p per token minus that of the best rejected answer.
+        """
 
 
 class Choice(_AgainstRejected):
-    """The share of samples whose right answer is likelier per token than each rejected one.
+    """The share of samples whose right answer is likelier per token than each rejected answer.
 
-    Chance is 1 / (1 + rejected answers).
+    Chance is 1 / (1 + number of rejected answers).
     """
 
     name = "choice"
@@ -78,7 +80,7 @@ class Choice(_AgainstRejected):
 
 
 class Margin(_AgainstRejected):
-    """The mean distance of the right answer's log p per token to the best rejected one's, in nats."""
+    """The right answer's log p per token minus the best rejected answer's, in nats, averaged over samples."""
 
     name = "margin"
 
@@ -87,6 +89,6 @@ class Margin(_AgainstRejected):
 
 
 def _lead_per_token(row: Sequence[float]) -> float | None:
-    """Return the log p per token of a row's first answer above the best other one's; None without others."""
+    """Return the first answer's log p per token minus the best other answer's; None without other answers."""
     right, *rejected = (loss / tokens for loss, tokens in zip(row[::2], row[1::2], strict=True))
     return min(rejected) - right if rejected else None

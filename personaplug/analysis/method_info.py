@@ -1,4 +1,4 @@
-"""MethodInfo: what trials, tables and tests know of a row, so that none of them parses its name."""
+"""MethodInfo: the facts about a row that trials, tables and tests need, so that no code parses the row's name."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Family = Literal["none", "plug", "prompt", "weights", "counts", "no-lm", "oracle
 class MethodInfo:
     """One row of a results table.
 
-    The family is what personalizes: nothing (`none`), a `plug`, texts in the `prompt`, `weights` of the model, `counts`
-    of the user's own words or labels; `no-lm` is a row without a language model; `oracle` the best score that simulated
-    users allow.
+    Families: `none` does not personalize; `plug` adds soft tokens; `prompt` adds texts to the prompt; `weights` changes
+    the model's weights; `counts` counts the user's words or labels; `no-lm` has no language model; `oracle` is the best
+    score that simulated users allow.
     """
 
-    name: str  # as written on the command line and in results
+    name: str  # on the command line and in results
     family: Family = "none"
     history: HistorySource = "none"  # whose history the row sees
-    control_of: str | None = None  # the row whose claim this row tests
-    parents: tuple[str, ...] = ()  # the rows that this row adds something to
+    control_of: str | None = None  # the row that this row is a control of
+    parents: tuple[str, ...] = ()  # the rows that this row extends
     is_seeded: bool = False  # whether the row is trained or drawn once for each seed
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MethodInfo:
-        """Reverse `asdict`; raise TypeError if a field is unknown or the name missing."""
+        """Reverse `asdict`; raise TypeError if a field is unknown or the name is missing."""
         return cls(**{**record, "parents": tuple(record.get("parents", ()))})
 
     @property
@@ -46,19 +46,20 @@ class MethodInfo:
 
     @property
     def is_free_rival(self) -> bool:
-        """Whether the row counts, copies or fits a regression, which costs next to nothing beside a trained persona."""
+        """Whether the row only counts, copies or fits a regression, at almost no cost compared with a plug."""
         return self.family in ("no-lm", "counts") and not self.is_control
 
     @property
     def gain_of(self) -> str | None:
-        """The row whose personal gain is its distance from this row."""
+        """The row whose personal gain is its advantage over this row."""
         return self.control_of if self.history == WRONG_USER else None
 
 
 def main_row(methods: Sequence[MethodInfo]) -> MethodInfo | None:
-    """Return the row that a table is about: the first plug that adds to no other row, else the first with own history.
+    """Return the row that a table is about.
 
-    Plugs come before other rows. Controls and rows that only count or copy are never the main row.
+    That is the first row with the user's own history. Plugs come before other rows, and rows without parents before
+    rows with parents. Controls and free rivals are never the main row.
     """
     personal = [method for method in methods if method.history == "own" and not method.is_control]
     candidates = [method for method in personal if method.has_language_model and not method.is_free_rival]

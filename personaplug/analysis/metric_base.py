@@ -1,4 +1,4 @@
-"""What all metrics have in common: a score is a function of means of per-sample statistics."""
+"""Base classes of metrics. A score is a function of means of per-sample statistics."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from personaplug.errors import ConfigError, ShapeMismatch
 Array = NDArray[np.float64]
 
 Likelihoods = Sequence[Sequence[float]]
-"""Of each sample −log p and the number of tokens of the right answer, then of each rejected one.
+"""For each sample, −log p and the number of tokens of the right answer, then of each rejected answer.
 
-Of plain answers: of each sample the sum of KL(plain ‖ row) over the tokens, and their number.
+For plain answers: for each sample, the sum of KL(plain ‖ row) over the tokens, and the number of tokens.
 """
 
-AT = "@"  # between a metric and the point estimate whose predictions it scores
+AT = "@"  # separates a metric from the point estimate whose predictions it scores
 
 
 class Metric(ABC):
-    """A score of predictions against golds; its name tells the point estimate if that is not the argmax."""
+    """A score of predictions against golds; its name contains the point estimate unless that is the argmax."""
 
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_estimates: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
-    needs_scale: ClassVar[bool] = False  # whether its labels are numbers whatever the estimate
-    of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
-    averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
+    needs_scale: ClassVar[bool] = False  # whether the labels must be numbers for every estimate
+    of_answers: ClassVar[bool] = True  # else the metric scores probabilities, which rows without a language model lack
+    averages_over_users: ClassVar[bool] = True  # whether the metric is meaningful for one user's few samples
 
     def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
         check_estimate(estimate)
         self.labels, self.estimate = tuple(label.strip() for label in labels), estimate
         if estimate != ARGMAX:
             if not self.takes_estimates:
-                raise ConfigError(f"{self.name} knows no scale; leave out {AT}{estimate}, which is for ratings.")
+                raise ConfigError(f"{self.name} takes no point estimate; remove {AT}{estimate}, which is for ratings.")
             self.name = f"{self.name}{AT}{estimate}"
         if self.needs_scale or estimate != ARGMAX:
             scale = scale_of(self.labels)
             if scale is None:
-                raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
+                raise ConfigError(f"{self.name} needs finite numbers as labels; found {list(self.labels)}.")
             self.low, self.high = float(scale.min()), float(scale.max())
         if self.needs_labels and (not self.labels or len(set(self.labels)) < len(self.labels)):
             raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Compute what the metric averages, sample by sample: (n, d)."""
+        """Compute the statistics of each sample: (n, d)."""
         if len(predictions) != len(golds):
             raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")
         return self._statistics(predictions, golds)
@@ -60,7 +60,7 @@ class Metric(ABC):
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array: ...
 
     def value(self, means: Array) -> Array:
-        """Return the metric of means of statistics: (..., d) to (...)."""
+        """Compute the metric from means of statistics: (..., d) to (...)."""
         return np.asarray(means[..., 0])
 
     def score(self, predictions: Sequence[str], golds: Sequence[str]) -> float:
@@ -69,31 +69,31 @@ class Metric(ABC):
 
 
 def value_of(stats: Array, metric: Metric) -> float:
-    """Return the metric of per-sample statistics (n, d); NaN without samples."""
+    """Compute the metric from per-sample statistics (n, d); NaN without samples."""
     if not len(stats):
         return float("nan")
-    with np.errstate(over="ignore", invalid="ignore"):  # a rating of "1e200" squares to infinity: that is its score
+    with np.errstate(over="ignore", invalid="ignore"):  # the square of a rating such as "1e200" is infinity
         return float(metric.value(stats.mean(axis=0)))
 
 
 class LikelihoodMetric(Metric):
-    """A score of the probabilities that a model gave to answers; rows without a language model lack it."""
+    """A score of the probabilities that a model gives to answers; rows without a language model lack it."""
 
     of_answers = False
-    of_plain_answers: ClassVar[bool] = False  # whether it is of the plain model's answers, not of the right ones
+    of_plain_answers: ClassVar[bool] = False  # whether the plain model's answers are scored, not the right answers
 
     @abstractmethod
     def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
-        """Compute what the metric averages, sample by sample, (n, d); None if there is nothing to average."""
+        """Compute the statistics of each sample, (n, d); None if no sample counts."""
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         raise ConfigError(
-            f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
-            f"the task's metrics: if a language model answers, it is a column of its own."
+            f"{self.name} needs a model's probabilities, but the predictions are only texts. Remove {self.name} from "
+            f"the task's metrics; tables show it for every row with a language model."
         )
 
 
 def per_counted(means: Array) -> Array:
-    """Return the mean of a score over the samples that count, of means (..., 2); NaN without such a sample."""
+    """Return the mean score of the samples that count, from means (..., 2) of score and count; NaN if none counts."""
     scores, counted = means[..., 0], means[..., 1]
     return np.divide(scores, counted, out=np.full_like(scores, math.nan), where=counted > 0)

@@ -1,12 +1,12 @@
 """Metrics by LaMP's exact rules, as functions of *means of per-sample statistics*.
 
-An accuracy is the mean of hits, an RMSE the root of a mean of squares. So averages over seeds and bootstraps need only
-the statistics, never the texts, and are exact for every metric. Predictions and golds are stripped first, as in
+An accuracy is the mean of hits, an RMSE the root of a mean of squares. So averages over seeds and bootstraps need the
+statistics, but not the texts, and are exact for every metric. Predictions and golds are stripped first, as in
 `eval/evaluation.py` of the LaMP repository.
 
-`mae@median` scores the predictions of another point estimate than the likeliest label; `nll` scores the probability
-that a model gave to the right answer; `choice` and `margin` compare it with those of rejected answers; `divergence`
-is the distance from the plain model. These four are in `likelihood_metrics.py`.
+`mae@median` scores the median of the label probabilities instead of the likeliest label. `nll` scores the probability
+of the right answer. `choice` and `margin` compare it with the probabilities of rejected answers. `divergence` is the
+distance from the plain model. The last four are in `likelihood_metrics.py`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ += ["register_metric", "value_of"]
 
 logger = logging.getLogger(__name__)
 
-_MANY = 0.1  # share of references in other scripts from which a score without them says little
+_MANY = 0.1  # ROUGE warns from this share of references in other scripts on
 ERROR_MATCHED_ESTIMATES = (f"mae{AT}{MEDIAN}", f"rmse{AT}{MEAN}")  # with the estimates that minimize them
 
 
 class _LabelMetric(Metric):
-    """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong, and class -1."""
+    """A metric on a closed set of labels, matched exactly and by case. Any other text is wrong, and has class -1."""
 
     needs_labels = True
 
@@ -74,7 +74,7 @@ class MacroF1(_LabelMetric):
     """
 
     name = "f1"
-    averages_over_users = False  # most labels never occur there, and count 0
+    averages_over_users = False  # most labels do not occur among one user's samples, and count 0
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         predicted, gold = self._one_hot(predictions), self._one_hot(golds)
@@ -92,22 +92,22 @@ class MacroF1(_LabelMetric):
 
 
 class _RatingMetric(Metric):
-    """An error of ratings, read as float() of the stripped text, not clipped: "nan" makes the whole score NaN.
+    """An error of ratings. A prediction is parsed with float() and not clipped, so "nan" makes the whole score NaN.
 
-    A text that is no number counts as the farthest end of the scale, of two equally far ends the highest.
+    A text that is not a number counts as the end of the scale farthest from the gold, and on a tie as the upper end.
     """
 
     greater_is_better = False
     takes_estimates = needs_scale = True
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Predicted minus gold rating: (n,)."""
+        """Return predicted minus gold ratings: (n,)."""
         gold = np.array([_number(text, math.nan) for text in golds], dtype=np.float64)
         is_valid = np.isfinite(gold)
         if not is_valid.all():
             raise ConfigError(
-                f"{self.name} compares numbers, and the gold answer of sample {is_valid.argmin() + 1} is none. "
-                f"Choose other metrics for this task, or mend its answers."
+                f"{self.name} needs numbers as gold answers; the gold answer of sample {is_valid.argmin() + 1} is not "
+                f"a number. Choose other metrics for this task, or correct its answers."
             )
         return np.array([*map(self._rating, predictions, gold)], dtype=np.float64) - gold
 
@@ -138,9 +138,9 @@ class RootMeanSquaredError(_RatingMetric):
 
 
 class _Rouge(Metric):
-    """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without stemmer, averaged over samples.
+    """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without a stemmer, averaged over samples.
 
-    Equals Google's `rouge_score` sample by sample. So texts of other scripts have no words and score 0.
+    Each sample has the same score as with Google's `rouge_score`. So texts in other scripts have no words and score 0.
 
     Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
     """
@@ -162,7 +162,7 @@ class _Rouge(Metric):
 
 
 class Rouge1(_Rouge):
-    """ROUGE-1: words in common, in any order, each as often as both texts have it."""
+    """ROUGE-1: words in common, in any order. A repeated word counts up to its smaller count in the two texts."""
 
     name = "rouge_1"
 
@@ -194,9 +194,9 @@ class UnicodeRougeL(RougeL):
 
 
 class Answered(Metric):
-    """Share of the texts that give the right answer: its words stand in them, one after the other.
+    """The share of predictions that contain the words of the right answer, one after the other.
 
-    Where the answer is yes or no, the first of these two words in the text counts.
+    If the right answer is yes or no, the first of these two words in the prediction counts.
     """
 
     name = "answered"
@@ -213,7 +213,7 @@ def _gives(text: Sequence[str], answer: Sequence[str]) -> bool:
 
 
 class Manners(Metric):
-    """The share of the reference's manners that the prediction shows too, read by rule; averaged over samples."""
+    """The share of the reference's manners that the prediction also shows, detected by rules; averaged over samples."""
 
     name = "manners"
 
@@ -222,13 +222,13 @@ class Manners(Metric):
 
 
 class _MannerOf(Metric):
-    """The share of predictions with the reference's value of one manner, of the samples whose reference shows it.
+    """The share of predictions that match the reference in one manner, among samples whose reference shows the manner.
 
-    The statistics are (n, 2): whether it is met, and whether it is shown.
+    The statistics are (n, 2): whether the prediction matches, and whether the reference shows the manner.
     """
 
     dimension: ClassVar[str]
-    averages_over_users = False  # the references of a user may not show it
+    averages_over_users = False  # a user's references may not show the manner
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         met = (manners_met(*pair).get(self.dimension) for pair in zip(predictions, golds, strict=True))
@@ -253,30 +253,30 @@ _KINDS: tuple[type[Metric], ...] = (
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 LIKELIHOOD_METRICS = (NegativeLogLikelihood.name, Choice.name, Margin.name)
-"""Metrics that stand in a table beside the task's, as far as a row has them."""
+"""Metrics that tables show beside the task's metrics, for rows that have them."""
 
 
 def register_metric(kind: type[Metric]) -> None:
-    """Make a metric known by its name, for the `metrics` of a task."""
+    """Register a metric, so that the `metrics` of a task can name it."""
     register(METRICS, kind.name, kind, kind="metric")
 
 
 def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
-    """Return a metric by name: one of `METRICS`, of ratings and the accuracy also with an estimate (`mae@median`).
+    """Return a metric of `METRICS` by name; metrics of ratings and the accuracy may have an estimate (`mae@median`).
 
     Args:
-        labels: the task's labels, in order; needed by all but ROUGE and NLL.
+        labels: the task's labels, in order, for metrics that need labels.
     """
     kind, (stem, at, estimate) = metric_class(name), name.partition(AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
-    if at and estimate == ARGMAX:  # under two names one number would stand in a table twice
-        raise ConfigError(f"The metric {name!r} is called {stem!r}.")
+    if at and estimate == ARGMAX:  # a second name would repeat the same number in a table
+        raise ConfigError(f"Write {stem!r} instead of {name!r}.")
     return kind(labels, estimate=estimate if at else ARGMAX)
 
 
 def metric_class(name: str) -> type[Metric] | None:
-    """Return the class of a metric's name, with an estimate or without; None for an unknown one."""
+    """Return the class of a metric by name, with or without an estimate; None for an unknown name."""
     stem = name.partition(AT)[0]
     if stem not in METRICS:
         load_plugins()
@@ -284,12 +284,12 @@ def metric_class(name: str) -> type[Metric] | None:
 
 
 def has_estimate(name: str) -> bool:
-    """Return whether a metric's name tells a point estimate."""
+    """Return whether a metric's name contains a point estimate."""
     return AT in name
 
 
 def is_invalid(prediction: str, labels: Sequence[str]) -> bool:
-    """Return whether a prediction is none of the task's answers: outside the labels or, if there are none, empty."""
+    """Return whether a prediction is not one of the labels, or, for a task without labels, empty."""
     text = prediction.strip()
     return text not in {label.strip() for label in labels} if labels else not text
 
@@ -297,8 +297,8 @@ def is_invalid(prediction: str, labels: Sequence[str]) -> bool:
 @cache  # once a process
 def _warn_of_other_scripts() -> None:
     logger.warning(
-        "ROUGE by LaMP's rule knows the letters a to z alone, and many references here are of other scripts: equal "
-        "texts may score 0. Add 'rouge_1_unicode' and 'rouge_l_unicode' to the task's metrics."
+        "LaMP's ROUGE reads only the letters a to z, but many references are in other scripts: equal texts may score "
+        "0. Add 'rouge_1_unicode' and 'rouge_l_unicode' to the task's metrics."
     )
 
 

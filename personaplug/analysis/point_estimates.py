@@ -1,7 +1,7 @@
-"""Point estimates: how probabilities over a scale of labels become one label.
+"""Point estimates: choose one label from probabilities over a scale of labels.
 
-The likeliest label (argmax) is right most often. The median has the least expected distance from the truth (MAE), the
-label nearest to the mean the least expected squared distance (RMSE).
+The likeliest label (argmax) maximizes the expected accuracy. The median minimizes the expected absolute error (MAE).
+The label nearest to the mean minimizes the expected squared error (RMSE).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from personaplug.errors import ConfigError, nearest
 ARGMAX, MEDIAN, MEAN = "argmax", "median", "mean"
 POINT_ESTIMATES = (ARGMAX, MEDIAN, MEAN)
 
-_TIE = 1e-9  # by how much a sum of floats may miss a tie
+_TIE = 1e-9  # rounding error of a sum of floats, within which two values are a tie
 
 
 def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, estimate: str) -> list[str]:
-    """Choose a label for each line of probabilities.
+    """Choose a label for each row of probabilities.
 
-    argmax: the likeliest label, of equally likely ones the first.
+    argmax: the likeliest label; on a tie, the first.
     median: the smallest label up to which the probabilities sum to 1/2 or more.
-    mean: the label nearest to the mean, of two equally near ones the greater.
+    mean: the label nearest to the mean; on a tie, the greater.
 
     Args:
-        probabilities: (n, C) in the labels' order; a line need not sum to 1, but to more than 0.
+        probabilities: (n, C) in the labels' order; each row has a positive sum, and is normalized.
         labels: (C,) in any order; numbers, unless the estimate is argmax.
     """
     check_estimate(estimate)
@@ -57,17 +57,17 @@ def check_estimate(estimate: str) -> None:
 
 
 def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
-    """Return labels as numbers (C,), in their order; None if there are none, or one is no finite number."""
+    """Return labels as numbers (C,), in their order; None without labels, or if a label is not a finite number."""
     numbers = ratings(labels)
     return numbers if len(numbers) == len(labels) > 0 else None
 
 
 @dataclass(frozen=True)
 class LabelDistribution:
-    """How probable each label of a closed set is.
+    """Probabilities of the labels of a closed set.
 
     Attributes:
-        median, mean: of labels that are numbers; the median is one of the labels.
+        median, mean: if the labels are numbers; the median is one of the labels.
     """
 
     probabilities: Mapping[str, float]
@@ -75,7 +75,7 @@ class LabelDistribution:
     mean: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that have a value."""
+        """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Sections of a page, and their two renderers: Markdown that lines up in a terminal too, and HTML (`report.html`)."""
+"""Sections of a page, and their renderers: aligned Markdown, and HTML with the template `report.html`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jinja2
 
 ABSENT = "–"
 
-Column = tuple[str, Sequence[str | None]]  # a title and a cell for each line; None if nothing is known
+Column = tuple[str, Sequence[str | None]]  # a title, and a cell for each line; None if unknown
 
 
 @dataclass(frozen=True)
@@ -18,26 +18,26 @@ class Table:
     """Text in lines and columns; the first column names the lines."""
 
     titles: tuple[str, ...]
-    lines: tuple[tuple[str | None, ...], ...]  # a cell per column; None if nothing is known
+    lines: tuple[tuple[str | None, ...], ...]  # a cell per column; None if unknown
     strong: frozenset[tuple[int, int]] = frozenset()  # (line, column) of the cells in bold
 
     @classmethod
     def from_columns(cls, columns: Sequence[Column]) -> Table:
-        """Make a table of columns; leave out those after the first in which nothing is known."""
+        """Make a table of columns. Leave out columns without known cells, except the first."""
         first, *rest = columns
-        shown = [first, *(column for column in rest if any(cell is not None for cell in column[1]))]
-        return cls(tuple(title for title, _ in shown), tuple(zip(*(cells for _, cells in shown), strict=True)))
+        columns = [first, *(column for column in rest if any(cell is not None for cell in column[1]))]
+        return cls(tuple(title for title, _ in columns), tuple(zip(*(cells for _, cells in columns), strict=True)))
 
     def without_empty_lines(self) -> Table:
-        """Leave out the lines that hold nothing but their names."""
+        """Leave out the lines that have only a name."""
         return Table(self.titles, tuple(line for line in self.lines if any(cell is not None for cell in line[1:])))
 
     def text_lines(self) -> list[list[str]]:
-        """Return each line's cells, each as one line of text."""
+        """Return the cells of each line as text without line breaks."""
         return [[ABSENT if cell is None else one_line(cell) for cell in line] for line in self.lines]
 
     def to_text(self) -> str:
-        """Return aligned text, two blanks between columns: the first column to the left, the others to the right."""
+        """Return text with the first column aligned left, the others right, and two blanks between columns."""
         lines = [list(map(one_line, self.titles)), *self.text_lines()]
         columns = []
         for index, column in enumerate(zip(*lines, strict=True)):
@@ -47,7 +47,7 @@ class Table:
         return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
     def to_markdown(self) -> str:
-        """Return aligned Markdown: the first column to the left, the others to the right."""
+        """Return Markdown with the first column aligned left, the others right."""
         lines = [map(one_line, self.titles), *self.text_lines()]
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         for line, column in self.strong:
@@ -58,15 +58,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, by its path relative to the page, with a caption for readers who cannot see it."""
+    """A figure with a caption, which is also its alternative text."""
 
-    path: str
+    path: str  # relative to the page
     caption: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page, shown in the order of its attributes."""
+    """A part of a page; its attributes appear on the page in this order."""
 
     title: str = ""
     level: int = 3  # 1 for the page, 2 for a set, 3 for a table

@@ -1,4 +1,4 @@
-"""Reports: results files as one Markdown and one HTML page with the same tables and figures, or a piece of a page."""
+"""Reports: results files as a Markdown page and an HTML page with figures, or as a section of a Markdown page."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SCORES_TEXT = (
-    "The first metric of each set, with its interval. A best score is bold only where it is significantly better than "
-    "the second best; controls do not compete."
+    "The first metric of each set, with its interval. The best score is bold if it is significantly better than the "
+    "second best. Controls do not compete."
 )
 _GAINS_TEXT = (
-    "What a user's own history gains over a stranger's; positive is better, whatever the metric's direction. Holm p, "
-    "where it stands, is corrected for the number of personal gains in its set; p is not. A personal row is missing "
-    "here where its control, ROW@wrong-user, was not run."
+    "The advantage of the user's own history over another user's history. Positive is better for every metric. Holm p "
+    "is corrected for the number of personal gains in the set; p is not. A personal row is missing if its control, "
+    "ROW@wrong-user, was not run."
 )
 _LIKELIHOOD_TEXT = (
-    "The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): how much "
-    "likelier it is with the user's own history than with a stranger's."
+    "The personal gain in the log-likelihood of the right answer, in nats per token (per answer for a closed set). "
+    "Positive: the right answer is likelier with the user's own history than with another user's."
 )
 
 
 def write_report(
     results_files: Sequence[Path], out: Path, *, title: str = "Results", with_figures: bool = True
 ) -> list[Path]:
-    """Write a folder with `report.md`, `report.html` and, under `figures/`, PNGs; return the files written.
+    """Write `report.md`, `report.html` and `figures/*.png` into a folder, and return their paths.
 
-    The report of several files, one per set, begins with an overview of the sets side by side. Nothing is written if
-    figures are wanted and matplotlib is not installed.
+    If there are several results files, the report begins with an overview of all sets. Without matplotlib, a report
+    with figures raises MissingExtra before a file is written.
     """
     if not results_files:
         raise MissingData("A report needs at least one results file; `personaplug evaluate --json FILE` writes them.")
@@ -68,7 +68,7 @@ def write_report(
 
 
 def overview_markdown(results_list: Sequence[Results]) -> str:
-    """Return several sets side by side as Markdown: scores, personal gains, costs."""
+    """Return the scores, personal gains and costs of several sets as Markdown, with a column per set."""
     return to_markdown(list(_overview(results_list)))
 
 
@@ -76,18 +76,18 @@ def insert_between(path: Path, name: str, text: str) -> None:
     """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if not path.is_file():
-        raise MissingData(f"There is no file {path} to insert {name!r} into.")
-    page = path.read_bytes().decode("utf-8")  # with its own line ends
+        raise MissingData(f"There is no file {path}. Create it, with the lines {begin} and {end}.")
+    page = path.read_bytes().decode("utf-8")  # keeps the file's line ends
     counts = page.count(begin), page.count(end)
     if counts != (1, 1) or page.index(begin) > page.index(end):
         raise RecordError(
             path,
             f"the markers of {name!r}",
-            reason=f"expected {begin} once and {end} once below it; found {counts[0]} and {counts[1]}"
-            f"{', in the wrong order' if counts == (1, 1) else ''}. Put both around the place for the text.",
+            reason=f"expected {begin} and, below it, {end}, each once; found {counts[0]} and {counts[1]}"
+            f"{', in the wrong order' if counts == (1, 1) else ''}. Put both lines where the text belongs.",
         )
     if begin in text or end in text:  # the next call could not find the end
-        raise ConfigError(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
+        raise ConfigError(f"The text for {name!r} must not contain {begin} or {end}; remove them.")
     before, after = page.split(begin)[0], page.split(end)[1]
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
@@ -119,7 +119,7 @@ def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
         gains = _gain_table(results_list, names, metrics)
         if gains.lines:
             yield Section(title, text=text, table=gains)
-    names = [name for name, method in methods.items() if not method.is_control]  # a control costs what its method does
+    names = [name for name, method in methods.items() if not method.is_control]  # a control costs as much as its method
     costs = [Diagnostics.mean_of([r.by_name[n].diagnostics for r in results_list if n in r.by_name]) for n in names]
     table = Table.from_columns([("method", names), *cost_columns(costs)])
     if len(table.titles) > 1:
@@ -134,8 +134,8 @@ def _score_table(results_list: Sequence[Results], names: Sequence[str]) -> Table
         (name, *(score_cell(r.by_name.get(name), metric) for r, metric in zip(results_list, metrics, strict=True)))
         for name in names
     ]
-    best = [(clear_best(results), column) for column, results in enumerate(results_list, start=1)]
-    strong = frozenset((names.index(name), column) for name, column in best if name is not None)
+    best_names = [(clear_best(results), column) for column, results in enumerate(results_list, start=1)]
+    strong = frozenset((names.index(name), column) for name, column in best_names if name is not None)
     return Table(("method", *titles), tuple(lines), strong)
 
 
@@ -148,7 +148,7 @@ def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: 
 
 
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:
-    """Draw every figure, by its set; those of all sets are under ""."""
+    """Draw the figures of each set; the key "" has the figures of all sets together."""
     figures: dict[str, list[tuple[Picture, Figure]]] = {}
     for number, (name, results) in enumerate(zip(set_names(results_list), results_list, strict=True), start=1):
         metric = results.leading_metric

@@ -1,4 +1,4 @@
-"""From trials to results: rows with intervals, comparisons with p-values, the same for subgroups of the samples."""
+"""Compute results from trials: rows with intervals and comparisons with p-values, on all samples and on subgroups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_ROWS_FOR_ALL_PAIRS = 6
 
 @dataclass(frozen=True)
 class Settings:
-    """How trials become results: the columns in order, and the bootstrap's number of draws and their seed."""
+    """The metrics, in the order of the columns, and the bootstrap's number of draws and seed."""
 
     metrics: Sequence[Metric]
     resamples: int
@@ -34,7 +34,10 @@ class Settings:
 def build_results(
     samples: EvalSamples, trials: Sequence[Trial], *, settings: Settings, subgroups: Sequence[tuple[str, Indices]] = ()
 ) -> Results:
-    """Return the results of trials, rows in the trials' order, on all samples and on subgroups (names and indices)."""
+    """Return the results on all samples and on subgroups, given as names and sample indices.
+
+    The rows are in the order of the trials.
+    """
     made_with = sorted({trial.made_with for trial in trials if trial.made_with})
     notes = [*samples.about.notes, *_notes_on_seeds(trials), *_notes_on_set_ups(trials, made_with)]
     notes += _notes_on_metrics(trials, settings)
@@ -48,54 +51,55 @@ def build_results(
 
 
 def history_thirds(history_items: Sequence[int]) -> list[tuple[str, Indices]]:
-    """Split samples into thirds by the length of their histories (PPlug, Table 5); equal lengths stay together."""
+    """Split samples into thirds by history length (PPlug, Table 5). Equal lengths stay in the same third."""
     sizes = np.asarray(history_items)
     low, high = np.quantile(sizes, [1 / 3, 2 / 3], method="inverted_cdf")
     parts = (("short", sizes <= low), ("medium", (sizes > low) & (sizes <= high)), ("long", sizes > high))
     return [
-        (f"{name} ({sizes[chosen].min()}–{sizes[chosen].max()} items)", np.flatnonzero(chosen))
-        for name, chosen in parts
-        if chosen.any()
+        (f"{name} ({sizes[mask].min()}–{sizes[mask].max()} items)", np.flatnonzero(mask))
+        for name, mask in parts
+        if mask.any()
     ]
 
 
 def compared_pairs(methods: Sequence[MethodInfo]) -> list[tuple[str, str]]:
-    """Return which rows are compared, as names (a, b): all of a few rows, else those that answer a question.
+    """Return the pairs of rows to compare, as names (a, b), personal gains first.
 
-    Personal gains come first. Of many rows, each method is compared with the bases (rows that personalize nothing) and
-    with its parents, and the main row (`main_row`) with every other method and its own controls. Rows without a
-    language model are compared with, but not with the bases: they claim nothing there.
+    Up to six rows are all compared with each other. Of more rows, each method is compared with its parents and with
+    the bases, the rows without personalization. The main row (`main_row`) is compared with every other method and with
+    its own controls. Rows without a language model are not compared with the bases.
     """
     names = [method.name for method in methods]
     gains = [(a.name, b.name) for a in methods for b in methods if b.gain_of == a.name]
     if len(names) <= _MAX_ROWS_FOR_ALL_PAIRS:
         return list(dict.fromkeys([*gains, *((a, b) for b, a in combinations(names, 2) if (b, a) not in gains)]))
     bases = _bases(methods)
-    claimants = [method for method in methods if not method.is_control and method.name not in bases]
-    against = [(m.name, base) for base in bases for m in claimants if m.family != "no-lm"]
+    personal = [method for method in methods if not method.is_control and method.name not in bases]
+    against_bases = [(m.name, base) for base in bases for m in personal if m.family != "no-lm"]
     main = main_row(methods)
     gain_controls = {control for _, control in gains}
     others = [name for name in names if name not in gain_controls and name not in bases]
-    rest = [(main.name, name) for name in others if name != main.name] if main else []
-    rest += [(m.name, parent) for m in claimants for parent in m.parents if parent in names]
+    against_main = [(main.name, name) for name in others if name != main.name] if main else []
+    against_parents = [(m.name, parent) for m in personal for parent in m.parents if parent in names]
     between_bases = [(b, a) for a, b in combinations(bases, 2)]
-    return list(dict.fromkeys([*gains, *between_bases, *against, *rest]))
+    return list(dict.fromkeys([*gains, *between_bases, *against_bases, *against_main, *against_parents]))
 
 
 def _bases(methods: Sequence[MethodInfo]) -> list[str]:
-    """The rows that personalize nothing, untrained ones first."""
-    unpersonal = [method for method in methods if method.family == "none" and not method.is_control]
-    return [method.name for method in sorted(unpersonal, key=lambda method: method.is_seeded)]
+    """Return the rows without personalization, untrained rows first."""
+    bases = [method for method in methods if method.family == "none" and not method.is_control]
+    return [method.name for method in sorted(bases, key=lambda method: method.is_seeded)]
 
 
 def _notes_on_seeds(trials: Sequence[Trial]) -> list[str]:
     trainings = Counter(trial.method.name for trial in trials if trial.method.is_seeded)
     with_one, with_two = (", ".join(name for name, count in trainings.items() if count == seeds) for seeds in (1, 2))
     if all(count == 1 for count in trainings.values()):
-        return ["One training seed: what trainings differ by is not covered."] if trainings else []
-    notes = ["Of rows with several training seeds, the bootstrap draws the trainings too."]
-    notes += [f"Two training seeds, which are few: {with_two}."] if with_two else []
-    return notes + ([f"One training seed, whose chance is not covered: {with_one}."] if with_one else [])
+        return ["One training seed: intervals do not include the variance between trainings."] if trainings else []
+    notes = ["For rows with several training seeds, the bootstrap also resamples the trainings."]
+    notes += [f"Only two training seeds: {with_two}."] if with_two else []
+    one_seed = f"One training seed, so intervals do not include the variance between trainings: {with_one}."
+    return [*notes, one_seed] if with_one else notes
 
 
 def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[str]:
@@ -103,17 +107,18 @@ def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[s
         return []
     names = [dict.fromkeys(trial.method.name for trial in trials if trial.made_with == set_up) for set_up in set_ups]
     origins = "; ".join(f"{set_up}: {', '.join(rows)}" for set_up, rows in zip(set_ups, names, strict=True))
-    return [f"Made with {len(set_ups)} set-ups, between which trainings differ as two seeds do. {origins}."]
+    effect = "The same training differs between set-ups as much as between seeds."
+    return [f"The rows come from {len(set_ups)} set-ups. {effect} {origins}."]
 
 
 def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
-    """Name the rows that lack a metric that others have, although it applies to them."""
+    """Name the rows that lack a metric although it applies to them and other rows have it."""
     notes = []
     for metric in settings.metrics:
         scored = [trial for trial in trials if metric.of_answers or trial.method.has_language_model]
         missing = dict.fromkeys(trial.method.name for trial in scored if metric.name not in trial.statistics)
         if missing and any(metric.name in trial.statistics for trial in scored):
-            notes.append(f"{metric.name}: not known of {', '.join(missing)}.")
+            notes.append(f"{metric.name}: missing for {', '.join(missing)}.")
     return notes
 
 
@@ -124,14 +129,14 @@ def _rows_and_pairs(
     for trial in trials:
         by_name[trial.method.name].append(trial)
     scorer = _Scorer([samples.groups[index] for index in indices], indices, settings)
-    methods = [of_method[0].method for of_method in by_name.values()]
+    methods = [same_method[0].method for same_method in by_name.values()]
     matched = [_matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
     pairs = [pair for trial_pairs in matched for pair in scorer.comparisons(trial_pairs)]
-    return [scorer.row(of_method) for of_method in by_name.values()], _holm_corrected(pairs, methods)
+    return [scorer.row(same_method) for same_method in by_name.values()], _holm_corrected(pairs, methods)
 
 
 class _Scorer:
-    """Scores and compares trials on some of the samples."""
+    """Scores and compares trials on the samples of `indices`."""
 
     def __init__(self, groups: Sequence[int], indices: Indices, settings: Settings) -> None:
         self.groups, self.indices, self.metrics = groups, indices, settings.metrics
@@ -144,7 +149,7 @@ class _Scorer:
         intervals = {m.name: bootstrap_interval(stats[m.name], self.groups, m, **self.draws) for m in metrics}
         seeds = range(len(trials)) if len(trials) > 1 else ()
         per_seed = [{m.name: value_of(stats[m.name][index], m) for m in metrics} for index in seeds]
-        with np.errstate(invalid="ignore"):  # an infinite score
+        with np.errstate(invalid="ignore"):  # scores may be infinite
             spread = {m.name: float(np.std([s[m.name] for s in per_seed], ddof=1)) for m in metrics if per_seed}
         return ResultRow(
             trials[0].method,
@@ -161,7 +166,7 @@ class _Scorer:
         )
 
     def comparisons(self, pairs: Sequence[tuple[Trial, Trial]]) -> list[Comparison]:
-        """Compare two methods, given as pairs of trials with the same seed, in each metric that all have."""
+        """Compare two methods, given as pairs of trials with the same seed, in each metric that all trials have."""
         if not pairs:
             return []
         of_a, of_b = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -169,7 +174,7 @@ class _Scorer:
         for metric in self._metrics_of([*of_a, *of_b]):
             a, b = self._statistics(of_a, metric), self._statistics(of_b, metric)
             paired = paired_bootstrap(a, b, self.groups, metric, **self.draws)
-            # Seed by seed, since hits averaged over seeds are no hits.
+            # McNemar's test needs hits, and an average of hits over seeds is not a hit. So each seed has a test.
             p_values = [*map(mcnemar, a, b)] if isinstance(metric, Accuracy) else []
             names = of_a[0].method.name, of_b[0].method.name
             comparisons.append(Comparison(*names, metric.name, **paired._asdict(), mcnemar_p=p_values))
@@ -179,12 +184,12 @@ class _Scorer:
         return [metric for metric in self.metrics if all(metric.name in t.statistics for t in trials)]
 
     def _statistics(self, trials: Sequence[Trial], metric: Metric) -> Array:
-        """The statistics of each trial: (S, n, d)."""
+        """Return the statistics of each trial: (S, n, d)."""
         return np.stack([trial.statistics[metric.name][self.indices] for trial in trials])
 
 
 def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
-    """Pair the trials of the seeds that both methods have; a method without seeds meets each trial of the other."""
+    """Pair the trials of the seeds that both methods have. Pair a method without seeds with each trial of the other."""
     if not of_a[0].method.is_seeded:
         return [(of_a[0], trial) for trial in of_b]
     if not of_b[0].method.is_seeded:
@@ -205,10 +210,11 @@ def _holm_corrected(pairs: Sequence[Comparison], methods: Sequence[MethodInfo]) 
 
 
 def _family(pair: Comparison, methods: Sequence[MethodInfo]) -> str:
-    # Neither controls nor rows without a language model claim anything against a base, and they make no claim harder.
+    # Controls and rows without a language model make no claim against a base, so they are not in a base's family.
+    # Otherwise they would increase the corrected p of the rows that do.
     by_name = {method.name: method for method in methods}
     a, b = by_name[pair.a], by_name[pair.b]
     if b.gain_of == a.name:
         return "gain without a language model" if a.family == "no-lm" else "gain"
-    claims = not a.is_control and a.family != "no-lm"
-    return b.name if claims and b.name in _bases(methods) else "rest"
+    makes_claim = not a.is_control and a.family != "no-lm"
+    return b.name if makes_claim and b.name in _bases(methods) else "rest"

@@ -1,18 +1,17 @@
-"""Results of a table: rows with intervals, comparisons with p-values, the same for subgroups; and their JSON file.
+"""Results of a table, and their JSON file.
 
-The file is one JSON object: the facts of `Provenance`, and
+The file is one JSON object with the fields of `Provenance` and these fields:
 
-    rows       per row: method (its name) and the other facts of `MethodInfo`; n, seeds, metrics, intervals, per_user
-               (metrics averaged over users), decoding, the values of `Diagnostics` (costs in an object of their own);
-               over several seeds per_seed and seed_spread
-    pairs      a, b, metric, difference (a's advantage, whatever the metric's direction), low, high, p; p_holm,
-               corrected within a family of comparisons; for accuracies mcnemar_p, one per seed; a personal gain has
-               the control as b
-    subgroups  parts of the samples: name, samples, rows, pairs
+    rows       for each row: method (its name) and the other fields of `MethodInfo`; n, seeds, metrics, intervals,
+               per_user (metrics averaged over users), decoding; the fields of `Diagnostics` (costs in an object
+               `costs`); with several seeds, per_seed and seed_spread
+    pairs      for each comparison: a, b, metric, difference (positive if a is better), low, high, p; p_holm (corrected
+               within a family of comparisons); for accuracies, mcnemar_p (one per seed); in a personal gain, b is the
+               control
+    subgroups  for each part of the samples: name, samples, rows, pairs
+    checksum   of all other fields; the last field, optional
 
-    checksum   of all other fields, last in the file; optional, and checked if it is there
-
-Required are `rows`, a row's `method`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
+Required fields: `rows`; `method` of a row; `a`, `b`, `metric` and `difference` of a pair; `name` of a subgroup. Unknown
 fields are ignored. A null metric, interval end or p stands for NaN, which JSON lacks.
 """
 
@@ -67,7 +66,7 @@ class ResultRow:
         return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
     def to_json(self) -> dict[str, object]:
-        """Return the row as an object of a results file."""
+        """Return the row's object in a results file."""
         values = without_empty(asdict(self), ["per_seed", "seed_spread"])
         method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
         costs = {name: diagnostics.pop(name) for name in _COSTS}
@@ -83,12 +82,12 @@ class ResultRow:
             ("parents", record.get("parents") or [], (list, tuple), "a list"),
         ):
             if not isinstance(value, kinds):
-                raise TypeError(f"the field {name!r} has a value of another type: expected {expected}")
+                raise TypeError(f"the field {name!r} has the wrong type: expected {expected}")
         record = {**record, **costs, "name": record["method"]}
-        known = known_fields(cls, record)
-        known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
-        known["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
-        return _checked(cls(**_null_as_nan(known)))
+        values = known_fields(cls, record)
+        values["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
+        values["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
+        return _checked(cls(**_null_as_nan(values)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Comparison:
 
     @property
     def deciding_p(self) -> float | None:
-        """The p corrected by Holm if it is given, else p."""
+        """Holm's corrected p if the results have it, else p."""
         return self.p if self.p_holm is None else self.p_holm
 
     @property
@@ -121,20 +120,20 @@ class Comparison:
         return replace(self, a=self.b, b=self.a, difference=-self.difference, low=low, high=high)
 
     def to_json(self) -> dict[str, object]:
-        """Return the comparison as an object of a results file."""
+        """Return the comparison's object in a results file."""
         return without_empty(asdict(self), ["p_holm", "mcnemar_p"])
 
     @classmethod
     def from_json(cls, record: Record) -> Comparison:
         """Reverse `to_json`; raise KeyError if a required field is missing."""
-        known = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric", "difference")}
-        known |= {name: record[name] for name in ("low", "high", "p") if name in record}
-        return _checked(cls(**_null_as_nan(known)))
+        values = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric", "difference")}
+        values |= {name: record[name] for name in ("low", "high", "p") if name in record}
+        return _checked(cls(**_null_as_nan(values)))
 
 
 @dataclass(frozen=True)
 class ResultPart:
-    """Rows, and comparisons of them, on the same samples."""
+    """Rows and their comparisons on the same samples."""
 
     rows: list[ResultRow]
     pairs: list[Comparison]
@@ -146,24 +145,24 @@ class ResultPart:
 
     @property
     def metric_names(self) -> list[str]:
-        """Every metric of the rows, in order."""
+        """The names of all metrics, in the order of the columns."""
         return list(dict.fromkeys(name for row in self.rows for name in row.metrics))
 
     @property
     def leading_metric(self) -> str:
-        """The metric that stands first in the rows; "" without any."""
+        """The first metric of the rows; "" if they have no metric."""
         return next(iter(self.metric_names), "")
 
     def to_json(self) -> dict[str, object]:
-        """Return the part as an object of a results file."""
+        """Return the fields of the part in a results file."""
         return {"rows": [row.to_json() for row in self.rows], "pairs": [pair.to_json() for pair in self.pairs]}
 
     def is_personal_gain(self, a: str, b: str) -> bool:
-        """Whether b is the control that is shown another user's history in place of a's."""
+        """Return whether b is a's control with another user's history."""
         return b in self.by_name and self.by_name[b].method.gain_of == a
 
     def comparison(self, a: str, b: str, metric: str) -> Comparison | None:
-        """Return a's advantage over b in one metric, in whichever order the two are compared; None if they are not."""
+        """Return a's advantage over b in one metric; None if the results do not compare a with b."""
         for pair in self.pairs:
             if pair.metric == metric and {pair.a, pair.b} == {a, b}:
                 return pair if pair.a == a else pair.reversed()
@@ -176,7 +175,7 @@ class ResultPart:
 
 @dataclass(frozen=True)
 class Subgroup(ResultPart):
-    """The rows on some of the samples, or under another setting."""
+    """The rows on part of the samples, or under another setting."""
 
     name: str
     samples: int | None = None
@@ -194,7 +193,7 @@ class Results(ResultPart):
     subgroups: list[Subgroup] = field(default_factory=list)
 
     def __str__(self) -> str:
-        from personaplug.analysis.terminal import terminal_text  # which needs this module
+        from personaplug.analysis.terminal import terminal_text  # a circular import at the top
 
         return terminal_text(self)
 
@@ -204,7 +203,7 @@ class Results(ResultPart):
 
     @classmethod
     def from_json(cls, record: object, *, file: str | Path = "the results") -> Results:
-        """Read the object of a results file; raise RecordError, which names the file, if it lacks a required field."""
+        """Parse the object of a results file; raise RecordError if a required field is missing."""
         if not isinstance(record, dict) or "rows" not in record:
             reason = "expected an object with a list of `rows`, as `personaplug evaluate --json FILE` writes it"
             raise RecordError(file, "the whole file", reason=reason)
@@ -213,7 +212,7 @@ class Results(ResultPart):
             rows = _parsed(part, "rows", ResultRow.from_json, file=file)
             names = [row.name for row in rows]
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise RecordError(file, "'rows'", reason=f"the row {twice[0]!r} is there twice; expected each once")
+                raise RecordError(file, "'rows'", reason=f"expected each row once; found {twice[0]!r} more than once")
             return rows, _parsed(part, "pairs", Comparison.from_json, file=file)
 
         def subgroup_of(part: Record) -> Subgroup:
@@ -227,8 +226,8 @@ def load_results(path: Path) -> Results:
     """Read a results file.
 
     Raises:
-        MissingData: if there is none (DamagedFile: if it is not as it was written).
-        RecordError: if it is no results file.
+        MissingData: if the file does not exist (DamagedFile: if its checksum does not match).
+        RecordError: if it is not a results file.
     """
     if not path.is_file():
         raise MissingData(f"There is no results file {path}; `personaplug evaluate --json FILE` writes one.")
@@ -236,11 +235,12 @@ def load_results(path: Path) -> Results:
         record = json.loads(path.read_text(encoding="utf-8"))
         results = Results.from_json(record, file=path)
     except UnicodeDecodeError as error:
-        raise RecordError(path, f"byte {error.start}", reason="this is no UTF-8 text.") from None
+        raise RecordError(path, f"byte {error.start}", reason="expected UTF-8 text.") from None
     except json.JSONDecodeError as error:
-        raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
-    except (ValueError, RecursionError):  # a number of too many digits, lists in lists
-        raise RecordError(path, "the whole file", reason="it is JSON of a form that no results file has.") from None
+        raise RecordError(path, f"line {error.lineno}", reason=f"expected JSON ({error.msg}).") from None
+    except (ValueError, RecursionError):
+        reason = "expected a results file; found a number with too many digits, or lists that are nested too deep."
+        raise RecordError(path, "the whole file", reason=reason) from None
     if KEY in record:
         check_json(record, path, remedy="Restore it, or evaluate again.")
     return results
@@ -254,7 +254,7 @@ def write_results(path: Path, results: Results) -> None:
 def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str | Path) -> list[T]:
     items = record.get(key) or []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise RecordError(file, f"the field {key!r}", reason="expected a list of objects, found something else")
+        raise RecordError(file, f"the field {key!r}", reason="expected a list of objects")
     parsed = []
     for number, item in enumerate(items, start=1):
         try:
@@ -268,13 +268,13 @@ def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str
 
 @cache
 def _field_types(kind: Any) -> dict[str, TypeAdapter[Any]]:
-    # A file of a later version may have a family that is not known here: of a Literal, the kind alone is checked.
+    # A file of a later version may have a method family that this version lacks, so a Literal may be any text.
     hints = {name: str if get_origin(hint) is Literal else hint for name, hint in get_type_hints(kind).items()}
     return {name: TypeAdapter(hint) for name, hint in hints.items()}
 
 
 def _checked(part: T) -> T:
-    """Return a row or a comparison; raise TypeError if a field of it, or of its parts, has a value of another type."""
+    """Return a row, a comparison or a subgroup; raise TypeError if one of its fields has the wrong type."""
     values: list[Any] = [part, getattr(part, "method", None), getattr(part, "diagnostics", None)]
     for value in values:
         kind: Any = type(value)
@@ -283,7 +283,7 @@ def _checked(part: T) -> T:
                 adapter.validate_python(getattr(value, name), strict=True)
             except ValidationError as error:
                 reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-                raise TypeError(f"the field {name!r} has a value of another type: {reason}") from None
+                raise TypeError(f"the field {name!r} has the wrong type: {reason}") from None
     return part
 
 

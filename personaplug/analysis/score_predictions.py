@@ -1,4 +1,4 @@
-"""Scores of anyone's predictions in LaMP's output format against golds in the same format, joined by id.
+"""Score predictions in LaMP's output format against golds in the same format, joined by id.
 
 Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped.
 """
@@ -27,7 +27,7 @@ _MAX_NAMED_IDS = 3
 
 
 class _Outputs(NamedTuple):
-    """A file of answers or predictions; its texts by id."""
+    """A file of golds or predictions; `texts` has the texts by id."""
 
     path: Path
     task_name: str
@@ -37,13 +37,13 @@ class _Outputs(NamedTuple):
 def score_lamp(
     gold_file: str | Path, prediction_file: str | Path, *, resamples: int = 10_000, seed: int = 0
 ) -> Results:
-    """Score a file of predictions against a file of right answers, such as `dev_outputs.json`."""
+    """Score a file of predictions against a file of golds, such as `dev_outputs.json`."""
     golds, predictions = _read(Path(gold_file)), _read(Path(prediction_file))
     task = _task_of(golds, predictions)
     _check_ids(golds, predictions)
     targets = [_target(golds, task, name) for name in golds.texts]
     texts = [predictions.texts[name] for name in golds.texts]
-    groups = [str(number) for number in range(len(texts))]  # LaMP's files name no users: each sample stands for itself
+    groups = [str(number) for number in range(len(texts))]  # LaMP's files name no users, so each sample is a group
     intervals = {}
     metrics = [get_metric(name, labels=task.labels) for name in task.metrics]
     for metric in [metric for metric in metrics if metric.of_answers] or metrics:
@@ -65,14 +65,14 @@ def _read(path: Path) -> _Outputs:
         raise MissingData(f"There is no file {path}. Give a JSON file with the keys 'task' and 'golds'.")
     task_names = [name for _, name in stream_values(file, "task", opening=b"{", unit="key") if isinstance(name, str)]
     if not task_names:
-        raise RecordError(file, "the key 'task'", reason="it is missing or no text; it should name the task, as LaMP_2")
+        raise RecordError(file, "the key 'task'", reason="expected the name of a task, such as LaMP_2; found no text")
     records = stream_values(file, "golds.item", opening=b"{", unit="gold")
     pairs = [_pair(file, number, record) for number, record in records]
     if not pairs:
-        raise RecordError(file, "the key 'golds'", reason="it should hold a list of answers, and none were found")
+        raise RecordError(file, "the key 'golds'", reason="expected a list of answers; found none")
     repeated = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if repeated:
-        raise RecordError(file, "its ids", reason=f"{_named(repeated)} more than once; each should be there once")
+        raise RecordError(file, "its ids", reason=f"{_named(repeated)} repeated; expected each id once")
     return _Outputs(file, task_names[0], dict(pairs))
 
 
@@ -88,20 +88,20 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
 
 
 def _task_of(golds: _Outputs, predictions: _Outputs) -> Task:
-    """Return what a task.json beside the golds declares, else the LaMP task that they name."""
+    """Return the task of a task.json beside the golds, else the LaMP task that the golds name."""
     is_declared = (golds.path.parent / "task.json").is_file()
     try:
         task = load_task(golds.path.parent) if is_declared else lamp_task(golds.task_name)
     except ConfigError as error:
         if is_declared:
             raise
-        raise ConfigError(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
+        raise ConfigError(f"{golds.path}: {error} To use another task, put its task.json beside the golds.") from None
     names = (predictions.task_name, golds.task_name, task.name)
     predicted, *expected = (name.strip().lower().replace("-", "_") for name in names)
-    # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
+    # Predictions may have the name of task.json even if the golds have LaMP's name.
     if predicted not in expected:
         raise ConfigError(
-            f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
+            f"{golds.path} has the task {short_id(golds.task_name)}, but {predictions.path} has the task "
             f"{short_id(predictions.task_name)}. Give predictions for the same task."
         )
     return task
@@ -110,18 +110,18 @@ def _task_of(golds: _Outputs, predictions: _Outputs) -> Task:
 def _check_ids(golds: _Outputs, predictions: _Outputs) -> None:
     missing = [name for name in golds.texts if name not in predictions.texts]
     unknown = [name for name in predictions.texts if name not in golds.texts]
-    excess = f"{_named(unknown)} not among the golds of {golds.path}; remove them, or give the golds they belong to"
+    excess = f"{_named(unknown)} not among the golds of {golds.path}; remove the ids, or give the golds that have them"
     if missing:
         raise MissingData(
             f"{predictions.path}: of {len(golds.texts)} golds, {_named(missing)} without a prediction"
-            f"{f'; {excess}' if unknown else ''}. Every gold needs one, and LaMP knows no score of a part."
+            f"{f'; {excess}' if unknown else ''}. Add the missing predictions: LaMP's scores need one for every gold."
         )
     if unknown:
         raise RecordError(predictions.path, "its ids", reason=excess)
 
 
 def _named(names: Sequence[str]) -> str:
-    """Count ids and name the first, with the verb: `2 ids ("a", "b") are`."""
+    """Return the number of ids, the first ids and a verb: `2 ids ("a", "b") are`."""
     first = ", ".join(f'"{short_id(name)}"' for name in names[:_MAX_NAMED_IDS])
     more = ", …" if len(names) > _MAX_NAMED_IDS else ""
     return f"{len(names)} id ({first}) is" if len(names) == 1 else f"{len(names)} ids ({first}{more}) are"
@@ -136,10 +136,12 @@ def _target(golds: _Outputs, task: Task, name: str) -> str:
 
 def _notes(golds: _Outputs, task: Task) -> list[str]:
     size = len(golds.texts)
-    ratings = ["A rating that is no number counts as the farthest end of the scale; numbers are not clipped."]
+    ratings = [
+        "A rating that is not a number counts as the end of the scale farthest from the gold. Numbers are not clipped."
+    ]
     return [
         f"Scored against {golds.path.name}: {size} samples, joined by id.",
-        f"Intervals: bootstrap over {size} samples. The files name no users, and samples of one user resemble each "
-        f"other, so intervals may be too narrow.",
+        f"Intervals: bootstrap over {size} samples. They may be too narrow, because samples of one user are similar "
+        f"and the files name no users.",
         *(ratings if task.kind == "rating" else ()),
     ]

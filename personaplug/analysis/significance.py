@@ -1,10 +1,10 @@
-"""How sure a number is: bootstrap intervals and paired comparisons, with users as the unit.
+"""Bootstrap intervals and paired comparisons over users, and corrections for multiple comparisons.
 
-Samples of one user resemble each other, so whole users are drawn with replacement, and a metric is computed anew from
-the mean statistics of each draw. If a method was trained several times, its trainings are drawn too.
+Samples of one user are similar, so the bootstrap draws whole users with replacement. Each draw computes the metric from
+the means of the drawn statistics. If a method was trained several times, its trainings are drawn too.
 
-Limits: with fewer than about twenty users, intervals are too narrow and p too small. Three trainings vary by two thirds
-of the variance of fresh ones; one says nothing of others.
+Limits: with fewer than about twenty users, intervals are too narrow and p is too small. Resampling three trainings
+gives two thirds of the variance of new trainings; one training gives no estimate of this variance.
 
 Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 15; McNemar, "Note on the
 sampling error of the difference between correlated proportions", Psychometrika 1947; Holm, "A simple sequentially
@@ -24,13 +24,16 @@ from personaplug.errors import ConfigError, ShapeMismatch
 
 Groups = Sequence[str] | Sequence[int]
 
-_BLOCK_SIZE = 1 << 20  # users × resamples held at once: bounds memory (8 MB), and fits the processor's cache
-_ROUNDING = 1e-12  # differences below this share of the values compared are rounding, not differences
+_BLOCK_SIZE = 1 << 20  # users × resamples in memory at once (8 MB), which fits the processor's cache
+_ROUNDING = 1e-12  # a relative difference below this is a rounding error
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
 
 class Interval(NamedTuple):
-    """A metric with its percentile interval; the ends are NaN with fewer than two groups or infinite statistics."""
+    """A metric with its percentile interval.
+
+    The ends are NaN with fewer than two groups, or if a statistic is not finite.
+    """
 
     value: float
     low: float
@@ -38,7 +41,10 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN as above."""
+    """The advantage of a over b, positive if a is better, with its interval and two-sided p.
+
+    The ends and p are NaN as in `Interval`.
+    """
 
     difference: float
     low: float
@@ -53,8 +59,8 @@ def bootstrap_interval(
 
     Args:
         stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
-        groups: (n,) whose sample each is, the unit that is resampled.
-        seed: equal group names, seed and numbers of resamples and trainings give equal draws.
+        groups: (n,) group of each sample; whole groups are resampled.
+        seed: the draws depend on the seed, the group names, and the numbers of resamples and trainings only.
     """
     stats = _checked(stats, groups)
     value = value_of(stats.mean(axis=0), metric)
@@ -76,14 +82,14 @@ def paired_bootstrap(
         groups, seed: as in `bootstrap_interval`.
     """
     if stats_a.shape != stats_b.shape:
-        raise ShapeMismatch(f"Paired statistics are of one shape; found {stats_a.shape} and {stats_b.shape}.")
+        raise ShapeMismatch(f"Paired statistics need the same shape; found {stats_a.shape} and {stats_b.shape}.")
     joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
 
     def advantage(means: Array) -> Array:
         a, b = (metric.value(half) for half in np.split(means, 2, axis=-1))
         gap = a - b if metric.greater_is_better else b - a
-        # Sums in another order differ in the last digit; without this, such a tie would count as a win.
-        # "<" and not "<=", so that an infinite gap stays one.
+        # The order of a sum changes its last digit, and such a difference must not count as a win.
+        # "<" instead of "<=" keeps infinite gaps.
         return np.where(np.abs(gap) < _ROUNDING * (np.abs(a) + np.abs(b)), 0.0, gap)
 
     with np.errstate(invalid="ignore", over="ignore"):
@@ -97,18 +103,18 @@ def paired_bootstrap(
 
 
 def mcnemar(hits_a: Array, hits_b: Array) -> float:
-    """Return the two-sided p of McNemar's exact test on two methods' hits of the same samples: 1 or 0, (n, 1) each.
+    """Return the two-sided p of McNemar's exact test on the hits (1 or 0) of two methods on the same samples, (n, 1).
 
-    The test treats samples as independent. If users have several, p is too small; trust the bootstrap over users.
+    The test assumes independent samples. If users have several samples, p is too small; use the bootstrap over users.
     """
     a_only, b_only = int((hits_a > hits_b).sum()), int((hits_b > hits_a).sum())
     return float(binomtest(a_only, a_only + b_only).pvalue) if a_only + b_only else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number by Holm's step-down rule, in the order given.
+    """Return p-values in the same order, corrected for their number by Holm's step-down method.
 
-    NaN, a comparison that could not be made, stays NaN and does not count.
+    NaN stands for a comparison without a p. It stays NaN and does not count.
     """
     p = np.asarray(p_values, dtype=np.float64)
     valid = np.flatnonzero(~np.isnan(p))
@@ -119,7 +125,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def per_group_mean(stats: Array, groups: Groups, metric: Metric) -> float:
-    """Average the metric of each group's own samples over groups; NaN without samples and for the macro-F1."""
+    """Compute the metric of each group, and return the mean over groups; NaN without samples.
+
+    Return NaN also for metrics that are not meaningful for one user, such as the macro-F1.
+    """
     stats = _checked(stats, groups)
     if not len(groups) or not metric.averages_over_users:
         return float("nan")
@@ -129,7 +138,7 @@ def per_group_mean(stats: Array, groups: Groups, metric: Metric) -> float:
 
 
 def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *, resamples: int, seed: int) -> Array:
-    """The value of each resample of (S, n, d) statistics: (resamples,)."""
+    """Return the value of each resample of (S, n, d) statistics: (resamples,)."""
     if resamples < 1:
         raise ConfigError(f"A bootstrap needs at least 1 resample; found {resamples}.")
     trainings, _, width = stats.shape
@@ -143,7 +152,7 @@ def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *,
 
 
 def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each group is drawn, in blocks of (r, groups) that add up to (resamples, groups)."""
+    """Yield how often each resample draws each group, in blocks (r, groups) of a total of (resamples, groups)."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_SIZE // groups)
     for start in range(0, resamples, block):
@@ -153,7 +162,7 @@ def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
 
 
 def _group_sums(stats: Array, groups: Groups) -> tuple[Array, Array]:
-    """Sums of statistics (G, d) and numbers of samples (G,), in the order of the groups' names."""
+    """Return the sums of statistics (G, d) and the numbers of samples (G,) of the groups, sorted by name."""
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     columns = [np.bincount(codes, weights=column, minlength=len(names)) for column in stats.T]
     return np.stack(columns, axis=1), np.bincount(codes, minlength=len(names)).astype(np.float64)
@@ -164,9 +173,9 @@ def _has_spread(stats: Array, groups: Groups) -> bool:
 
 
 def _checked(stats: Array, groups: Groups) -> Array:
-    """The statistics as those of several trainings, (S, n, d)."""
+    """Return the statistics with a dimension for trainings, (S, n, d)."""
     trainings = stats[None] if stats.ndim == 2 else stats
     if trainings.ndim != 3 or trainings.shape[1] != len(groups) or not len(trainings):
-        shapes = f"({len(groups)}, d), or (S, {len(groups)}, d) of S trainings"
+        shapes = f"({len(groups)}, d), or (S, {len(groups)}, d) for S trainings"
         raise ShapeMismatch(f"Expected statistics of shape {shapes}; found {stats.shape}.")
     return trainings

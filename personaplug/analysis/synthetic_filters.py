@@ -1,7 +1,7 @@
-"""Filters of texts that a model wrote as training data: lengths, repeats, near copies, balance of labels.
+"""Filter texts that a model wrote as training data: by length, duplicates, near duplicates and label balance.
 
 Source: the filters of Zhao et al., "SELF-GUIDE: Better Task-Specific Instruction Following via Self-Synthetic
-Finetuning", arXiv 2407.12874, with a bound on each label's share and two bounds on likeness.
+Finetuning", arXiv 2407.12874. The bound on each label's share and the two bounds on similarity are added here.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from personaplug.analysis.words import unicode_words
 Vectors = npt.NDArray[np.float32]
 
 MAX_COMMON_WORDS = 0.8
-"""From this share of common words on, a text is a near copy of another one."""
+"""Two texts are near copies if the F1 of their words is at least this."""
 
 MAX_EXTRA_SHARE = 0.1
-"""How far the share of a label may exceed its share among the real answers."""
+"""The most by which a label's share may exceed its share among the real answers."""
 
-_WIDTH = 2.0  # standard deviations around a mean that hold the usual values
+_WIDTH = 2.0  # standard deviations around the mean
 _ROUNDING = 1e-9
 _SCALINGS, _TINY = 200, 1e-300
 
 
 @dataclass(frozen=True)
 class UsualRange:
-    """Values within two standard deviations of the mean of the real ones."""
+    """The range within two standard deviations of the mean of the real values."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class UsualRange:
 
 @dataclass
 class FilterReport:
-    """How many texts were written, and how many were left out by which filter, in the filters' order."""
+    """The number of texts that were written, and the number that each filter left out, in the filters' order."""
 
     written: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class FilterReport:
         return self.written - self.left_out.total()
 
     def lines(self) -> list[str]:
-        """Describe each filter: how many texts reached it, and how many it left out."""
+        """Return a line for each filter: how many texts it checked, and how many it left out."""
         lines, reached = [], self.written
         for reason, count in self.left_out.items():
             share = f" ({count / reached:.0%})" if reached else ""
@@ -68,7 +68,7 @@ class FilterReport:
 
 
 def words_key(text: str) -> str:
-    """Return a text without case, punctuation and blanks, to compare texts; signs alone are compared as they are."""
+    """Return the words of a text, in lower case, to compare texts; a text without words is returned stripped."""
     return " ".join(unicode_words(text)) or text.strip()
 
 
@@ -80,11 +80,11 @@ class RealTexts:
         self._counts = [Counter(key.split()) for key in sorted(self._keys)]
 
     def has(self, text: str) -> bool:
-        """True if a real text has the same words in the same order."""
+        """Return whether a real text has the same words in the same order."""
         return words_key(text) in self._keys
 
     def has_near_copy(self, text: str) -> bool:
-        """True if a real text and this one have most of their words in common, in any order."""
+        """Return whether a real text shares most of its words with this text, in any order."""
         words = Counter(words_key(text).split())
         return any(_common_words(words, other) >= MAX_COMMON_WORDS for other in self._counts)
 
@@ -96,7 +96,10 @@ def nearest_cosines(vectors: Vectors, others: Vectors) -> npt.NDArray[np.float64
 
 
 def lowest_usual_cosine(vectors: Vectors) -> float:
-    """Return the lowest usual cosine of a real text, a unit vector, to the real text next to it; -1 for one text."""
+    """Return the lower end of the usual range of cosines between a real text and its nearest real text.
+
+    The vectors have length 1. A single text returns -1.
+    """
     if len(vectors) < 2:
         return -1.0
     cosines = vectors @ vectors.T
@@ -105,26 +108,26 @@ def lowest_usual_cosine(vectors: Vectors) -> float:
 
 
 def balanced(labels: Sequence[str], shares: Mapping[str, float]) -> list[int]:
-    """Return the indices of the longest list in which no label exceeds its real share by more than the bound.
+    """Return the indices of the longest list in which no label exceeds its real share by more than MAX_EXTRA_SHARE.
 
-    Of a label that has too many, the last ones go.
+    If a label has too many texts, the last ones are left out.
     """
     counts = Counter(labels)
     while counts != (capped := _capped(counts, shares)):
         counts = capped
-    room, kept = Counter(counts), []
+    remaining, indices = Counter(counts), []
     for index, label in enumerate(labels):
-        if room[label] > 0:
-            kept.append(index)
-            room[label] -= 1
-    return kept
+        if remaining[label] > 0:
+            indices.append(index)
+            remaining[label] -= 1
+    return indices
 
 
 def with_shares(scores: npt.NDArray[np.float64], shares: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Return probabilities (n, C) from log-likelihoods, each label with a bias that gives it this mean probability.
+    """Return probabilities (n, C) from log-likelihoods, calibrated so that their mean over the texts is `shares`.
 
-    A model's preference for a label, whatever it is asked, cancels out. Source of the idea: Zhao et al., "Calibrate
-    Before Use", arXiv 2102.09690; the biases are found by iterative scaling.
+    A bias per label, found by iterative scaling, removes the model's preference for labels that does not depend on the
+    input. Source of the idea: Zhao et al., "Calibrate Before Use", arXiv 2102.09690.
     """
     present = np.flatnonzero(np.asarray(shares) > 0)
     wanted, logits = np.log(np.asarray(shares)[present]), scores[:, present]
@@ -137,8 +140,8 @@ def with_shares(scores: npt.NDArray[np.float64], shares: Sequence[float]) -> npt
 
 def _capped(counts: Counter[str], shares: Mapping[str, float]) -> Counter[str]:
     total = counts.total()
-    most = {label: math.floor((shares.get(label, 0.0) + MAX_EXTRA_SHARE) * total + _ROUNDING) for label in counts}
-    return Counter({label: min(count, most[label]) for label, count in counts.items()})
+    limits = {label: math.floor((shares.get(label, 0.0) + MAX_EXTRA_SHARE) * total + _ROUNDING) for label in counts}
+    return Counter({label: min(count, limits[label]) for label, count in counts.items()})
 
 
 def _common_words(left: Counter[str], right: Counter[str]) -> float:

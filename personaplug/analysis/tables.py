@@ -1,6 +1,6 @@
-"""Results as tables: their cells as text, and the sentences that explain them.
+"""Results as tables, with notes that explain them.
 
-Unknown values show as a dash, and a column that no row fills is left out.
+A dash stands for an unknown value. Empty columns are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def results_table(results: Results) -> str:
-    """Return results as text: what was run, a line per row, the comparisons, the notes."""
+    """Return results as Markdown: what was run, the tables, the notes."""
     facts, models = head(results)
     sections = [Section(text=facts, bullets=models)]
     sections += [Section(text=title and f"{title}:", table=table) for title, table in tables(results)]
@@ -28,7 +28,7 @@ def results_table(results: Results) -> str:
 
 
 def head(results: Results) -> tuple[str, list[str]]:
-    """Return what was run: the facts as one line, and a line for each model."""
+    """Return one line of facts about the run, and one line for each model."""
     about, sizes = results.about, {row.n for row in results.rows}
     evaluation = {"persona_scale": 1, "max_eval_history": -1, "item_kinds": "all"} | about.config.get("evaluation", {})
     persona_scale, max_history = evaluation["persona_scale"], evaluation["max_eval_history"]
@@ -47,63 +47,69 @@ def head(results: Results) -> tuple[str, list[str]]:
         "items shown at most": None if max_history < 0 else max_history,
         "seeds": ", ".join(map(str, about.seeds)),
     }
-    first = " · ".join(f"{name} {one_line(value)}" for name, value in facts.items() if value not in (None, ""))
+    line = " · ".join(f"{name} {one_line(value)}" for name, value in facts.items() if value not in (None, ""))
     models = {"model": about.model, "encoder": about.encoder}
-    return first, [f"{name}: {one_line(value)}" for name, value in models.items() if value]
+    return line, [f"{name}: {one_line(value)}" for name, value in models.items() if value]
 
 
 def tables(results: Results) -> list[tuple[str, Table]]:
-    """Return the tables of results with their titles; the first, of the scores, has none."""
+    """Return the tables with their titles; the table of scores comes first and has an empty title."""
     named = [("Rates and costs", _rates_and_costs(results)), ("Comparisons", _comparisons(results))]
     scores = [("", _scores(results))] if results.rows else []
     return scores + [pair for pair in [*named, *_subgroups(results)] if pair[1].lines and len(pair[1].titles) > 1]
 
 
 def notes(results: Results) -> list[str]:
-    """Return what must be known to read the tables, a line each."""
+    """Return the notes of the results, and an explanation of each column that needs one."""
     pairs = results.pairs
     has_spread = any(row.seed_spread for row in results.rows)
     has_user_averages = any(_per_user(row, users=results.about.users) for row in results.rows)
     has_gains = any(results.is_personal_gain(pair.a, pair.b) for pair in pairs)
     has_holm = any(pair.p_holm is not None for pair in pairs)
     explanations = {
-        "± seeds: standard deviation between trainings with different seeds.": has_spread,
-        "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their mean; "
-        "elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
-        "stand.": any(map(has_estimate, results.metric_names)),
-        "choice: how often the right answer is likelier per token than each rejected one; margin: by how many nats, on "
-        "average, than the best of them.": "choice" in results.metric_names,
-        "divergence: how far next tokens are from the plain model's along its own answers, as KL(plain ‖ row), in nats "
-        "per token.": "divergence" in results.metric_names,
-        "per user: the score of each user, averaged, so that each counts once; others count each "
-        "sample.": has_user_averages,
-        "A positive advantage: the first method is better, whatever the metric's direction.": bool(pairs),
-        "Personal gain: what a user's own history gains over a stranger's.": has_gains,
-        "Holm p: corrected by Holm's rule, metric by metric, over a family of comparisons (personal gains; against "
-        "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": has_holm,
-        f"p is not corrected for the {len(pairs)} comparisons shown.": len(pairs) > 1 and not has_holm,
-        "McNemar p: of several seeds the lowest and the highest; it takes samples for independent, so where users "
-        "have several, p is the one to trust.": any(_mcnemar_cell(pair) for pair in pairs),
+        "± seeds: standard deviation over training seeds.": has_spread,
+        "@median, @mean: the prediction is the median of the label probabilities, or the label nearest to their mean. "
+        "Other metrics score the likeliest label. If a row has no probabilities, all metrics score the same "
+        "predictions.": any(map(has_estimate, results.metric_names)),
+        "choice: share of the samples whose right answer is likelier per token than every rejected answer. margin: "
+        "log-probability per token of the right answer minus that of the best rejected answer, in nats, averaged over "
+        "samples.": "choice" in results.metric_names,
+        "divergence: KL(plain ‖ row) of the next token, averaged over the tokens of the plain model's answers, in "
+        "nats.": "divergence" in results.metric_names,
+        "per user: mean of the users' scores, so that each user counts once. In other columns each sample counts "
+        "once.": has_user_averages,
+        "Advantage: positive if the first method is better, for every metric.": bool(pairs),
+        "Personal gain: advantage of the user's own history over another user's history.": has_gains,
+        "Holm p: p corrected by Holm's method, for each metric and each family of comparisons. The families are: "
+        "personal gains; against plain; against instruction-only; gains of rows without a language model; all "
+        "others. The column p is not corrected.": has_holm,
+        f"p is not corrected for the number of comparisons, {len(pairs)}.": len(pairs) > 1 and not has_holm,
+        "McNemar p: the lowest and the highest over the seeds. McNemar's test assumes independent samples. If users "
+        "have several samples, rely on p instead.": any(_mcnemar_cell(pair) for pair in pairs),
     }
-    shown = [text for text, applies in explanations.items() if applies]
-    return [one_line(line) for line in [*results.about.notes, *shown]]
+    explained = [text for text, applies in explanations.items() if applies]
+    return [one_line(line) for line in [*results.about.notes, *explained]]
 
 
 def set_names(results_list: Sequence[Results]) -> list[str]:
-    """Return a name for each of several results: its set, or task; told apart by variant, experiment or position."""
+    """Return a unique name for each of several results: its set or task, with variant, experiment, split or position.
+
+    These are added only if two results would have the same name.
+    """
     abouts = [results.about for results in results_list]
     names = [one_line(about.set or about.task or ABSENT) for about in abouts]
     for key in ("variant", "experiment", "split"):
         labels = [one_line(getattr(about, key)) for about in abouts]
-        # A label that all namesakes share does not tell them apart.
-        labels_of = Counter(name for name, _ in set(zip(names, labels, strict=True)))
-        names = [f"{n} ({label})" if labels_of[n] > 1 and label else n for n, label in zip(names, labels, strict=True)]
+        # A label that all results of a name share does not distinguish them.
+        label_counts = Counter(name for name, _ in set(zip(names, labels, strict=True)))
+        pairs = zip(names, labels, strict=True)
+        names = [f"{name} ({label})" if label_counts[name] > 1 and label else name for name, label in pairs]
     counts = [(names.count(name), names[: index + 1].count(name)) for index, name in enumerate(names)]
     return [f"{name} #{nth}" if count > 1 else name for name, (count, nth) in zip(names, counts, strict=True)]
 
 
 def metric_title(metric: str) -> str:
-    """Return a metric's name with its direction."""
+    """Return a metric's name with an arrow for its direction."""
     kind = metric_class(metric)
     return metric if kind is None else f"{metric} {'↑' if kind.greater_is_better else '↓'}"
 
@@ -116,7 +122,7 @@ def score_cell(row: ResultRow | None, metric: str) -> str | None:
 
 
 def gain_cell(pair: Comparison | None) -> str | None:
-    """Return a difference with its interval and p; the p says so if it is corrected by Holm."""
+    """Return a difference with its interval and its p or Holm p."""
     if pair is None:
         return None
     p = p_cell(pair.deciding_p)
@@ -132,17 +138,17 @@ def difference_cell(pair: Comparison) -> str:
 
 
 def p_title(pair: Comparison) -> str:
-    """Return the name of the p that decides: "Holm p" if it is corrected."""
+    """Return "Holm p" if the comparison has a corrected p, else "p"."""
     return "p" if pair.p_holm is None else "Holm p"
 
 
 def p_cell(p: float | None) -> str | None:
     """Return a p with three digits."""
-    return _cell(p, lambda known: "< 0.001" if known < 0.001 else number_cell(known))
+    return _cell(p, lambda value: "< 0.001" if value < 0.001 else number_cell(value))
 
 
 def rate_columns(rows: Sequence[ResultRow]) -> list[Column]:
-    """Return the columns of what went wrong in which share of the predictions, prompts and histories."""
+    """Return the shares of predictions, prompts and histories that are invalid, cut or missing, as columns."""
     diagnostics = [row.diagnostics for row in rows]
     return [
         ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
@@ -154,7 +160,7 @@ def rate_columns(rows: Sequence[ResultRow]) -> list[Column]:
 
 
 def work_columns(rows: Sequence[ResultRow]) -> list[Column]:
-    """Return the columns of what the predictions took, and of what a method costs beyond the plain model."""
+    """Return the columns of prompt lengths, run time, and costs beyond those of the plain model."""
     diagnostics = [row.diagnostics for row in rows]
     return [
         ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
@@ -164,7 +170,7 @@ def work_columns(rows: Sequence[ResultRow]) -> list[Column]:
 
 
 def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
-    """Return the columns of what a method costs beyond the plain model."""
+    """Return the columns of costs beyond those of the plain model."""
     return [
         ("extra prompt tokens", [_cell(d.extra_prompt_tokens, _amount) for d in diagnostics]),
         ("bytes per user", [_cell(d.bytes_per_user, _bytes) for d in diagnostics]),
@@ -211,15 +217,15 @@ def _comparisons(results: Results) -> Table:
         pairs = [lines[names].get(metric) for names in ordered]
         columns += [
             (f"{metric_title(metric)} advantage", [_cell(pair, difference_cell) for pair in pairs]),
-            ("p", [_cell(pair, lambda known: p_cell(known.p)) for pair in pairs]),
-            ("Holm p", [_cell(pair, lambda known: p_cell(known.p_holm)) for pair in pairs]),
+            ("p", [_cell(comparison, lambda pair: p_cell(pair.p)) for comparison in pairs]),
+            ("Holm p", [_cell(comparison, lambda pair: p_cell(pair.p_holm)) for comparison in pairs]),
             ("McNemar p", [_cell(pair, _mcnemar_cell) for pair in pairs]),
         ]
     return Table.from_columns(columns)
 
 
 def _subgroups(results: Results) -> list[tuple[str, Table]]:
-    """The leading metric and the personal gains, a column per subgroup."""
+    """Return a table of the leading metric and one of the personal gains, each with a column per subgroup."""
     subgroups, metric = results.subgroups, results.leading_metric
     if not subgroups or not metric:
         return []
@@ -228,7 +234,7 @@ def _subgroups(results: Results) -> list[tuple[str, Table]]:
     titles = [f"{s.name} (n = {n.pop()})" if len(n) == 1 else s.name for s, n in zip(subgroups, sizes, strict=True)]
     scores = [[score_cell(subgroup.by_name.get(name), metric) for name in names] for subgroup in subgroups]
     gains = [[gain_cell(subgroup.personal_gains(metric).get(name)) for name in names] for subgroup in subgroups]
-    # Every subgroup keeps its column of gains, so that a curve without a gain at one point shows the gap.
+    # An empty column of gains stays, so that a curve shows the gap.
     lines = tuple(zip(names, *gains, strict=True))
     score_table = Table.from_columns([("method", names), *zip(titles, scores, strict=True)])
     return [
@@ -238,13 +244,13 @@ def _subgroups(results: Results) -> list[tuple[str, Table]]:
 
 
 def _per_user(row: ResultRow, *, users: int | None) -> dict[str, float]:
-    """The averages over users, if they differ from those over samples."""
+    """Return the finite averages over users, unless each user has one sample."""
     has_several = users is None or row.n is None or row.n > users
     return {name: value for name, value in row.per_user.items() if has_several and math.isfinite(value)}
 
 
-def _cell(value: T | None, form: Callable[[T], str | None]) -> str | None:
-    return None if value is None else form(value)
+def _cell(value: T | None, to_text: Callable[[T], str | None]) -> str | None:
+    return None if value is None else to_text(value)
 
 
 def _mcnemar_cell(pair: Comparison) -> str | None:
@@ -258,10 +264,10 @@ def _range(ends: Sequence[float] | None, form: str = ".3f") -> str:
 
 
 def number_cell(value: float, form: str = ".3f") -> str:
-    """Return a number in a format; very large ones with three digits, infinite ones and NaN as words."""
+    """Return a number in a format; numbers from a million on with three digits, infinity and NaN as words."""
     if not math.isfinite(value):
         return str(value)
-    # The error of an unclipped rating can be 1e30; thirty digits would wreck the table.
+    # The error of an unclipped rating can be 1e30, and thirty digits would make the table too wide.
     return format(value, form if abs(value) < 1e6 else ".3g")
 
 
@@ -269,7 +275,7 @@ _amount, _share = partial(number_cell, form=",.1f"), partial(number_cell, form="
 
 
 def _bytes(value: float) -> str:
-    """A size in the largest unit that leaves at least 1 before the point: "1.2 KB"."""
+    """Return a size in the largest unit in which it is at least 1: "1.2 KB"."""
     if not math.isfinite(value) or value < 999.5:
         return f"{number_cell(value, '.0f')} B"
     power = next((power for power in (1, 2) if value / 1000**power < 999.95), 3)
@@ -277,5 +283,5 @@ def _bytes(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    """Three digits at most, since adding a user takes from a millisecond to an hour."""
+    """Return seconds with three digits: adding a user takes from a millisecond to an hour."""
     return number_cell(value, ",.0f" if math.isfinite(value) and value >= 99.95 else ".3g")

@@ -1,4 +1,4 @@
-"""Results for a terminal: the verdict, then one table with as many columns as fit its width.
+"""Results for a terminal: the verdict, then one table with the columns that fit its width.
 
 Markdown, HTML and JSON hold all columns and comparisons.
 """
@@ -25,17 +25,17 @@ from personaplug.analysis.tables import (
 )
 from personaplug.analysis.verdict import verdict
 
-_WIDTH = 80  # if the width is unknown
+_DEFAULT_WIDTH = 80
 _MIN_WIDTH = 40
-_MIN_USERS = 20  # whose resamples give intervals
-_NAME_SHARE = 0.3  # of the width; longer names go on in a second line
+_MIN_USERS = 20  # with fewer users, bootstrap intervals are too narrow
+_NAME_SHARE = 0.3  # of the width; longer names continue on a second line
 _NEVER_SHOWN = ("± seeds", "per user", "McNemar p")
 _ZERO = "0.0%"
 
 
 def terminal_text(results: Results, *, width: int | None = None) -> str:
-    """Return results as lines of at most this width, from 40 on; None = the terminal's, or that of COLUMNS."""
-    width = max(_MIN_WIDTH, width or shutil.get_terminal_size((_WIDTH, 24)).columns)
+    """Return results as lines of at most `width` characters, 40 or more; None = the width of the terminal."""
+    width = max(_MIN_WIDTH, width or shutil.get_terminal_size((_DEFAULT_WIDTH, 24)).columns)
     facts, models = head(results)
     table, left_out = _fitted(results, width)
     blocks = [
@@ -51,27 +51,27 @@ def _caution(results: Results) -> list[str]:
     users = results.about.users
     if users is None or users >= _MIN_USERS:
         return []
-    return [f"With {users} users, intervals and p-values say little; test on {_MIN_USERS} users or more."]
+    return [f"{users} users are too few for reliable intervals and p-values. Test on {_MIN_USERS} users or more."]
 
 
 def _fitted(results: Results, width: int) -> tuple[str, list[str]]:
-    """Return the table of the columns that fit, and the titles of the others."""
+    """Return a table of the columns that fit, and the titles of the other columns."""
     if not results.rows:
         return "", []
     names, *columns = _columns(results)
     name_width = int(width * _NAME_SHARE)
     table = _with_wrapped_names(Table.from_columns([names]), name_width)
-    shown = [names]
+    fitting = [names]
     for column in columns:
-        candidate = _with_wrapped_names(Table.from_columns([*shown, column]), name_width)
+        candidate = _with_wrapped_names(Table.from_columns([*fitting, column]), name_width)
         if _width_of(candidate) > width:
             break
-        table, shown = candidate, [*shown, column]
-    return table.to_text(), [title for title, _ in columns[len(shown) - 1 :]]
+        table, fitting = candidate, [*fitting, column]
+    return table.to_text(), [title for title, _ in columns[len(fitting) - 1 :]]
 
 
 def _columns(results: Results) -> list[Column]:
-    """Return the columns that hold something, the most important first."""
+    """Return the columns that are not empty, the most important first."""
     rows, (metric, *others) = results.rows, results.metric_names or [""]
     gains = results.personal_gains(metric)
     pairs = [gains.get(row.name) for row in rows]
@@ -88,12 +88,12 @@ def _columns(results: Results) -> list[Column]:
 
 
 def _notes(results: Results, left_out: Sequence[str]) -> Iterator[str]:
-    """Yield where the columns are that are left out, and what must be known to read the others."""
+    """Yield where to find the hidden columns, and explanations of the shown ones."""
     hidden = {title.split()[0] for title in left_out}
-    shown = [name for name in results.metric_names if name not in hidden]
+    shown_metrics = [name for name in results.metric_names if name not in hidden]
     unused = [*_NEVER_SHOWN, *(f"{name}:" for name in ("choice", "divergence") if name in hidden)]
-    unused += [] if any(map(has_estimate, shown)) else ["@median"]
-    reason = f"Left out for lack of width: {', '.join(left_out)}. " if left_out else ""
+    unused += [] if any(map(has_estimate, shown_metrics)) else ["@median"]
+    reason = f"Columns that do not fit the terminal: {', '.join(left_out)}. " if left_out else ""
     yield f"{reason}All metrics, intervals, comparisons and costs are in the results file (JSON)."
     yield from (note for note in notes(results) if not note.startswith(tuple(unused)))
 
@@ -107,7 +107,7 @@ def _wrapped(lines: Sequence[str], width: int) -> str:
 
 
 def _with_wrapped_names(table: Table, width: int) -> Table:
-    """Continue long cells of the first column on lines of their own."""
+    """Continue long cells of the first column on further lines."""
     lines: list[tuple[str | None, ...]] = []
     for name, *cells in table.lines:
         first, *rest = textwrap.wrap(name or ABSENT, width)

@@ -1,7 +1,7 @@
 """The verdict on a table: is its main row personal, better than no history, better than rivals that cost nothing?
 
-Each sentence begins with *Yes*, *No* or *Not shown*, from the paired bootstrap over users that the results hold: p is
-below .05 and the main row is better, or below .05 and worse, or not below .05. *Not measured* names the missing row.
+Each answer uses the p of the paired bootstrap over users. *Yes*: the main row is better, with p below .05. *No*: it is
+worse, with p below .05. *Not shown*: p is .05 or more. *Not measured*: the answer names the row to add.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ _LABEL_COUNTS, _MAJORITY = "instruction+labels", "user-majority"
 
 
 def verdict(results: ResultPart) -> list[str]:
-    """Return the sentences about the leading metric; none of a single row that uses no history, or without metrics."""
+    """Return a sentence for each question about the leading metric.
+
+    Return none without metrics, or for a single row that uses no history.
+    """
     if not results.leading_metric:
         return []
     main = main_row([row.method for row in results.rows])
     if main is None:
-        no_row = "Is it personal? Not measured: no row uses the user's own history. Add the row plug to --methods."
-        return [no_row] if len(results.rows) > 1 else []
+        sentence = "Is it personal? Not measured: no row uses the user's own history. Add the row plug to --methods."
+        return [sentence] if len(results.rows) > 1 else []
     judge = _Judge(results, main)
     return [judge.is_personal(), judge.beats_no_history(), judge.beats_free_rivals()]
 
 
 def ranked_rows(results: ResultPart, metric: str) -> list[ResultRow]:
-    """Return the rows with a finite score, the best first, without controls and what simulated users allow."""
+    """Return the rows with a finite score, best first, without controls and oracles."""
     kind = metric_class(metric)
     rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
     rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
@@ -38,9 +41,9 @@ def ranked_rows(results: ResultPart, metric: str) -> list[ResultRow]:
 
 
 def clear_best(results: ResultPart) -> str | None:
-    """Return the row that is significantly better than the second best; None if no row is shown to be.
+    """Return the best row if it is significantly better than the second best, else None.
 
-    Rows that the file does not compare must have intervals that do not overlap.
+    If the results do not compare the two rows, their intervals must not overlap.
     """
     metric = results.leading_metric
     rows = ranked_rows(results, metric)
@@ -49,8 +52,9 @@ def clear_best(results: ResultPart) -> str | None:
     best, second = rows[:2]
     if pair := results.comparison(best.name, second.name, metric):
         return best.name if pair.is_significant else None
-    ends, others = best.interval(metric), second.interval(metric)
-    return best.name if ends and others and (ends[0] > others[1] or others[0] > ends[1]) else None
+    ends, second_ends = best.interval(metric), second.interval(metric)
+    is_apart = ends and second_ends and (ends[0] > second_ends[1] or second_ends[0] > ends[1])
+    return best.name if is_apart else None
 
 
 class _Judge:
@@ -77,7 +81,7 @@ class _Judge:
         return self._answer(question, best, add=self._free_rows(), remark=remark) + self._counts_hint()
 
     def _answer(self, question: str, rival: ResultRow | None, *, add: str, remark: str = "") -> str:
-        """Answer a question by the comparison with a rival; without a rival, name the rows to add."""
+        """Answer a question with the comparison to a rival; without a rival, name the rows to add."""
         if rival is None:
             rows = "rows" if "," in add else "row"
             return f"{question} Not measured: add the {rows} {add} to --methods."
@@ -95,14 +99,14 @@ class _Judge:
         return number_cell(self.results.by_name[name].metrics[self.metric])
 
     def _free_rows(self) -> str:
-        """The rows to add to a table without free rivals."""
+        """Return the rows to add to a table without free rivals."""
         kind = metric_class(self.metric)
         if kind is not None and kind.needs_scale:
             return "user-mean,user-median,user-majority"
         return "user-majority,classical" if kind is not None and kind.needs_labels else "copy,user-words"
 
     def _counts_hint(self) -> str:
-        """How to add the row that counts labels beside trained tokens, if the user's items hold labels."""
+        """Tell how to add the row that combines the plug with label counts, if the users' items have labels."""
         if _MAJORITY not in self.results.by_name or _LABEL_COUNTS in self.results.by_name:
             return ""
         return f" To add {_LABEL_COUNTS}, train it first: personaplug train --methods {_LABEL_COUNTS}."
@@ -117,5 +121,5 @@ def _word(pair: Comparison) -> str:
 def _advantage(pair: Comparison) -> str:
     if pair.deciding_p is None or math.isnan(pair.deciding_p):
         difference = number_cell(pair.difference, "+z.3f")
-        return f"advantage {difference} without a p, which needs finite scores of two users or more"
+        return f"advantage {difference}, without a p: it needs finite scores of at least two users"
     return f"advantage {gain_cell(pair)}"

@@ -1,4 +1,4 @@
-"""Words of a text: those of English, as ROUGE's usual code finds them, and those of any script; words in common."""
+"""Split texts into words, in English or in any script, and measure the words that two texts share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# Scripts that put no blanks between words, or not between all: each letter with its marks is a word.
+# Scripts without blanks between words, or with few: each letter with its marks is a word.
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Myanmar
@@ -18,21 +18,22 @@ _UNSPACED = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
-_JOINERS = "\u200c\u200d"  # inside words of Persian and of Indian scripts
+_JOINERS = "\u200c\u200d"  # occur inside words of Persian and of Indian scripts
 
 
 def ascii_words(text: str) -> list[str]:
-    """Return the lower-cased runs of a-z and 0-9, as Google's `rouge_score` does without stemmer."""
+    """Return the lower-cased runs of a-z and 0-9, as Google's `rouge_score` does without a stemmer."""
     return re.findall("[a-z0-9]+", text.lower())
 
 
 def unicode_words(text: str) -> list[str]:
-    """Return the runs of letters, marks and digits, case-folded; letters of Chinese, Japanese, Thai, … one by one.
+    """Return the case-folded runs of letters, marks and digits; letters of Chinese, Japanese, Thai, … one by one.
 
-    Equal forms of a character (NFKC) are equal. Of an ASCII text, the words are those of `ascii_words`.
+    The text is normalized (NFKC) first. ASCII texts have the same words as with `ascii_words`.
     """
     words: list[str] = []
-    is_inside = can_grow = False  # whether the last character was of a word; whether the word takes in letters
+    is_inside = False  # whether the last character belongs to a word
+    can_grow = False  # whether that word may continue with a letter
     for char in unicodedata.normalize("NFKC", text).casefold():
         kind = unicodedata.category(char)[0]
         if kind not in "LMN":
@@ -48,7 +49,7 @@ def unicode_words(text: str) -> list[str]:
 
 
 def is_read_by_ascii_words(text: str) -> bool:
-    """Return whether at least half of a text's letters are from a to z; True for a text without letters."""
+    """Return whether at least half of a text's letters are a to z; True for a text without letters."""
     if text.isascii():
         return True
     letters = [char.isascii() for char in text if char.isalpha()]
@@ -63,7 +64,7 @@ def _is_unspaced(char: str) -> bool:
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
-    Each row of the usual table is one integer with a zero bit where the row steps up by one.
+    Each row of the dynamic programming table is one integer. A zero bit marks each position at which the row increases.
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
     """

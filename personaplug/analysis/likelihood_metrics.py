@@ -34,7 +34,7 @@ class NegativeLogLikelihood(_PerToken):
 
 
 class Divergence(_PerToken):
-    """The distance of a row from the plain model on the plain model's answers, in nats per token; 0 for the row `plain`.
+    """The distance of a row from the plain model on that model's answers, in nats per token; 0 for the row `plain`.
 
     All rows are compared on the same text: the plain model's greedy answer to the bare prompt, up to 32 tokens. The
     value is the mean over its tokens of KL(plain ‖ row) = Σ_v p(v) · log(p(v) / q(v)). Here p is the plain model's

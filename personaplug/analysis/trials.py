@@ -168,7 +168,7 @@ class TrialFile:
 
 
 def number_users(owners: Sequence[str]) -> list[int]:
-    """Replace users by numbers in order of appearance, so that samples of one user stay together without the user's id."""
+    """Replace users by numbers in order of appearance. Samples keep a common user, but not the user's id."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(owner, len(numbers)) for owner in owners]
 

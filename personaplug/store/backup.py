@@ -1,6 +1,6 @@
-"""Backups of a store in SQLite: one file with a checksum, made while the store is in use, and the way back.
+"""Back up a store in SQLite into one file with a checksum, while the store is in use, and restore it.
 
-To copy the database's file is not enough: its latest rows may stand in the write-ahead log beside it.
+A copy of the database's file is not enough, because its latest rows may still be in the write-ahead log.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from personaplug.store.refill import copy_erasures, user_pages
 _KIND = "personaplug backup 1"
 _LONGEST_HEADER = 1000
 _CHUNK_BYTES = 2**20
-_LOGS = ("-wal", "-journal", "-shm")  # of an earlier file of that name; SQLite would write their rows into the new one
+_LOGS = ("-wal", "-journal", "-shm")  # of an earlier file with this name; SQLite would apply them to the new file
 
 
 def back_up(store: HistoryStore, target: Path) -> None:
-    """Write all of a store into a new file: a line that describes it, then a SQLite database.
+    """Write a store into a new file: a header line in JSON, then a SQLite database.
 
     Raises:
-        StorageError: if the store is damaged; then there is no file.
+        StorageError: if the store is damaged; no file is written.
         ConfigError: if the store is in PostgreSQL, or the file exists.
     """
     source = store.database.file
     if source is None:
-        raise ConfigError("PostgreSQL has its own backups: pg_dump --format=custom --file=FILE URL")
+        raise ConfigError("Only stores in SQLite can be backed up here; run pg_dump --format=custom --file=FILE URL")
     _check_is_new(target)
     verify(store)
     with _temporary(target) as copy, _temporary(target) as whole:
@@ -51,17 +51,17 @@ def back_up(store: HistoryStore, target: Path) -> None:
 
 
 def restore(backup: Path, target: Path, *, secret: Path | None, current: HistoryStore | None) -> None:
-    """Make a store in SQLite from a backup.
+    """Create a store in SQLite from a backup.
 
     Args:
         target: the store's file, which must not exist.
         secret: file of the store's secret; None = the file beside the target.
-        current: the store in use until now; whoever was erased from it is erased from the new one too.
+        current: the store in use until now; users who were erased from it are erased from the new store too.
     Raises:
-        StorageError: if the backup is not as it was written.
+        StorageError: if the backup is damaged.
     """
     if not backup.exists() or backup.is_dir():
-        raise MissingData(f"There is no backup at {backup}: name a file that `personaplug backup` has made.")
+        raise MissingData(f"There is no backup at {backup}. Name a file that `personaplug backup` wrote.")
     _check_is_new(target)
     for ending in _LOGS:
         _check_is_new(target.with_name(target.name + ending))
@@ -70,19 +70,19 @@ def restore(backup: Path, target: Path, *, secret: Path | None, current: History
         with storage_errors(backup), backup.open("rb") as content, copy.open("wb") as file:
             header = _read_header(content, backup)
             if _copy(content, file) != header["sha256"] or file.tell() != header["bytes"]:
-                raise StorageError(f"The backup {backup} is damaged: it is not as it was written. Use another one.")
+                raise StorageError(f"The backup {backup} is damaged: its checksum does not match. Use another backup.")
             os.fsync(file.fileno())
         with closing(HistoryStore.open(copy, secret=secret)) as store:
             if current is not None:
                 copy_erasures(current, store)
             verify(store)
         with closing(sqlite3.connect(copy)) as database:
-            database.execute("PRAGMA journal_mode=DELETE")  # all in one file
+            database.execute("PRAGMA journal_mode=DELETE")  # leaves no log beside the file
         copy.rename(target)
 
 
 def verify(store: HistoryStore) -> None:
-    """Read all that is stored; raise StorageError if anything is not as it was written."""
+    """Read all users' items and their checksums; raise StorageError if one is damaged."""
     for _, users in user_pages(store):
         for user in users:
             store.load_history(user.tenant, user.user_id)
@@ -96,7 +96,7 @@ def _copy_database(source: Path, copy: Path) -> None:
             closing(sqlite3.connect(copy)) as new,
         ):
             old.backup(new)
-            new.execute("PRAGMA journal_mode=DELETE")  # all in one file
+            new.execute("PRAGMA journal_mode=DELETE")  # leaves no log beside the file
             problems = new.execute("PRAGMA integrity_check(1)").fetchall()
     except sqlite3.Error as error:
         raise StorageError(f"{source} could not be copied ({type(error).__name__}): {error}") from None
@@ -110,12 +110,12 @@ def _read_header(content: BinaryIO, backup: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("kind") != _KIND or header.keys() < {"bytes", "sha256"}:
-        raise StorageError(f"{backup} is not a backup that `personaplug backup` has made, or it is damaged.")
+        raise StorageError(f"{backup} is not a backup from `personaplug backup`, or it is damaged. Use another backup.")
     return header
 
 
 def _copy(content: BinaryIO, target: BinaryIO | None) -> str:
-    """Copy the rest of a file, if there is a target, and return its SHA-256."""
+    """Copy the rest of a file to the target, and return its SHA-256; None = only compute the SHA-256."""
     digest = hashlib.sha256()
     while chunk := content.read(_CHUNK_BYTES):
         digest.update(chunk)
@@ -126,12 +126,12 @@ def _copy(content: BinaryIO, target: BinaryIO | None) -> str:
 
 def _check_is_new(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        raise ConfigError(f"{path} exists, and is not replaced: name another file, or move it away.")
+        raise ConfigError(f"{path} already exists. Name another file, or move the existing file away.")
 
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a private empty file in a new folder beside the target; remove both in the end."""
+    """Yield a private empty file in a new folder beside the target; remove both at the end."""
     folder = target.absolute().with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     with storage_errors(target):
         make_private_folder(folder)

@@ -1,4 +1,4 @@
-"""SQLite or PostgreSQL through SQLAlchemy: connections, transactions, and errors without user text."""
+"""Access SQLite or PostgreSQL through SQLAlchemy. Error messages contain no user text."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _RETRY_PAUSE_S = 0.01
 WAIT_S = 10.0
-_LOCK_MARGIN_S = 2.0  # the server itself ends a wait for a lock after `wait_s`
-_REST_S = 2.0  # after a server did not answer, how long others are refused without asking it
+_LOCK_MARGIN_S = 2.0  # added to `wait_s`, after which the server itself ends a wait for a lock
+_REST_S = 2.0  # how long calls fail at once after the server did not answer
 _PRAGMAS = (
     "page_size=8192",
-    "cell_size_check=ON",  # notice damaged pages
+    "cell_size_check=ON",  # detects damaged pages
     "journal_mode=WAL",
-    "wal_autocheckpoint=1",  # after each commit, so that a copy of the main file alone lacks as little as possible
+    "wal_autocheckpoint=1",  # after each commit, so that a copy of the main file lacks as few rows as possible
     "synchronous=FULL",  # in WAL mode, a lower level may lose acknowledged commits
-    "secure_delete=ON",  # overwrite removed rows and freed pages
-    "temp_store=MEMORY",  # no user data in files beside the database
+    "secure_delete=ON",  # overwrites removed rows and freed pages
+    "temp_store=MEMORY",  # keeps user data out of temporary files
 )
 
 
@@ -49,10 +49,10 @@ class Database:
 
     Args:
         location: a path or `sqlite:///…` URL of a file, or a `postgresql://…` URL.
-        connections: largest number of open connections. They are opened on demand and never used after a fork.
-        wait_s: seconds to wait for a connection or a lock. A PostgreSQL that sends nothing for longer is given up.
+        connections: largest number of open connections. They are opened on demand. A forked process opens new ones.
+        wait_s: seconds to wait for a connection, a lock, or an answer of the PostgreSQL server.
     Attributes:
-        file: SQLite's file, or None.
+        file: SQLite's file; None for PostgreSQL.
     """
 
     def __init__(self, location: str | Path, *, connections: int = 8, wait_s: float = WAIT_S) -> None:
@@ -61,7 +61,7 @@ class Database:
         self.wait_s, self._connections = wait_s, connections
         self._pid, self._engine = os.getpid(), self._create_engine()
         self._inherited: list[Engine] = []
-        self._file_id: tuple[int, int] | None = None  # of SQLite's file since it was opened first
+        self._file_id: tuple[int, int] | None = None  # device and inode of SQLite's file when it was first opened
         self._silent_until = 0.0
 
     @property
@@ -71,19 +71,19 @@ class Database:
 
     @contextlib.contextmanager
     def read_transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one snapshot, whatever is committed meanwhile."""
+        """Open a transaction that sees one snapshot, without later commits."""
         options: dict[str, Any] = {} if self.file else {"isolation_level": "REPEATABLE READ"}
         with self._connect(options) as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def write_transaction(self) -> Iterator[Connection]:
-        """Open a transaction that is on disk when the block ends, and rolled back on an error."""
+        """Open a transaction that is on disk when the block ends; an error rolls it back."""
         with self._connect({"personaplug_writes": True}) as connection, connection.begin():
             yield connection
 
     def indexes_fit(self, table: str) -> bool:
-        """Return False if an index of a SQLite table does not find its rows; 3 µs a row. PostgreSQL is not asked."""
+        """Return whether the indexes of a SQLite table match its rows, in 3 µs per row. Return True for PostgreSQL."""
         if self.file is None:
             return True
         with self.read_transaction() as connection:
@@ -94,7 +94,7 @@ class Database:
         return self._connect({"isolation_level": "AUTOCOMMIT"}, is_patient=True)
 
     def ping(self, *, timeout_s: float = 3) -> None:
-        """Ask the database for an answer over a connection of its own; raise StorageError if there is none in time."""
+        """Query the database over a new connection; raise StorageError if it does not answer in time."""
         try:
             if self.file:
                 self._check_file(self.file)
@@ -117,7 +117,7 @@ class Database:
     @contextlib.contextmanager
     def _connect(self, options: dict[str, Any], *, is_patient: bool = False) -> Iterator[Connection]:
         if time.monotonic() < self._silent_until:
-            raise StorageError(f"The store {self} did not answer a moment ago. Try again in some seconds.")
+            raise StorageError(f"The store {self} did not answer a moment ago. Try again in a few seconds.")
         try:
             with (
                 self._file_errors(),
@@ -132,25 +132,25 @@ class Database:
 
     @contextlib.contextmanager
     def _file_errors(self) -> Iterator[None]:
-        """Turn errors of SQLite's file into StorageError; before it is opened first, make it private."""
+        """Convert errors of SQLite's file to StorageError; before the first opening, make the file private."""
         if self.file is None:
             yield
             return
         if self._file_id is None:
             make_private_folder(self.file.parent)
             ensure_private(self.file)
-            for beside in ("-wal", "-shm"):  # SQLite gives them the rights of the file
+            for ending in ("-wal", "-shm"):  # SQLite creates them with the permissions of the main file
                 with contextlib.suppress(FileNotFoundError):
-                    restrict(self.file.with_name(self.file.name + beside))
+                    restrict(self.file.with_name(self.file.name + ending))
         self._check_file(self.file)
         with storage_errors(self.file):
             yield
 
     def _check_file(self, file: Path) -> None:
-        """Check that the file is still the one that was opened first.
+        """Check that the path still has the file that was first opened.
 
-        SQLite would go on with a file that was removed or replaced: what it writes there is lost, and whom it erases
-        there stays in the file that took its place.
+        SQLite continues to use a file after it is removed or replaced. Its writes would be lost, and erased users would
+        stay in the new file.
         """
         try:
             status = file.stat()
@@ -160,23 +160,26 @@ class Database:
         self._file_id = self._file_id or file_id
         if file_id != self._file_id:
             raise StorageError(
-                f"The file of the store {self} was replaced while it was in use. Restart the server, or open the store "
-                f"again."
+                f"The file of the store {self} was replaced while the store was open. Restart the server, or open the "
+                f"store again."
             )
 
     @contextlib.contextmanager
     def _limited_waits(self, connection: Connection, *, is_patient: bool) -> Iterator[None]:
-        """Let a connection to PostgreSQL wait for locks, and for long statements, but not for a silent server."""
+        """Limit the time that a connection to PostgreSQL waits for a silent server.
+
+        With `is_patient`, a long statement may take longer if the server still answers other connections.
+        """
         if self.file:
             yield
             return
         driver: Any = connection.connection.dbapi_connection
-        usual = driver.silence_s
-        driver.silence_s, driver.is_patient = (usual if is_patient else self.wait_s + _LOCK_MARGIN_S), is_patient
+        default = driver.silence_s
+        driver.silence_s, driver.is_patient = (default if is_patient else self.wait_s + _LOCK_MARGIN_S), is_patient
         try:
             yield
         finally:
-            driver.silence_s, driver.is_patient = usual, False
+            driver.silence_s, driver.is_patient = default, False
 
     def _storage_error(self, error: SQLAlchemyError) -> StorageError:
         cause = getattr(error, "orig", None)
@@ -185,15 +188,15 @@ class Database:
             return StorageError(f"The store {self} does not answer. Start its server, or try again.")
         name = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or type(error).__name__
         if name in ("SQLITE_BUSY", "SQLITE_LOCKED", "55P03", "TimeoutError"):
-            advice = f"It was in use for more than {self.wait_s:g} s: try again"
+            advice = f"It was locked for more than {self.wait_s:g} s: try again"
         elif name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
             advice = "It is damaged: restore it from a backup"
         else:
             advice = "Free disk space, check the permissions or start the server; then try again"
-        return StorageError(f"The store {self} failed ({name}). {advice}. Nothing was partly written.")
+        return StorageError(f"The store {self} failed ({name}). {advice}. The change was not written.")
 
     def _current_engine(self) -> Engine:
-        """Return this process's engine: after a fork, the child must neither use nor close the parent's connections."""
+        """Return the engine of this process. A forked child must neither use nor close its parent's connections."""
         if self._pid != os.getpid():
             self._inherited.append(self._engine)
             self._pid, self._engine = os.getpid(), self._create_engine()
@@ -214,7 +217,7 @@ class Database:
         return engine
 
     def _prepare_sqlite(self, connection: Any, _: object) -> None:
-        connection.isolation_level = None  # `_begin_sqlite` starts transactions, not the driver
+        connection.isolation_level = None  # the driver starts no transactions; `_begin_sqlite` does
         deadline = time.monotonic() + self.wait_s
         for pragma in _PRAGMAS:
             _run_pragma(connection, pragma, deadline=deadline)
@@ -239,7 +242,7 @@ def _ping_postgres(url: URL, *, timeout_s: float) -> None:
 def execute(
     connection: Connection, sql: str, parameters: _Parameters = (), *, expand: str = ""
 ) -> sa.CursorResult[Any]:
-    """Run a statement with `:name` parameters, once or for each of several sets; `expand` names a list for `IN`."""
+    """Run a statement with `:name` parameters, once for each set of parameters; `expand` names a list for `IN`."""
     return connection.execute(_statement(sql, expand), parameters or None)
 
 
@@ -250,9 +253,9 @@ def _statement(sql: str, expand: str) -> sa.TextClause:
 
 
 def lock_table(connection: Connection, table: str, *, alone: bool = False) -> None:
-    """Keep others from writing to a table until the transaction ends if `alone`, else those that would be alone.
+    """Lock a table until the transaction ends: against all other writers if `alone`, else against writers with `alone`.
 
-    SQLite has one writer at a time.
+    SQLite needs no lock, because it has one writer at a time.
     """
     if connection.dialect.name == "postgresql":
         execute(connection, f"LOCK TABLE {table} IN {'SHARE ROW EXCLUSIVE' if alone else 'ROW EXCLUSIVE'} MODE")
@@ -267,7 +270,7 @@ def insert_rows(connection: Connection, table: str, rows: Sequence[tuple[Any, ..
     """Insert rows whose values are in the order of the table's columns."""
     if rows:
         marks = ", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * len(rows[0]))
-        # The driver receives the rows directly, because SQLAlchemy's preparation takes longer than SQLite's work.
+        # The driver gets the rows directly, because SQLAlchemy's preparation takes longer than SQLite's insertion.
         connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", list(rows))
 
 
@@ -277,7 +280,7 @@ def _run_pragma(connection: Any, pragma: str, *, deadline: float) -> None:
             connection.execute(f"PRAGMA {pragma}")
             return
         except sqlite3.OperationalError as error:
-            # SQLite does not wait for others when it switches to WAL.
+            # SQLite does not wait for other connections when it switches to WAL.
             if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
                 raise
             time.sleep(_RETRY_PAUSE_S)
@@ -295,10 +298,10 @@ def _parse_url(location: str | Path) -> URL:
         return URL.create("sqlite", database=str(Path(url.database or "").absolute()))
     if backend in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg") if "+" not in url.drivername else url
-    raise ConfigError("A store is a path, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE.")
+    raise ConfigError("Name a store by a path, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE.")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer must lock at once: a transaction that starts as a reader fails if another process writes before it does.
+    # A writer locks at once. If it started as a reader, it would fail when another process writes first.
     writes = connection.get_execution_options().get("personaplug_writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,4 +1,4 @@
-"""Remove items that are older than a store keeps, down to their bytes in the files."""
+"""Remove expired items, and their bytes from the database's files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _USERS_PER_TRANSACTION = 200
 
 
 def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
-    """Remove the items of some users of a shard that are dated before `first_day`; return whether there were any.
+    """Remove the items before `first_day` of some users of a shard; return False if there are no such items.
 
-    A user without other items is removed too. `finish_rewrites` clears the files of the bytes.
+    A user without other items is removed too. `finish_rewrites` removes the bytes from the files.
     """
     sql = f"SELECT DISTINCT user_no FROM {shard.items} WHERE day < :first_day ORDER BY user_no LIMIT :limit"
     parameters = {"first_day": first_day, "limit": _USERS_PER_TRANSACTION}
@@ -31,12 +31,12 @@ def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
 
 
 def finish_rewrites(database: Database) -> None:
-    """Clear the files of what was removed because it was too old."""
+    """Rewrite the shards from which expired items were removed, so that no file contains their bytes."""
     with database.read_transaction() as connection:
         rows = execute(connection, "SELECT shard, removed_at FROM history_rewrites ORDER BY shard").all()
     for row in rows:
         rewrite_shard(database, Shard(row.shard))
-        with database.write_transaction() as connection:  # unless more was removed meanwhile
+        with database.write_transaction() as connection:  # the row stays if further items were removed meanwhile
             sql = "DELETE FROM history_rewrites WHERE shard = :shard AND removed_at = :removed_at"
             execute(connection, sql, dict(row._mapping))
 

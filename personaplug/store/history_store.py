@@ -1,6 +1,6 @@
-"""HistoryStore: users' live histories. Items are added, replaced and deleted while others read them.
+"""HistoryStore: users' live histories, which can be read and changed at the same time.
 
-No user text appears in logs or errors, and without `keep_text` none is in the database.
+Logs and errors contain no user text. Without `keep_text`, the database contains no user text either.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from personaplug.store.writes import (
 __all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "ReplaceResult", "Retention", "StoreSettings"]
 __all__ += ["StoredHistory", "StoredItem", "Ticket"]
 
-_OPENING_S = 2.0  # that `open` may spend on removing old items
+_OPENING_S = 2.0  # the longest time that `open` spends on the removal of expired items
 
 _UserInTransaction = tuple[Connection, Shard, UserRow | None]
 
@@ -49,9 +49,10 @@ _UserInTransaction = tuple[Connection, Shard, UserRow | None]
 class HistoryStore:
     """Histories of the users of tenants, in SQLite or PostgreSQL, shared by threads and processes; use `open`.
 
-    Each call is one transaction unless it says otherwise: its result is on disk when it returns, and an error leaves no
-    trace. All calls raise StorageError if the database cannot be used, and ItemError if an id is invalid. `latest`
-    limits a result to the stated preferences and the latest other items, so many together; None = all.
+    Each call is one transaction unless its docstring says otherwise. Changes are on disk when the call returns, and an
+    error leaves no changes. All calls raise StorageError if the database cannot be used, and ItemError if an id is
+    invalid. `latest` is the largest number of items in a result: stated preferences first, then the latest other items;
+    None = all.
     """
 
     database: Database
@@ -60,7 +61,7 @@ class HistoryStore:
     identity: EncoderIdentity  # of the encoder of the stored vectors
     encoder: Encoder | None  # None = only encoded items can be added
     retention: Retention
-    _swept_day: int = field(default=-1, init=False)  # the first day that was kept when all old items were removed
+    _swept_day: int = field(default=-1, init=False)  # `first_day` of the last complete removal of expired items
 
     @classmethod
     def open(
@@ -75,27 +76,27 @@ class HistoryStore:
         connections: int = 8,
         wait_s: float = WAIT_S,
     ) -> HistoryStore:
-        """Open a store, or create it, and finish erasures that were interrupted.
+        """Open a store, or create it, and finish interrupted erasures.
 
         Args:
             location: a path or `sqlite:///…` URL of a file, or a `postgresql://…` URL.
             encoder: the encoder of the store's vectors; creating a store needs one.
-            settings: for a new store; an existing store must have the same. None = its own, or the defaults.
-            retention: what is kept from now on. None = as the store was last opened with, at first everything.
-            secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
+            settings: of a new store; an existing store must have the same. None = the store's settings or the defaults.
+            retention: which items the store keeps from now on. None = the stored retention; a new store keeps all.
+            secret: at least 16 bytes, or a file of hex digits, created if missing. None = a file beside SQLite's file.
             create: create a store that does not exist, if an encoder is given.
             connections: see `Database`.
             wait_s: see `Database`.
         Raises:
             EncoderMismatch, StoreConflict: if the store has another encoder, other settings or another secret.
-            MissingData: if the store or its secret does not exist and is not created.
+            MissingData: if the store or its secret does not exist and cannot be created.
         """
         database = Database(location, connections=connections, wait_s=wait_s)
         is_new_file = database.file is not None and not database.file.exists()
         identity = encoder.identity if encoder else None
         identity_of_new = identity if create else None
         if is_new_file and identity_of_new is None:
-            raise MissingData(f"There is no history store at {database.file}; creating one needs an encoder.")
+            raise MissingData(f"There is no history store at {database.file}. To create one, give an encoder.")
         _check_not_emptied(database)
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
         secret_hash = key.hash("store")
@@ -104,22 +105,24 @@ class HistoryStore:
                 connection, settings, encoder=identity_of_new, secret_hash=secret_hash, retention=retention
             )
         if info.secret_hash != secret_hash:
-            raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
+            raise StoreConflict(
+                "The secret belongs to another store. Give the secret that this store was created with."
+            )
         check_settings(info.settings, settings or info.settings)
         _check_encoder(info.encoder, identity)
         for number in range(info.settings.shards):
-            if not database.indexes_fit(Shard(number).users):  # a user that is not found would silently be a new one
+            if not database.indexes_fit(Shard(number).users):  # else a user that the index misses would be created anew
                 raise damaged("the index of users")
         store = cls(database, key, info.settings, info.encoder, encoder, info.retention)
-        with suppress(StorageError):  # a reader may block it; the store opens anyway, and the next `open` tries again
+        with suppress(StorageError):  # a reader may block this; the store opens anyway, and the next `open` retries
             store.finish_erasures()
             store.remove_expired(seconds=_OPENING_S)
         return store
 
     def admit(self, tenant: str, *users: str) -> Ticket:
-        """Return what is needed to store something for users; call it when the request to do so arrives.
+        """Return a ticket that allows to store items of the users; call this when a request arrives.
 
-        Whatever comes before an erasure of a user is refused after it, because the ticket is from before.
+        If a user is erased later, the ticket no longer allows to store items of that user.
         """
         check_id(tenant, owner="a tenant")
         for user in users:
@@ -133,10 +136,13 @@ class HistoryStore:
             ticket.check(connection, ticket.hashed_users)
 
     def add(self, ticket: Ticket, items: Sequence[HistoryItem]) -> AddResult:
-        """Encode items of the ticket's user, in order of arrival, and store them; skip items that are stored already.
+        """Encode items of the ticket's user, in order of arrival, and store them; skip unchanged items.
 
-        An item with a known id replaces the stored item and keeps its position. An invalid item or vector raises
-        ItemError or ShapeMismatch, and an erasure since the ticket was taken UserErased; then nothing is stored.
+        An item whose id is already stored replaces that item and keeps its position. On an error, nothing is stored.
+
+        Raises:
+            ItemError, ShapeMismatch: if an item or a vector is invalid.
+            UserErased: if the user was erased after the ticket was taken.
         """
         for item in items:
             check_id(item.id, owner="an item")
@@ -145,21 +151,21 @@ class HistoryStore:
             ids = [(row.no, item_id) for item_id in distinct] if row else []
             digests = {item_id: old.digest for (_, item_id), old in writes.find_items(connection, shard, ids).items()}
             ticket.check(connection, [ticket.user])
-        fresh = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
-        if not fresh:
+        changed = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
+        if not changed:
             return AddResult(0, 0, len(items))
-        result = self.add_encoded(ticket, self._encode(ticket.user, fresh))
+        result = self.add_encoded(ticket, self._encode(ticket.user, changed))
         return result._replace(same=len(items) - result.new - result.replaced)
 
     def replace_items(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str]) -> ReplaceResult:
-        """Store items of the ticket's user, and remove the user's other items of these ids; errors are those of `add`.
+        """Store items of the ticket's user, and remove the user's items with one of `ids` that are not among them.
 
-        All items are encoded, because another call may remove one that is stored already.
+        Unchanged items are encoded too, because another call may remove the stored ones. Errors are as in `add`.
         """
         return self._replace(ticket, items, ids=ids)
 
     def replace_preferences(self, ticket: Ticket, items: Sequence[HistoryItem]) -> ReplaceResult:
-        """Store the items, and remove all other preferences that the ticket's user has stated; see `replace_items`."""
+        """Store the items, and remove all other stated preferences of the ticket's user; see `replace_items`."""
         return self._replace(ticket, items, ids=None)
 
     def _replace(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str] | None) -> ReplaceResult:
@@ -182,7 +188,9 @@ class HistoryStore:
     def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:
         """Store items of the ticket's users with their vectors, all or none.
 
-        Another encoder's vectors raise EncoderMismatch, an erasure of one of the users since the ticket UserErased.
+        Raises:
+            EncoderMismatch: if the vectors are from another encoder.
+            UserErased: if one of the users was erased after the ticket was taken.
         """
         items_by_shard: dict[Shard, list[PackedItem]] = defaultdict(list)
         shards = {user: self.shard_of(ticket.tenant, user) for user in set(encoded.users)}
@@ -196,12 +204,12 @@ class HistoryStore:
         return AddResult(*(sum(counts) for counts in zip((0, 0, 0), *results, strict=True)))
 
     def load_history(self, tenant: str, user: str, *, latest: int | None = None) -> StoredHistory:
-        """Load a user's items as arrays, oldest first: by date (or else day of arrival), then by arrival."""
+        """Load a user's items as arrays, oldest first: by date, then by arrival. A missing date is the arrival day."""
         with self._user(tenant, user) as (connection, shard, row):
             return reads.load_history(connection, shard, row, width=self.identity.width, window=self.window(latest))
 
     def version(self, tenant: str, user: str) -> int:
-        """Return a number that grows with every change, even after an erasure; 0 for an unknown user."""
+        """Return a number that increases with every change, and does not restart after an erasure; 0 = no such user."""
         with self._user(tenant, user) as (_, _, row):
             return row.version if row else 0
 
@@ -211,7 +219,7 @@ class HistoryStore:
             return reads.list_items(connection, shard, row, window=self.window(latest)) if row else []
 
     def list_preferences(self, tenant: str, user: str) -> list[StoredItem]:
-        """Return the preferences that a user has stated, without their vectors, oldest first."""
+        """Return a user's stated preferences without their vectors, oldest first."""
         with self._user(tenant, user) as (connection, shard, row):
             return reads.list_preferences(connection, shard, row, window=self.window(None)) if row else []
 
@@ -223,12 +231,12 @@ class HistoryStore:
     def export(self, tenant: str, user: str, *, items_per_page: int = 100) -> Iterator[str]:
         """Return the pages of a JSON object with everything that is stored of a user.
 
-        Each page is read in a transaction of its own when it is asked for, so that a slow reader holds up nobody and a
-        page is all that is in memory. Items that are added meanwhile are part of the export if their page is to come.
+        A page is read when the iterator reaches it, in a separate transaction. So a slow reader blocks nobody, and only
+        one page is in memory. The export contains items that are added before their page is read.
 
         Raises:
-            MissingData: for an unknown user, at once.
-            UserErased: from a later page, if the user is erased meanwhile.
+            MissingData: if the tenant has no such user; raised before the first page.
+            UserErased: from a later page, if the user is erased during the export.
         """
         with self._user(tenant, user) as (connection, _, row):
             version, ticket = existing(row).version, self._ticket(connection, tenant, [user])
@@ -243,7 +251,7 @@ class HistoryStore:
         while place:
             with self._user(ticket.tenant, ticket.user) as (connection, shard, row):
                 ticket.check(connection, [ticket.user])
-                if row is None:  # all items have become too old
+                if row is None:  # all items have expired
                     return
                 items, place = reads.read_page(
                     connection, shard, row, width=self.identity.width, window=window, place=place
@@ -255,13 +263,13 @@ class HistoryStore:
                 Window(window.first_day).check_count(row, count)
 
     def window(self, latest: int | None) -> Window:
-        """Return which items are read: the latest, and none that is too old even if it was not removed yet."""
+        """Return the window of the latest items that have not expired, even if the expired items are still stored."""
         return Window(self.retention.first_day(), latest)
 
     def delete_item(self, tenant: str, user: str, *item_ids: str) -> None:
-        """Delete the items of these ids; raise MissingData for an unknown user, or if there is no such item.
+        """Delete the items with these ids; raise MissingData if the user does not exist or has none of the items.
 
-        The items' bytes leave the files when the next erasure rewrites their shard.
+        The items' bytes stay in the files until the next erasure rewrites the shard.
         """
         for item_id in item_ids:
             check_id(item_id, owner="an item")
@@ -269,27 +277,28 @@ class HistoryStore:
             user_row = existing(row)
             stored = writes.find_items(connection, shard, [(user_row.no, item_id) for item_id in item_ids])
             if not stored:
-                raise MissingData("The user has no item of this id.")
+                raise MissingData("The user has no item with this id.")
             writes.remove_items(connection, shard, user_row, [item.key for item in stored.values()])
 
     def content_id(self, item: HistoryItem) -> str:
-        """Return an id for an item without one: the same item, added again, gets the same id and is stored once.
+        """Return an id for an item without one. Equal items get equal ids, so a repeated item is stored once.
 
-        A preference has one id whatever its date. Without the store's secret nobody can test texts against ids.
+        The id of a preference does not depend on its date. Only with the store's secret can a text be tested against an
+        id.
         """
         is_preference = item.kind == "preference"
         digest = writes.digest_of(replace(item, date=None) if is_preference else item, key=self.secret.item_key)
         return f"{'preference' if is_preference else 'item'}-{digest.hex()}"
 
     def erase_user(self, tenant: str, user: str) -> Receipt:
-        """Delete everything of a user, the id included, and clear the files of the bytes.
+        """Delete all data of a user, including the id, and remove the bytes from the database's files.
 
-        What was admitted before is refused from now on, in all processes. This takes several transactions, and locks
-        the user's shard while it rewrites the shard.
+        All processes refuse the user's earlier tickets from now on. The call takes several transactions, and locks the
+        user's shard while it rewrites the shard.
 
         Raises:
-            MissingData: if the tenant has no such user; what is on its way for the user is refused all the same.
-            StorageError: if the files cannot be cleared. The rows are deleted then; repeat the call for the receipt.
+            MissingData: if the tenant has no such user. The user's earlier tickets are refused nevertheless.
+            StorageError: if the bytes cannot be removed. The rows are deleted; repeat the call to get the receipt.
         """
         hashed_user = self.hash_user(tenant, user)
         with self._user(tenant, user, lock=True, alone=True) as (connection, shard, row):
@@ -307,42 +316,42 @@ class HistoryStore:
         return self.secret.sign(secure_delete.finish_erasure(self.database, numbers[-1]))
 
     def finish_erasures(self) -> None:
-        """Clear the files for erasures that were interrupted."""
+        """Finish interrupted erasures: remove the bytes from the files."""
         with self.database.read_transaction() as connection:
             unfinished = secure_delete.unfinished_erasures(connection)
         for number in unfinished:
             secure_delete.finish_erasure(self.database, number)
 
     def remove_expired(self, *, seconds: float) -> None:
-        """Remove what is too old, for about so many seconds at most; the next call goes on."""
+        """Remove expired items, for about `seconds` at most; the next call continues."""
         deadline, first_day = time.monotonic() + seconds, self.retention.first_day()
         for shard in map(Shard, range(self.settings.shards)) if self._swept_day != first_day else ():
             while expiry.remove_expired(self.database, shard, first_day=first_day):
                 if time.monotonic() > deadline:
                     return
             expiry.finish_rewrites(self.database)
-        expiry.finish_rewrites(self.database)  # of what was too old when it was added
+        expiry.finish_rewrites(self.database)  # for items that had expired when they were added
         self._swept_day = first_day
 
     def maintain(self) -> None:
-        """Do what is due: finish erasures, remove what is too old. A server calls it now and then."""
+        """Finish interrupted erasures, and remove expired items and old records. A server calls this periodically."""
         self.finish_erasures()
         self.remove_expired(seconds=60)
-        known_until = datetime.now(UTC) - 2 * timedelta(seconds=TICKET_LIFE_S)
-        secure_delete.forget_erasures_of_nobody(self.database, before=known_until.isoformat())
+        oldest_ticket = datetime.now(UTC) - 2 * timedelta(seconds=TICKET_LIFE_S)
+        secure_delete.forget_erasures_of_nobody(self.database, before=oldest_ticket.isoformat())
 
     def ping(self, *, timeout_s: float = 3) -> None:
         """Raise StorageError unless the database answers in time."""
         self.database.ping(timeout_s=timeout_s)
 
     def erased_at(self, tenant: str, user: str) -> datetime | None:
-        """Return when a user of this id was last erased; None = never."""
+        """Return when the user with this id was last erased; None = never."""
         with self.database.read_transaction() as connection:
             erased_at = secure_delete.last_erasure(connection, self.hash_user(tenant, user))
         return datetime.fromisoformat(erased_at) if erased_at else None
 
     def has_issued(self, receipt: Receipt, *, tenant: str | None = None, user: str | None = None) -> bool:
-        """Return whether this store issued the receipt exactly as it is; with ids, whether it is about that user."""
+        """Return whether this store issued the receipt without changes; with ids, also whether it names that user."""
         is_about_user = user is None or receipt.user == self.hash_user(tenant or receipt.tenant, user)
         return is_about_user and tenant in (None, receipt.tenant) and self.secret.has_signed(receipt)
 
@@ -354,11 +363,11 @@ class HistoryStore:
         return writes.pack_items(encoded, self.settings, width=self.identity.width, digest_key=self.secret.item_key)
 
     def hash_user(self, tenant: str, user: str) -> str:
-        """Return the hash that stands for a user in receipts."""
+        """Return the hash of a user in receipts and in the list of erasures."""
         return self.secret.hash("user", tenant, user)
 
     def shard_of(self, tenant: str, user: str) -> Shard:
-        """Return the shard that holds a user's rows, if the user exists."""
+        """Return the shard of a user's rows."""
         digest = hashlib.blake2b(json.dumps([tenant, user]).encode(), digest_size=8).digest()
         return Shard(int.from_bytes(digest, "little") % self.settings.shards)
 
@@ -370,7 +379,7 @@ class HistoryStore:
     def _user(self, tenant: str, user: str, *, lock: bool = False, alone: bool = False) -> Iterator[_UserInTransaction]:
         """Open a transaction and find the user's shard and row.
 
-        `lock` keeps others from changing the user, `alone` from writing to the shard at all.
+        `lock` prevents other changes to the user; with `alone`, it prevents all other writes to the shard.
         """
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
@@ -393,21 +402,21 @@ def existing(row: UserRow | None) -> UserRow:
 def _old_items(
     connection: Connection, shard: Shard, user_no: int, *, ids: Sequence[str] | None
 ) -> dict[tuple[int, str], sa.Row[Any]]:
-    """Return a user's stored items of some ids, or the user's stated preferences."""
+    """Return a user's stored items with these ids; None = the user's stated preferences."""
     if ids is None:
         return writes.find_preferences(connection, shard, user_no)
     return writes.find_items(connection, shard, [(user_no, item_id) for item_id in ids])
 
 
 def _check_not_emptied(database: Database) -> None:
-    """Raise StorageError for an empty file beside a secret: all users of a store that was cut off would be new ones."""
+    """Raise StorageError for an empty file beside a secret, because `open` would silently create a new store."""
     file, secret = database.file, database.secret_file
     if file is None or secret is None or not (file.exists() and secret.exists()):
         return
     if not file.stat().st_size and not file.with_name(f"{file.name}-wal").exists():
         raise StorageError(
-            f"The store {database} is an empty file, and its secret is beside it. Restore the store from a backup; "
-            f"if it never held anything, remove both files."
+            f"The store {database} is an empty file, although its secret exists. Restore the store from a backup. If "
+            f"the store was never used, delete both files."
         )
 
 

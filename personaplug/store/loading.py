@@ -1,4 +1,4 @@
-"""Load histories from files into a store, many users at a time; what is stored already is skipped."""
+"""Load histories from files into a store, many users at a time; skip items that are already stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from personaplug.store.history_store import AddResult, EncodedItems, HistoryStor
 from personaplug.store.tickets import Ticket, chunks
 
 _USERS_AT_ONCE = 64
-_COUNTED = re.compile(r"row-\d+(/.*)?", re.ASCII)
+_ROW_ID = re.compile(r"row-\d+(/.*)?", re.ASCII)
 
 History = tuple[str, Sequence[HistoryItem]]
 """A user and the user's items."""
@@ -25,7 +25,7 @@ class LoadResult:
     """Numbers of users and items.
 
     Attributes:
-        erased: users who were left out because they were erased from the store.
+        erased: users who were skipped because they were erased from the store.
     """
 
     users: int
@@ -41,16 +41,17 @@ def load_histories(
     include_erased: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> LoadResult:
-    """Add the items of users, some users in a transaction, so that the same call continues after an interruption.
+    """Add the items of users, in transactions of several users. After an interruption, repeat the call to continue.
 
-    An id that only counts rows of a file is replaced by one of the item's content: the same row has another number in
-    the next file. Users who were erased from the store are left out, because files may be older than the erasure.
+    If an id is only the row's number in a file, it is replaced by an id computed from the item's content, because the
+    number differs in the next file. Erased users are skipped, because the files may be older than the erasure.
 
     Args:
         progress: called with the number of users read since its last call.
     """
     users, erased, total = 0, 0, AddResult(0, 0, 0)
-    for batch in chunks([(user, _named(store, items)) for user, items in histories.items() if items], _USERS_AT_ONCE):
+    named = [(user, _with_stable_ids(store, items)) for user, items in histories.items() if items]
+    for batch in chunks(named, _USERS_AT_ONCE):
         allowed, result = _load(store, tenant, batch, include_erased=include_erased)
         users, erased = users + allowed, erased + len(batch) - allowed
         total = AddResult(*(old + new for old, new in zip(total, result, strict=True)))
@@ -59,23 +60,23 @@ def load_histories(
 
 
 def histories_of(samples: Iterable[Sample]) -> Mapping[str, Sequence[HistoryItem]]:
-    """Return all items in the histories of each user's samples, in the order of the histories."""
+    """Return the items of each user, from the histories of all the user's samples, in their order."""
     items: dict[str, dict[str, HistoryItem]] = {}
     for sample in samples:
         if sample.user_id is None:
-            raise ConfigError("The data names no users, so its histories belong to nobody who could ask a server.")
+            raise ConfigError("The data has no user ids, so a store cannot assign its histories. Add user ids.")
         items.setdefault(sample.user_id, {}).update((item.id, item) for item in sample.history)
-    return {user: list(own.values()) for user, own in items.items()}
+    return {user: list(items_by_id.values()) for user, items_by_id in items.items()}
 
 
-def _named(store: HistoryStore, items: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
+def _with_stable_ids(store: HistoryStore, items: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
     """Return the items with ids that do not depend on the file, each id once."""
-    named = [replace(item, id=store.content_id(item)) if _COUNTED.fullmatch(item.id) else item for item in items]
-    return list({item.id: item for item in named}.values())
+    stable = [replace(item, id=store.content_id(item)) if _ROW_ID.fullmatch(item.id) else item for item in items]
+    return list({item.id: item for item in stable}.values())
 
 
 def _load(store: HistoryStore, tenant: str, batch: Sequence[History], *, include_erased: bool) -> tuple[int, AddResult]:
-    """Add the items of some users, all or none, and return the number of users who were not erased."""
+    """Add the items of some users, all or none, and return the number of loaded users."""
     while True:
         ticket = store.admit(tenant, *(user for user, _ in batch))
         allowed = [
@@ -83,17 +84,17 @@ def _load(store: HistoryStore, tenant: str, batch: Sequence[History], *, include
             for user, items in batch
             if include_erased or ticket.hashed_users[user] not in ticket.last_erasures
         ]
-        fresh = _fresh(store, tenant, allowed)
+        changed = _changed_items(store, tenant, allowed)
         try:
-            result = _add(store, ticket, fresh)
-        except UserErased:  # meanwhile: the next ticket knows it
+            result = _add(store, ticket, changed)
+        except UserErased:  # the next ticket includes the erasure
             continue
-        same = sum(len(items) for _, items in allowed) - len(fresh)
+        same = sum(len(items) for _, items in allowed) - len(changed)
         return len(allowed), result._replace(same=result.same + same)
 
 
-def _fresh(store: HistoryStore, tenant: str, batch: Sequence[History]) -> list[tuple[str, HistoryItem]]:
-    """Return the items that are not stored as they are, each with its user."""
+def _changed_items(store: HistoryStore, tenant: str, batch: Sequence[History]) -> list[tuple[str, HistoryItem]]:
+    """Return the items that are new or differ from the stored ones, each with its user."""
     with store.database.read_transaction() as connection:
         stored = {user: _digests(connection, store, tenant, user, items) for user, items in batch}
     key = store.secret.item_key
@@ -113,15 +114,15 @@ def _digests(
     number = execute(connection, sql, {"tenant": tenant, "user": user}).scalar_one_or_none()
     if number is None:
         return {}
-    found = writes.find_items(connection, shard, [(number, item.id) for item in items])
-    return {item_id: bytes(row.digest) for (_, item_id), row in found.items()}
+    rows = writes.find_items(connection, shard, [(number, item.id) for item in items])
+    return {item_id: bytes(row.digest) for (_, item_id), row in rows.items()}
 
 
-def _add(store: HistoryStore, ticket: Ticket, fresh: Sequence[tuple[str, HistoryItem]]) -> AddResult:
-    if not fresh:
+def _add(store: HistoryStore, ticket: Ticket, changed: Sequence[tuple[str, HistoryItem]]) -> AddResult:
+    if not changed:
         return AddResult(0, 0, 0)
     if store.encoder is None:
         raise UserError("The store was opened without an encoder: open it with the encoder of its vectors.")
-    users, items = [user for user, _ in fresh], [item for _, item in fresh]
+    users, items = [user for user, _ in changed], [item for _, item in changed]
     vectors = store.encoder.encode([item.encoded(with_answer=store.settings.encodes_answers) for item in items])
     return store.add_encoded(ticket, EncodedItems(users, items, vectors, store.encoder.identity))

@@ -1,4 +1,4 @@
-"""Maintenance: a thread of a server that removes what is too old, and finishes what was interrupted."""
+"""Maintenance: a thread of a server that removes expired items and finishes interrupted erasures."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class Maintenance:
         while not self._stopped.wait(_PAUSE_S):
             try:
                 self._store.maintain()
-            except PersonaPlugError as error:  # the next turn tries again
-                logger.warning("Maintenance of the store: %s", error)
+            except PersonaPlugError as error:
+                logger.warning("Maintenance of the store failed and is retried in %.0f s: %s", _PAUSE_S, error)

@@ -1,4 +1,4 @@
-"""Read histories: as arrays for the plug, and as items for people and exports."""
+"""Read histories as arrays for the plug, and as items for people and exports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _IS_PREFERENCE = f" AND i.kind_id = {PREFERENCE_KIND}"
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class StoredHistory(EncodedHistory):
-    """A user's items as arrays, with a version that grows with every change; 0 for an unknown user."""
+    """A user's items as arrays, with a version that increases with every change; 0 = no such user."""
 
     version: int
 
@@ -38,8 +38,8 @@ class StoredItem(HistoryItem):
     """An item as stored; without fields if the store keeps no text.
 
     Attributes:
-        arrived: when the store first received it, in UTC.
-        label_id: index of its answer in the store's labels; -1 if the answer is none of them.
+        arrived: when the store first received the item, in UTC.
+        label_id: index of the item's answer in the store's labels; -1 if the answer is not one of them.
     """
 
     arrived: datetime
@@ -60,7 +60,7 @@ class StoredItem(HistoryItem):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Which of a user's items are read: the latest, of those that are not too old; `latest` None = all."""
+    """The items to read: the latest items from `first_day` on; `latest` None = all."""
 
     first_day: int
     latest: int | None = None
@@ -70,7 +70,7 @@ class Window:
         return MAX_ITEMS_PER_USER if self.latest is None else max(0, min(self.latest, MAX_ITEMS_PER_USER))
 
     def check_count(self, user: UserRow, count: int) -> None:
-        """Raise StorageError if items are missing, because a damaged index does not find them."""
+        """Raise StorageError if a damaged index misses items."""
         expected = min(user.items, self.limit)
         if count > expected or (count < expected and not self.first_day):
             raise damaged("the number of a user's items")
@@ -79,7 +79,7 @@ class Window:
 def load_history(
     connection: Connection, shard: Shard, user: UserRow | None, *, width: int, window: Window
 ) -> StoredHistory:
-    """Return the items of a user that are used, as arrays, oldest first; see `latest_items`."""
+    """Return a user's items in the window as arrays, oldest first; see `latest_items`."""
     select = f"SELECT i.day, i.key, i.kind_id, i.body FROM {shard.items} i"
     rows = _used_rows(connection, select, user, window=window) if user else []
     bodies = _decode([row.body for row in rows], user, width=width)
@@ -97,7 +97,7 @@ def load_history(
 def list_items(
     connection: Connection, shard: Shard, user: UserRow, *, window: Window, by_arrival: bool = False
 ) -> list[StoredItem]:
-    """Return the items of a user that are used without their vectors, oldest first: by date, or else by arrival."""
+    """Return a user's items in the window without their vectors, oldest first by date, or by arrival."""
     select = _select_items(shard)
     if by_arrival:
         rows = _latest_rows(connection, select, user, window=window, order="i.key DESC")
@@ -115,9 +115,9 @@ def list_preferences(connection: Connection, shard: Shard, user: UserRow, *, win
 def read_page(
     connection: Connection, shard: Shard, user: UserRow, *, width: int, window: Window, place: tuple[int, int]
 ) -> tuple[list[dict[str, Any]], tuple[int, int] | None]:
-    """Return everything that is stored of the next items, oldest first, as JSON values, and the place after them.
+    """Return the next items after `place` with all stored values as JSON, oldest first, and the next place.
 
-    A place is the day and the key of the last item that was read; None if there are no more.
+    A place is the day and the key of the last item of a page; None = there are no more items.
     """
     sql = (
         f"{_select_items(shard, 'i.body AS item_body')} WHERE i.user_no = :no AND i.day >= :first_day "
@@ -165,20 +165,20 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
 
 
 def _used_rows(connection: Connection, select: str, user: UserRow, *, window: Window) -> Sequence[sa.Row[Any]]:
-    """Return rows of the items that are used, latest last; see `latest_items`."""
+    """Return the rows of the items in the window, latest last; see `latest_items`."""
     rows = _latest_rows(connection, select, user, window=window)
     if user.items == len(rows):
         return rows
     preferences = _rows(connection, select, user, window=window, condition=_IS_PREFERENCE)
     rows = sorted({row.key: row for row in (*rows, *preferences)}.values(), key=attrgetter("day", "key"))
-    used = latest_items(np.array([row.kind_id for row in rows], dtype=np.int8), window.limit)
-    return [rows[index] for index in used]
+    indices = latest_items(np.array([row.kind_id for row in rows], dtype=np.int8), window.limit)
+    return [rows[index] for index in indices]
 
 
 def _latest_rows(
     connection: Connection, select: str, user: UserRow, *, window: Window, order: str = _BY_DATE
 ) -> Sequence[sa.Row[Any]]:
-    """Return rows of items, latest last."""
+    """Return the rows of the latest items, whatever their kind, latest last."""
     rows = _rows(connection, select, user, window=window, order=order)[::-1]
     window.check_count(user, len(rows))
     return rows

@@ -22,13 +22,13 @@ _MIN_SECRET_BYTES = 16
 
 @dataclass(frozen=True)
 class Receipt:
-    """A statement that everything of a user was erased.
+    """A statement that all data of a user was erased.
 
     Attributes:
         user: keyed hash of the user's id, 64 hex digits.
-        erased_at: when the removal was committed, ISO 8601 in UTC.
-        wiped: which files were cleared of the bytes: `tables`, and `log` if the database permits it.
-        signature: 64 hex digits over all other fields.
+        erased_at: when the deletion was committed, ISO 8601 in UTC.
+        wiped: the files from which the bytes were removed: `tables`, and `log` if the database permits it.
+        signature: signature of all other fields, 64 hex digits.
     """
 
     tenant: str
@@ -43,7 +43,7 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Receipt:
-        """Reverse `to_dict`; other fields raise UserError."""
+        """Reverse `to_dict`; raise UserError if a field is missing or unknown."""
         try:
             return cls(**{**values, "wiped": tuple(values["wiped"])})
         except (TypeError, KeyError) as error:
@@ -51,7 +51,7 @@ class Receipt:
 
 
 class Secret:
-    """Key of a store: signs receipts, and hashes ids and items so that nobody can guess them from the hash."""
+    """The key of a store. It signs receipts, and hashes ids and items so that a hash cannot be guessed without it."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) < _MIN_SECRET_BYTES:
@@ -61,21 +61,25 @@ class Secret:
 
     @classmethod
     def from_file(cls, path: Path, *, create: bool) -> Secret:
-        """Load the secret from a file of hex digits; with `create`, generate a missing file."""
+        """Load the secret from a file of hex digits; with `create`, generate the file if it is missing."""
         if create:
             cls(secrets.token_bytes(32)).save(path)
         elif not path.exists():
-            raise MissingData(f"The store's secret {path} is missing: put it back. Receipts are verified with it.")
+            raise MissingData(
+                f"The store's secret {path} is missing. Restore the file; the store cannot open without it."
+            )
         with storage_errors(path):
             restrict(path)
             text = path.read_text(encoding="ascii", errors="replace")
         try:
             return cls(bytes.fromhex(text))
         except ValueError as error:
-            raise ConfigError(f"{path} is not the secret of a store, which is written in hex digits.") from error
+            raise ConfigError(
+                f"{path} is not a store's secret: expected hex digits. Name the file of the secret."
+            ) from error
 
     def save(self, path: Path) -> None:
-        """Write the secret to a file that only its owner may read, unless the file exists."""
+        """Write the secret to a file that only its owner may read; an existing file stays unchanged."""
         if path.exists():
             return
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -85,21 +89,21 @@ class Secret:
                 file.write(self.key.hex())
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(FileExistsError):  # if two processes create it, both use the file of the first
+            with suppress(FileExistsError):  # another process was faster; both use its file
                 os.link(temporary, path)
             temporary.unlink()
 
     def hash(self, purpose: str, *parts: str) -> str:
-        """Return a keyed hash of the parts, 64 hex digits; each purpose has its own hashes."""
+        """Return a keyed hash of the purpose and the parts, 64 hex digits."""
         return hmac.new(self.key, json.dumps([purpose, *parts]).encode("ascii"), hashlib.sha256).hexdigest()
 
     def sign(self, receipt: Receipt) -> Receipt:
         return replace(receipt, signature=self._signature(receipt))
 
     def has_signed(self, receipt: Receipt) -> bool:
-        """Return whether this secret signed the receipt exactly as it is."""
-        given = str(receipt.signature).encode("ascii", "replace")
-        return hmac.compare_digest(self._signature(receipt).encode(), given)
+        """Return whether this secret signed the receipt, and no field was changed since."""
+        signature = str(receipt.signature).encode("ascii", "replace")
+        return hmac.compare_digest(self._signature(receipt).encode(), signature)
 
     def _signature(self, receipt: Receipt) -> str:
         fields = {name: value for name, value in receipt.to_dict().items() if name != "signature"}

@@ -1,6 +1,6 @@
-"""Refill: copy a store into a new one whose vectors another encoder makes, user by user.
+"""Refill: copy a store, user by user, into a new store with the vectors of another encoder.
 
-A copy has the version of the original, so a later run copies only the users that have changed since.
+A copied user has the version of the original. So a later run copies only the users that have changed since.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def open_target(
     Args:
         save_secret: write the secret to a file beside a target in SQLite.
     Raises:
-        StoreConflict, EncoderMismatch: if the source keeps no texts, or the target does not fit.
+        StoreConflict, EncoderMismatch: if the source keeps no texts, or the target has other settings or vectors.
     """
     if not source.settings.keep_text:
-        raise StoreConflict("The source keeps no texts to encode again. Add the histories to a new store instead.")
+        raise StoreConflict(
+            "The source keeps no texts, so it cannot be encoded again. Load the histories into a new store."
+        )
     database = Database(location)
     if database.url == source.database.url:
         raise ConfigError("The source and the target are the same store: name another target.")
@@ -56,7 +58,7 @@ def open_target(
 def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[int], object] = lambda _: None) -> int:
     """Copy the users and erasures that the target lacks, and return the number of users copied.
 
-    Users who were erased from either store are not copied. A newer history in the target is left as it is.
+    Users who were erased from one of the stores are not copied. A newer history in the target stays unchanged.
 
     Args:
         target: from `open_target`.
@@ -70,13 +72,15 @@ def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[in
 
 
 def copy_erasures(source: HistoryStore, target: HistoryStore) -> int:
-    """Repeat in the target the erasures that it lacks, and return their number.
+    """Apply the source's erasures that the target lacks to the target, and return their number.
 
     Raises:
-        StoreConflict: if the stores have different secrets or numbers of shards, so that neither knows the other's.
+        StoreConflict: if the stores have different secrets or numbers of shards.
     """
     if source.secret.key != target.secret.key or source.settings.shards != target.settings.shards:
-        raise StoreConflict("The stores have different secrets or shards: neither is a copy of the other.")
+        raise StoreConflict(
+            "The stores have different secrets or numbers of shards, so neither is a copy of the other. Name a copy."
+        )
     select = "SELECT * FROM history_erasures WHERE wiped IS NULL OR wiped <> '' ORDER BY number"
     present = {(row.hashed_user, row.erased_at) for row in _rows(target, select)}
     missing: dict[Shard, list[sa.Row[Any]]] = defaultdict(list)
@@ -93,7 +97,7 @@ def copy_erasures(source: HistoryStore, target: HistoryStore) -> int:
 def _erase_in_shard(
     connection: Connection, target: HistoryStore, shard: Shard, erasures: Sequence[sa.Row[Any]]
 ) -> None:
-    """Record erasures of users of a shard, and delete the users."""
+    """Record the erasures of users of one shard, and delete the users."""
     lock_table(connection, shard.users, alone=True)
     hashed_users, deleted = {row.hashed_user for row in erasures}, set[str]()
     for user in execute(connection, f"SELECT no, tenant, user_id FROM {shard.users}").all():
@@ -109,7 +113,7 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
     assert target.encoder is not None
     with_answer, count = target.settings.encodes_answers, 0
     for shard, users in user_pages(source):
-        # Items are read after the version: if they change in between, the next run copies them again.
+        # The version is read before the items. If the items change in between, the next run copies the user again.
         stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
         with source.database.read_transaction() as connection:
             window = source.window(None)
@@ -125,7 +129,7 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
 
 
 def user_pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
-    """Yield the rows of all users, page by page."""
+    """Yield the rows of all users in pages, each with its shard."""
     for shard in map(Shard, range(store.settings.shards)):
         sql, last = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
         while users := _rows(store, sql, last=last):
@@ -141,7 +145,7 @@ def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[A
 def _copy_user(
     source: HistoryStore, target: HistoryStore, user: sa.Row[Any], items: Sequence[StoredItem], vectors: Vectors
 ) -> bool:
-    """Replace a user's rows in the target by the source's, unless the target's are newer or the user was erased."""
+    """Replace a user's rows in the target unless they are newer or the user was erased; return whether it happened."""
     shard, hashed_user = target.shard_of(user.tenant, user.user_id), source.hash_user(user.tenant, user.user_id)
     packed = target.pack(EncodedItems([user.user_id] * len(items), items, vectors, target.identity))
     with source.database.read_transaction() as connection:

@@ -1,7 +1,7 @@
 """Tables of the history store, and its settings.
 
-All rows of a user are in one shard: three tables that are small enough to be rewritten when a user is erased. Neither
-SQLite nor PostgreSQL guarantees that deleting a row leaves no copy of it in the pages that held it.
+All rows of a user are in one shard. A shard has three tables, which are rewritten when a user is erased. They are small
+enough for this. The rewriting is needed because in SQLite and PostgreSQL, pages may still contain deleted rows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from personaplug.store.row_checksums import checksum, damaged
 FORMAT = 4
 
 MAX_ITEMS_PER_USER = 2**24
-"""Largest number of items that a user may ever receive. An item's key is user number × this + item number."""
+"""The largest number of items of a user, deleted items included. An item's key is user number × this + item number."""
 
-_CREATE_LOCK = 0x706572736F6E61  # PostgreSQL advisory lock of processes that create a store
+_CREATE_LOCK = 0x706572736F6E61  # PostgreSQL advisory lock for the creation of a store
 _TYPES = {
     "sqlite": {
         "number": "INTEGER PRIMARY KEY",
-        "counter": "INTEGER PRIMARY KEY AUTOINCREMENT",  # gives no number twice
+        "counter": "INTEGER PRIMARY KEY AUTOINCREMENT",  # does not reuse numbers
         "key": "INTEGER PRIMARY KEY",
         "bytes": "BLOB",
     },
@@ -43,35 +43,35 @@ _STORE = (
     "CREATE TABLE history_store (single INTEGER PRIMARY KEY CHECK (single = 0), format INTEGER NOT NULL, "
     "settings TEXT NOT NULL, secret_hash TEXT NOT NULL, encoder TEXT NOT NULL, retention TEXT NOT NULL, "
     "checksum BIGINT NOT NULL)",
-    # A row per erasure, without the user's id. `wiped` is null until the files are cleared, and empty if the tenant had
-    # no such user: then there was nothing to clear.
+    # A row per erasure, without the user's id. `wiped` is null until the bytes are removed from the files. It is empty
+    # if the tenant had no such user, because nothing had to be removed.
     "CREATE TABLE history_erasures (number {counter}, tenant TEXT NOT NULL, hashed_user TEXT NOT NULL, "
     "items INTEGER NOT NULL, erased_at TEXT NOT NULL, shard INTEGER NOT NULL, wiped TEXT)",
     "CREATE INDEX history_erasures_by_user ON history_erasures (hashed_user)",
-    # A row per shard from which old items were removed and whose files are not cleared of their bytes yet.
+    # A row per shard whose files may still contain bytes of expired items.
     "CREATE TABLE history_rewrites (shard INTEGER PRIMARY KEY, removed_at BIGINT NOT NULL)",
 )
 _SHARD = (
     "CREATE TABLE users_{shard} (no {number}, tenant TEXT NOT NULL, user_id TEXT NOT NULL, version BIGINT NOT NULL, "
     "items_received INTEGER NOT NULL, items INTEGER NOT NULL, checksum BIGINT NOT NULL, UNIQUE (tenant, user_id))",
-    # The keys keep a user's rows together on disk. `body` holds what the plug reads, with a checksum of its own.
+    # The keys keep a user's rows together on disk. `body` has the values that the plug reads, with their own checksum.
     "CREATE TABLE items_{shard} (key {key}, user_no BIGINT NOT NULL, day INTEGER NOT NULL, dated BOOLEAN NOT NULL, "
     "arrived BIGINT NOT NULL, label_id SMALLINT NOT NULL, kind_id SMALLINT NOT NULL, item_id TEXT NOT NULL, "
     "digest {bytes} NOT NULL, checksum BIGINT NOT NULL, body {bytes} NOT NULL, UNIQUE (user_no, item_id))",
-    # Texts have their own table, so that they do not slow down the reading of vectors.
+    # A separate table of texts keeps the reading of vectors fast.
     "CREATE TABLE texts_{shard} (key {key}, body {bytes} NOT NULL)",
 )
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Settings that a store is created with and keeps.
+    """Settings of a store, fixed at its creation.
 
     Attributes:
         labels: the task's closed set of answers, if it has one.
         encodes_answers: encode whole items (PPlug's Table 7), else items without the user's answer.
-        keep_text: keep the items' fields. Otherwise no user text ever reaches the database.
-        shards: number of parts. An erasure rewrites one part.
+        keep_text: store the items' fields; otherwise no user text reaches the database.
+        shards: number of shards; an erasure rewrites one shard.
     """
 
     labels: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class StoreSettings:
 
 
 class Shard(NamedTuple):
-    """One part of the users: the names of its tables."""
+    """A shard, with the names of its tables."""
 
     number: int
 
@@ -104,7 +104,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Retention:
-    """How many of a user's latest items are kept, and of what age; None = all.
+    """The largest number of items of a user and their largest age; None = no limit.
 
     The age of an item without a date counts from the day of its arrival.
     """
@@ -116,11 +116,11 @@ class Retention:
         for name, value in vars(self).items():
             if value is not None and not 1 <= value <= MAX_ITEMS_PER_USER:
                 raise ConfigError(
-                    f"{name} must be 1 or more, and at most {MAX_ITEMS_PER_USER}, or None to keep everything."
+                    f"{name} must be 1 to {MAX_ITEMS_PER_USER}, or None to keep all items; found {value}."
                 )
 
     def first_day(self) -> int:
-        """Return the first day, as `date.toordinal` counts, whose items are not too old today."""
+        """Return the first day whose items have not expired today, as a number of `date.toordinal`."""
         return 0 if self.max_days is None else day_of(now_in_microseconds()) - self.max_days
 
 
@@ -143,20 +143,21 @@ def load_or_create(
 ) -> StoreInfo:
     """Load the row that describes the store; create the tables and the row if they do not exist.
 
-    A retention that is not None replaces that of an existing store, if the secret is the store's.
+    With the correct secret, a `retention` that is not None replaces the stored retention.
     """
     if connection.dialect.name == "postgresql":
         execute(connection, "SELECT pg_advisory_xact_lock(:lock)", {"lock": _CREATE_LOCK})
     if not sa.inspect(connection).has_table("history_store"):
         if encoder is None:
-            raise MissingData("There is no history store yet; creating one needs an encoder.")
+            raise MissingData("There is no history store in the database. To create one, give an encoder.")
         info = StoreInfo(settings or StoreSettings(), secret_hash, encoder, retention or Retention())
         _create(connection, info)
         return info
-    found = execute(connection, "SELECT format FROM history_store").scalar_one()
-    if found != FORMAT:
+    stored_format = execute(connection, "SELECT format FROM history_store").scalar_one()
+    if stored_format != FORMAT:
         raise UserError(
-            f"The store has format {found}; this version reads format {FORMAT}. Use the version that created it."
+            f"The store has format {stored_format}; this version reads format {FORMAT}. Use the version that created "
+            f"the store."
         )
     row = execute(connection, "SELECT settings, secret_hash, encoder, retention, checksum FROM history_store").one()
     if row.checksum != checksum(row.settings, row.secret_hash, row.encoder, row.retention):
@@ -207,11 +208,11 @@ def create_index(connection: Connection, shard: Shard) -> None:
     )
 
 
-def check_settings(stored: StoreSettings, given: StoreSettings) -> None:
-    """Raise StoreConflict if a setting differs from that of the store."""
-    names = [name for name, value in vars(stored).items() if getattr(given, name) != value]
+def check_settings(stored: StoreSettings, settings: StoreSettings) -> None:
+    """Raise StoreConflict if a setting differs from the stored setting."""
+    names = [name for name, value in vars(stored).items() if getattr(settings, name) != value]
     if names:
-        expected, found = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (stored, given))
+        expected, found = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (stored, settings))
         raise StoreConflict(
             f"The store was created with {expected}; found {found}. Give the same settings, or create another store."
         )
@@ -222,12 +223,12 @@ def now_in_microseconds() -> int:
 
 
 def day_of(microseconds: int) -> int:
-    """Return the day in UTC, as `date.toordinal` counts days."""
+    """Return the day in UTC, as a number of `date.toordinal`."""
     return microseconds // 86_400_000_000 + date(1970, 1, 1).toordinal()
 
 
 def _disable_statistics(connection: Connection, shard: Shard) -> None:
-    """Stop PostgreSQL from sampling users' values into its statistics, which no erasure clears."""
+    """Prevent PostgreSQL from copying users' values into its statistics, which an erasure does not rewrite."""
     columns = {
         shard.users: ("tenant", "user_id"),
         shard.items: ("item_id", "digest", "checksum", "body"),

@@ -1,8 +1,8 @@
-"""Erase users: delete their rows, then rewrite the shard so that their bytes leave the database's files.
+"""Erase users: delete their rows, then rewrite the shard so that the database's files no longer contain their bytes.
 
-SQLite overwrites deleted rows, but not the copies that it leaves in a page when it moves rows to another page.
-PostgreSQL leaves deleted rows until their pages are rewritten. So an erasure rewrites the shard's tables and empties
-the write-ahead log, which still holds the removed rows.
+SQLite overwrites deleted rows. But when it moves rows to another page, it leaves copies in the old page. PostgreSQL
+keeps deleted rows until their pages are rewritten. So an erasure rewrites the shard's tables, and empties the
+write-ahead log, which also contains the deleted rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RETRY_PAUSE_S = 0.05
 
 
 def record_erasure(connection: Connection, erasure: dict[str, Any]) -> None:
-    """Store an erasure, given as the columns of its row."""
+    """Insert an erasure, given as a dict of its row's columns."""
     sql = (
         "INSERT INTO history_erasures (tenant, hashed_user, items, erased_at, shard, wiped) "
         "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped)"
@@ -29,31 +29,31 @@ def record_erasure(connection: Connection, erasure: dict[str, Any]) -> None:
 
 
 def record_erasure_of_nobody(connection: Connection, erasure: dict[str, Any]) -> None:
-    """Store that a user without rows was erased, in place of earlier such erasures of the user."""
+    """Insert an erasure of a user without rows; it replaces earlier erasures of this kind."""
     execute(connection, "DELETE FROM history_erasures WHERE hashed_user = :hashed_user AND wiped = ''", erasure)
     record_erasure(connection, erasure | {"items": 0, "wiped": ""})
 
 
 def forget_erasures_of_nobody(database: Database, *, before: str) -> None:
-    """Delete erasures of users without rows that no request can have come before; `before` is ISO 8601 in UTC."""
+    """Delete erasures of users without rows that are older than all valid tickets; `before` is ISO 8601 in UTC."""
     with database.write_transaction() as connection:
         execute(connection, "DELETE FROM history_erasures WHERE wiped = '' AND erased_at < :before", {"before": before})
 
 
 def unfinished_erasures(connection: Connection) -> dict[int, str]:
-    """Return the hashed user of each erasure whose files are not cleared yet, by the erasure's number."""
+    """Return the hashed user of each erasure whose bytes are not removed from the files yet, by erasure number."""
     sql = "SELECT number, hashed_user FROM history_erasures WHERE wiped IS NULL ORDER BY number"
     return {row.number: row.hashed_user for row in execute(connection, sql)}
 
 
 def last_erasure(connection: Connection, hashed_user: str) -> str:
-    """Return when a user was last erased, ISO 8601; empty if never."""
+    """Return when a user was last erased, in ISO 8601; "" = never."""
     sql = "SELECT max(erased_at) FROM history_erasures WHERE hashed_user = :user"
     return execute(connection, sql, {"user": hashed_user}).scalar_one() or ""
 
 
 def finish_erasure(database: Database, number: int) -> Receipt:
-    """Clear the files, unless another process has done it, and return the unsigned receipt."""
+    """Rewrite the shard unless another process has done so, and return the receipt without a signature."""
     with database.read_transaction() as connection:
         row = execute(connection, "SELECT * FROM history_erasures WHERE number = :number", {"number": number}).one()
     wiped = row.wiped
@@ -66,15 +66,15 @@ def finish_erasure(database: Database, number: int) -> Receipt:
 
 
 def rewrite_shard(database: Database, shard: Shard) -> tuple[str, ...]:
-    """Rewrite a shard, so that the files hold no row that was deleted before, and return what was cleared.
+    """Rewrite a shard so that the files contain no deleted rows, and return the rewritten parts of `Receipt.wiped`.
 
-    Raises StorageError if a transaction keeps reading the old rows. Nothing is lost; the call can be repeated.
+    Raises StorageError if another transaction still reads the old rows. The call can be repeated.
     """
     if database.file:
         with database.write_transaction() as connection:
             _rewrite_sqlite_tables(connection, shard)
         with database.autocommit() as connection:
-            # While a transaction reads an older snapshot, SQLite keeps the log and reports that it is busy.
+            # While a transaction reads an older snapshot, SQLite keeps the log and returns 1 (busy).
             checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
             _wait_while(lambda: execute(connection, checkpoint).one()[0], wait_s=database.wait_s)
         return ("tables", "log")
@@ -86,7 +86,7 @@ def rewrite_shard(database: Database, shard: Shard) -> tuple[str, ...]:
 
 
 def _rewrite_sqlite_tables(connection: Connection, shard: Shard) -> None:
-    """Copy the rows into new tables that take the places of the old; SQLite fills the old pages with zeros."""
+    """Copy the rows into new tables and drop the old tables, whose pages SQLite fills with zeros."""
     tables = (shard.users, shard.items, shard.texts)
     for table in tables:
         execute(connection, f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -98,7 +98,7 @@ def _rewrite_sqlite_tables(connection: Connection, shard: Shard) -> None:
 
 
 def _await_older_readers(connection: Connection, *, wait_s: float) -> None:
-    """Wait for older transactions, because a rewritten table keeps the rows that they may still see."""
+    """Wait until older transactions end, because a rewritten table keeps the rows that they can still see."""
     now = execute(connection, "SELECT clock_timestamp()").scalar_one()
     older = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
@@ -108,7 +108,7 @@ def _await_older_readers(connection: Connection, *, wait_s: float) -> None:
 
 
 def _empty_postgres_log(connection: Connection) -> bool:
-    """Start a new file of the write-ahead log and release the older files; return whether our role may do so."""
+    """Start a new file of the write-ahead log, and release the older files; return whether our role has the right."""
     try:
         execute(connection, "SELECT pg_switch_wal()")
         execute(connection, "CHECKPOINT")
@@ -124,7 +124,7 @@ def _wait_while(is_blocked: Callable[[], int], *, wait_s: float) -> None:
     while is_blocked():
         if time.monotonic() > deadline:
             raise StorageError(
-                "The rows are deleted, but an older transaction still reads them. End it, then erase the same user "
-                "again to clear the files and get the receipt."
+                "The rows are deleted, but an older transaction still reads them. End that transaction. Then erase the "
+                "same user again to remove the bytes from the files and get the receipt."
             )
         time.sleep(_RETRY_PAUSE_S)

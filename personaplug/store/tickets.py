@@ -1,7 +1,7 @@
-"""Tickets: nothing that came before a user's erasure is stored after it, by whatever thread, process or server.
+"""Tickets: data from before a user's erasure is not stored after the erasure, in any thread, process or server.
 
-A ticket remembers the number of the user's last erasure, which the database counts, so that no clocks are compared.
-The transaction that writes looks the number up again, and refuses to write if it has grown.
+A ticket contains the number of the user's last erasure. The database counts erasures, so no clocks are compared. The
+writing transaction reads the number again, and refuses to write if it has increased.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from personaplug.store.database import Connection, execute
 T = TypeVar("T")
 
 TICKET_LIFE_S = 25 * 3600
-"""A ticket is refused after this time, so that an erasure of a user who was not stored need not be known for ever."""
+"""A ticket expires after this time, so that records of erased users without data can be deleted."""
 
 _USERS_PER_QUERY = 5_000
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Ticket:
-    """What a request needs to store something for users of a tenant; taken when the request arrives.
+    """The permission of a request to store items of users of a tenant; taken when the request arrives.
 
     Attributes:
-        hashed_users: the users, each with the hash that stands for it in the list of erasures.
-        last_erasures: number of the last erasure, by hashed user; those who were never erased are missing.
+        hashed_users: the hash of each user, as in the list of erasures.
+        last_erasures: number of the last erasure, by hashed user; users who were never erased are missing.
     """
 
     tenant: str
@@ -39,21 +39,22 @@ class Ticket:
     @property
     def user(self) -> str:
         if len(self.hashed_users) != 1:
-            raise UserError(f"The call needs a ticket of one user; found {len(self.hashed_users)}.")
+            raise UserError(f"The call needs a ticket of one user; found {len(self.hashed_users)} users.")
         return next(iter(self.hashed_users))
 
     def check(self, connection: Connection, users: Iterable[str]) -> None:
         """Raise UserErased if one of the users was erased after the ticket was taken, or the ticket is too old."""
-        if not self.hashed_users.keys() >= (wanted := set(users)):
-            raise UserError("The ticket is of other users: admit all whose items are added.")
-        now = last_erasures(connection, [self.hashed_users[user] for user in wanted])
+        names = set(users)
+        if not self.hashed_users.keys() >= names:
+            raise UserError("The ticket does not include all users of the items. Call `admit` with all of them.")
+        current = last_erasures(connection, [self.hashed_users[user] for user in names])
         is_late = time.monotonic() > self.taken_at + TICKET_LIFE_S
-        if is_late or any(number > self.last_erasures.get(hashed, 0) for hashed, number in now.items()):
+        if is_late or any(number > self.last_erasures.get(hashed, 0) for hashed, number in current.items()):
             raise UserErased
 
 
 def last_erasures(connection: Connection, hashed_users: Sequence[str]) -> dict[str, int]:
-    """Return the number of the last erasure of each user who was ever erased."""
+    """Return the number of the last erasure by hashed user, for users who were erased."""
     select = "SELECT hashed_user, max(number) AS number FROM history_erasures"
     sql = f"{select} WHERE hashed_user IN :users GROUP BY hashed_user"
     return {

@@ -16,11 +16,11 @@ from personaplug.store.writes import UserRow
 
 @dataclass(frozen=True)
 class StoredUser:
-    """A user of a store, with the items that are not too old.
+    """A user of a store, and facts about the user's items; expired items do not count.
 
     Attributes:
-        items: all items, stated preferences included.
-        last: the latest date of an item; an item without a date counts from the day of its arrival.
+        items: number of items, stated preferences included.
+        last: the latest date of an item; an item without a date has the day of its arrival.
     """
 
     tenant: str

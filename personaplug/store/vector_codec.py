@@ -1,4 +1,4 @@
-"""What the plug reads of an item, to bytes and back: vector and style in half precision, with a checksum."""
+"""Encode the values that the plug reads of an item as bytes: vector and style in float16, with a checksum."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Bodies = npt.NDArray[Any]
 def encode_vectors(vectors: npt.NDArray[Any], *, width: int) -> list[bytes]:
     """Return the bytes of each of (n, E) vectors as little-endian float16."""
     if vectors.ndim != 2 or vectors.shape[1] != width:
-        raise ShapeMismatch(f"The store keeps vectors of shape (n, {width}); found shape {vectors.shape}.")
+        raise ShapeMismatch(f"The store needs vectors of shape (n, {width}); found shape {vectors.shape}.")
     with np.errstate(over="ignore", invalid="ignore"):
         halves = vectors.astype(LITTLE_ENDIAN_HALF)
     invalid = int((~np.isfinite(halves).all(axis=1)).sum())
     if invalid:
-        raise ItemError(f"{invalid} of {len(vectors)} vectors hold NaN or infinite values; nothing was stored.")
+        raise ItemError(f"{invalid} of {len(vectors)} vectors have NaN or infinite values; nothing was stored.")
     return split_rows(halves)
 
 
@@ -57,7 +57,7 @@ def encode_bodies(
 
 
 def decode_bodies(rows: Sequence[bytes], *, width: int, user_no: int, items_per_user: int) -> Bodies:
-    """Return a user's items, given oldest first; raise StorageError if they are not as they were written."""
+    """Decode a user's items, oldest first; raise StorageError if they are damaged, of another user or out of order."""
     layout = _layout(width)
     try:
         buffer = b"".join(rows)
@@ -85,5 +85,5 @@ def _layout(width: int) -> np.dtype[Any]:
     halves = len(FEATURES) + width
     fields: list[Any] = [("key", "<i8"), ("day", "<i4"), ("label_id", "<i2"), ("kind_id", "<i2")]
     fields += [("style", LITTLE_ENDIAN_HALF, (len(FEATURES),)), ("vector", LITTLE_ENDIAN_HALF, (width,))]
-    fields += [("fill", "u1", (-2 * halves % 8,)), ("checksum", "<u8")]  # whole words of 8 bytes
+    fields += [("fill", "u1", (-2 * halves % 8,)), ("checksum", "<u8")]  # pads the record to words of 8 bytes
     return np.dtype(fields)

@@ -1,4 +1,4 @@
-"""Write items: check and pack them, then insert, replace or skip each; apply the retention."""
+"""Write items: check and pack them, insert or replace the changed ones, and apply the retention."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
 
 
 MAX_PREFERENCES = 100
-"""Largest number of stated preferences of a user. They go before all other items of a long history."""
+"""The largest number of stated preferences of a user. In a long history they come before all other items."""
 
 
 class AddResult(NamedTuple):
-    """Numbers of items that are new, that replaced an item of the same id, and that were stored already."""
+    """Numbers of items that were new, that replaced an item with the same id, and that were unchanged."""
 
     new: int
     replaced: int
@@ -48,7 +48,7 @@ class AddResult(NamedTuple):
 
 
 class ReplaceResult(NamedTuple):
-    """The numbers of an AddResult, and that of the items that were removed."""
+    """The numbers of an AddResult, and the number of removed items."""
 
     new: int
     replaced: int
@@ -58,13 +58,13 @@ class ReplaceResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class EncodedItems:
-    """Items of one or several users with their vectors, as columns.
+    """Items of one or more users with their vectors, as columns.
 
     Attributes:
-        users: (n) owner of each item.
-        items: (n); they need no fields if the store keeps no text.
+        users: (n) user of each item.
+        items: (n); an item needs no fields if the store keeps no text.
         vectors: (n, E).
-        label_ids: (n,) index of each answer in the store's labels, -1 for none; None = computed from the items.
+        label_ids: (n,) index of each answer in the store's labels, -1 = no label; None = computed from the items.
         style: (n, F) style features of each answer; None = computed from the items.
     """
 
@@ -103,7 +103,7 @@ class UserRow:
 
     @classmethod
     def of(cls, row: sa.Row[Any], *, tenant: str, user: str) -> UserRow:
-        """Return the row of a user; raise StorageError if it is another's, or not as it was written."""
+        """Return the row of a user; raise StorageError if it is damaged or belongs to another user."""
         stored = cls(row.no, tenant, user, row.version, row.items_received, row.items)
         if row.checksum != stored.checksum:
             raise damaged("the row of a user")
@@ -112,11 +112,11 @@ class UserRow:
     @property
     def checksum(self) -> int:
         if not self.version:
-            return 0  # a new row, whose number the database gives
+            return 0  # a new row: the database assigns its number, so there is no checksum yet
         return checksum(self.no, self.tenant, self.user_id, self.version, self.items_received, self.items)
 
     def next_key(self) -> int:
-        """Return the key of a new item."""
+        """Count a new item and return its key."""
         if self.items_received == MAX_ITEMS_PER_USER:
             raise ItemError(f"A user can receive at most {MAX_ITEMS_PER_USER} items; nothing was stored.")
         self.items_received += 1
@@ -124,13 +124,13 @@ class UserRow:
         return self.no * MAX_ITEMS_PER_USER + self.items_received - 1
 
     def increase_version(self) -> None:
-        # A version is a time, so that a user who returns after an erasure gets no earlier version.
+        # Versions are times, so that the version of a user who returns after an erasure does not restart.
         self.version = max(self.version + 1, now_in_microseconds())
 
 
 def check_id(value: str, *, owner: str) -> None:
-    """Raise ItemError for values that cannot be an id. The message hides the value: an id may be personal."""
-    if not isinstance(value, str):  # a number may have been another id before it was one
+    """Raise ItemError if a value is not a valid id. The message does not contain the value, which may be personal."""
+    if not isinstance(value, str):  # a number may have lost digits or zeros of the original id
         raise ItemError(f"The id of {owner} must be text; found a {type(value).__name__}.")
     try:
         as_id(value, f"The id of {owner}")
@@ -139,13 +139,12 @@ def check_id(value: str, *, owner: str) -> None:
 
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
-    """Return 16 bytes that identify an item's content; without the key nobody can test texts against them."""
+    """Return 16 bytes that identify an item's content; only with the key can texts be tested against them."""
     day = item.date and item.date.toordinal()
     return _digest(json.dumps([item.kind, item.fields, item.answer_name, day]).encode(), key)
 
 
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
-    """Check and pack items."""
     items = encoded.items
     if len(encoded.users) != len(items):
         raise ShapeMismatch(f"Each item needs a user; found {len(encoded.users)} users and {len(items)} items.")
@@ -157,7 +156,7 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
     style = style_of_answers(items) if encoded.style is None else encoded.style
     _check_columns(encoded, labels, style, label_count=len(settings.labels))
     if settings.keep_text and not all(item.fields for item in items):
-        raise ItemError("The store keeps texts, but found items without fields; nothing was stored.")
+        raise ItemError("The store keeps texts, so each item needs fields; found items without. Nothing was stored.")
     vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
     packed = []
     columns = zip(encoded.users, items, labels.tolist(), kind_ids(items).tolist(), style_rows, vectors, strict=True)
@@ -173,15 +172,14 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
 def write_items(
     connection: Connection, shard: Shard, items: Sequence[PackedItem], *, ticket: Ticket, retention: Retention
 ) -> AddResult:
-    """Write items of users of one shard within the caller's transaction.
+    """Write items of users of one shard in the caller's transaction; see `HistoryStore.add_encoded`.
 
-    A replaced item keeps its position in the order of arrival. If two items have the same id, the later one wins.
-    Raise UserErased if a user was erased after the ticket was taken.
+    A replaced item keeps its position in the order of arrival. If two items have the same id, the later one is stored.
     """
     latest = {(item.user, item.id): item for item in items}
     names = {item.user for item in items}
-    lock_table(connection, shard.users)  # erasures wait, so that the ticket stays valid until the transaction ends
-    ticket.check(connection, names)  # before anything of the user is written
+    lock_table(connection, shard.users)  # blocks erasures, so that the ticket stays valid until the transaction ends
+    ticket.check(connection, names)  # must come before the first write
     users = lock_users(connection, shard, tenant=ticket.tenant, names=names)
     ids = [(users[name].no, item_id) for name, item_id in latest if users[name].items_received]
     stored = find_items(connection, shard, ids)
@@ -202,12 +200,12 @@ def write_items(
             inserts.append((old.key, old.arrived, item))
     delete_items(connection, shard, replaced)
     insert_items(connection, shard, inserts)
-    stating = {item.user for _, _, item in inserts if item.kind_id == PREFERENCE_KIND}
+    with_new_preferences = {item.user for _, _, item in inserts if item.kind_id == PREFERENCE_KIND}
     for name, user in changed.items():
-        if name in stating:
+        if name in with_new_preferences:
             _check_preferences(connection, shard, user.no)
         user.items -= _apply_retention(connection, shard, user.no, retention=retention)
-        if not user.items:  # all were too old
+        if not user.items:  # all items have expired
             delete_user(connection, shard, user.no)
     if changed:
         update_users(connection, shard, list(changed.values()))
@@ -215,7 +213,7 @@ def write_items(
 
 
 def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[int, int, PackedItem]]) -> None:
-    """Insert items, each with its key and its time of arrival; an item without a date gets the day of its arrival."""
+    """Insert items, given with their keys and times of arrival. An item without a date gets the day of its arrival."""
     keys, arrivals, items = zip(*sorted(entries, key=itemgetter(0)), strict=True) if entries else ((), (), ())
     days = [day_of(arrived) if item.day is None else item.day for arrived, item in zip(arrivals, items, strict=True)]
     bodies = encode_bodies(
@@ -240,12 +238,12 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
 def checksum_of_item(
     key: int, day: int, dated: bool, arrived: int, label_id: int, kind_id: int, item_id: str, *, text: bytes | None
 ) -> int:
-    """Return a checksum of what the tables hold of an item beside its body."""
+    """Return a checksum of an item's columns, except the body, and of its text."""
     return checksum(key, day, bool(dated), arrived, label_id, kind_id, item_id, text=text)
 
 
 def remove_items(connection: Connection, shard: Shard, user: UserRow, keys: Sequence[int]) -> None:
-    """Delete items of a locked user, and write the user's new version and count."""
+    """Delete items of a locked user, and update the user's version and number of items."""
     delete_items(connection, shard, keys)
     user.items -= len(keys)
     user.increase_version()
@@ -271,13 +269,13 @@ def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
 
 
 def mark_for_rewrite(connection: Connection, shard: Shard) -> None:
-    """Note that a shard's files are to be cleared of what was too old; `finish_rewrites` of `expiry.py` does it."""
+    """Record that a shard has to be rewritten because expired items were deleted; see `expiry.finish_rewrites`."""
     sql = "INSERT INTO history_rewrites VALUES (:shard, :now) ON CONFLICT (shard) DO UPDATE SET removed_at = :now"
     execute(connection, sql, {"shard": shard.number, "now": now_in_microseconds()})
 
 
 def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> int:
-    """Delete the items of a user that are not kept, and return their number."""
+    """Delete the user's items that exceed the retention, and return their number."""
     select, expired = f"SELECT key FROM {shard.items} WHERE user_no = :no", set[int]()
     if retention.max_days is not None:
         sql = f"{select} AND day < :first_day"
@@ -285,7 +283,7 @@ def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, rete
     if expired:
         mark_for_rewrite(connection, shard)
     if retention.max_items is not None:
-        # Stated preferences are kept before others, as `latest_items` uses them. Without any, the index has the order.
+        # Like `latest_items`, the retention prefers stated preferences. Without preferences, the index has this order.
         others_last = f"kind_id <> {PREFERENCE_KIND}, " if count_preferences(connection, shard, user_no) else ""
         sql = f"{select} ORDER BY {others_last}day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
         expired.update(execute(connection, sql, {"no": user_no, "max_items": retention.max_items}).scalars())
@@ -294,15 +292,15 @@ def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, rete
 
 
 def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[str]) -> dict[str, UserRow]:
-    """Return users' rows, created if missing, and lock them until the transaction ends."""
+    """Lock users' rows until the transaction ends, and return them by name; create missing rows."""
     rows: dict[str, UserRow] = {}
     insert = (
         f"INSERT INTO {shard.users} (tenant, user_id, version, items_received, items, checksum) "
         "VALUES (:tenant, :name, 0, 0, 0, 0) ON CONFLICT DO NOTHING"
     )
-    # All writers lock in the order of numbers, so that no two wait for each other.
+    # All writers lock rows in the order of their numbers, to avoid deadlocks.
     select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
-    # A row may be deleted between the two statements; the next turn creates it again.
+    # A row may be deleted between the two statements; the next iteration creates it again.
     while missing := sorted(names - rows.keys()):
         execute(connection, insert, [{"tenant": tenant, "name": name} for name in missing])
         for chunk in chunks(missing, _USERS_PER_QUERY):
@@ -313,7 +311,6 @@ def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[
 
 
 def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) -> None:
-    """Write versions and counts of users."""
     names = ("version", "items_received", "items", "checksum")
     changes = ", ".join(f"{name} = :{name}" for name in names)
     values = [{"no": row.no} | {name: getattr(row, name) for name in names} for row in rows]
@@ -323,7 +320,7 @@ def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) 
 def find_items(
     connection: Connection, shard: Shard, ids: Sequence[tuple[int, str]]
 ) -> dict[tuple[int, str], sa.Row[Any]]:
-    """Return key, arrival and digest of stored items, by (user number, item id)."""
+    """Return the key, arrival and digest of stored items, by (user number, item id)."""
     sql = f"{_FOUND} {shard.items} WHERE (user_no, item_id) IN :ids"
     return {
         (row.user_no, row.item_id): row
@@ -333,7 +330,7 @@ def find_items(
 
 
 def find_preferences(connection: Connection, shard: Shard, user_no: int) -> dict[tuple[int, str], sa.Row[Any]]:
-    """Return the stated preferences of a user as `find_items` does."""
+    """Return a user's stated preferences in the form of `find_items`."""
     sql = f"{_FOUND} {shard.items} WHERE user_no = :no AND kind_id = {PREFERENCE_KIND}"
     return {(row.user_no, row.item_id): row for row in execute(connection, sql, {"no": user_no})}
 
@@ -347,8 +344,8 @@ def _check_preferences(connection: Connection, shard: Shard, user_no: int) -> No
     count = count_preferences(connection, shard, user_no)
     if count > MAX_PREFERENCES:
         raise ItemError(
-            f"A user can state at most {MAX_PREFERENCES} preferences; found {count}. Remove some first; nothing was "
-            f"stored."
+            f"A user can have at most {MAX_PREFERENCES} preferences; found {count}. Nothing was stored; remove some "
+            f"preferences first."
         )
 
 
@@ -359,7 +356,7 @@ def pack_text(item: HistoryItem) -> bytes:
 
 
 def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None, tuple[str, ...] | None]:
-    """Return the fields, the answer name, and the labels of the answer: empty for a text, None if unknown."""
+    """Return the fields, the answer name, and the labels of the answer: () for free text, None if unknown."""
     fields, answer_name, *is_text = json.loads(text.decode("utf-8", "surrogatepass"))
     return tuple((name, value) for name, value in fields), answer_name, () if is_text else None
 
@@ -377,7 +374,7 @@ def _check_columns(encoded: EncodedItems, labels: LabelIds, style: StyleArray, *
         )
     if count and not -1 <= int(labels.min()) <= int(labels.max()) < label_count:
         raise ItemError(
-            f"label_ids must be indices of {label_count} labels, or -1; found {labels.min()} to {labels.max()}."
+            f"label_ids must be -1 or indices of {label_count} labels; found {labels.min()} to {labels.max()}."
         )
     if not np.isfinite(style.astype(np.float16)).all():
-        raise ItemError("A style vector holds NaN or infinite values; nothing was stored.")
+        raise ItemError("A style vector has NaN or infinite values; nothing was stored.")

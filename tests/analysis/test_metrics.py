@@ -1,4 +1,4 @@
-"""LaMP's rules on hand cases, and every metric against an implementation that is not ours."""
+"""LaMP's rules on known cases, and every metric against an independent implementation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHOICES = ("[1]", "[2]")
 
 
 def rated(prediction: str, gold: str) -> float:
-    """The rating that the rule reads, from its error against a gold answer that is not above it."""
+    """Return the parsed rating, computed from its error against a gold answer that is not greater."""
     return float(gold) + get_metric("mae", labels=STARS).score([prediction], [gold])
 
 
@@ -52,7 +52,7 @@ def test_accuracy_is_an_exact_match_after_stripping(prediction: str, hit: float)
 
 
 @pytest.mark.parametrize(("prediction", "hit"), [(" [1] ", 1), ("1", 0), ("[2]", 0), ("[1] ]", 0), ("[3]", 0)])
-def test_citation_is_the_bracketed_number(prediction: str, hit: float) -> None:
+def test_citation_answer_is_a_number_in_brackets(prediction: str, hit: float) -> None:
     assert get_metric("accuracy", labels=CHOICES).score([prediction], ["[1]"]) == hit
 
 
@@ -60,7 +60,7 @@ def test_gold_is_stripped_too_and_labels_may_be_a_list() -> None:
     assert get_metric("accuracy", labels=list(TAGS)).score(["sci-fi"], [" sci-fi "]) == 1
 
 
-def test_gold_outside_the_labels_is_never_hit() -> None:
+def test_gold_outside_the_labels_is_always_wrong() -> None:
     assert get_metric("accuracy", labels=TAGS).score(["opera"], ["opera"]) == 0
 
 
@@ -76,17 +76,17 @@ def random_labels(count: int, *, seed: int, noise: tuple[str, ...] = ("Comedy", 
 @pytest.mark.parametrize("seed", range(20))
 def test_label_metrics_agree_with_scikit_learn(seed: int) -> None:
     golds, predictions = random_labels(40, seed=seed, noise=()), random_labels(40, seed=seed + 1000)
-    index = {tag: place for place, tag in enumerate(TAGS)}
-    meant, said = [index[tag] for tag in golds], [index.get(tag, -1) for tag in predictions]
-    # The fourth tag is in no gold and no prediction: it counts as 0 and does not drop out of the mean.
-    expected = f1_score(meant, said, labels=range(len(TAGS)), average="macro", zero_division=0)
+    index = {tag: number for number, tag in enumerate(TAGS)}
+    gold_ids, predicted_ids = [index[tag] for tag in golds], [index.get(tag, -1) for tag in predictions]
+    # The fourth tag is in no gold and no prediction, but still counts as 0 in the mean.
+    expected = f1_score(gold_ids, predicted_ids, labels=range(len(TAGS)), average="macro", zero_division=0)
     assert get_metric("f1", labels=TAGS).score(predictions, golds) == pytest.approx(expected, abs=1e-12)
     accuracy = get_metric("accuracy", labels=TAGS).score(predictions, golds)
-    assert accuracy == pytest.approx(accuracy_score(meant, said), abs=1e-12)
+    assert accuracy == pytest.approx(accuracy_score(gold_ids, predicted_ids), abs=1e-12)
 
 
-def test_invalid_answer_lowers_recall_and_an_unused_label_counts_nothing() -> None:
-    # comedy: 1 hit of 1 said, 2 gold -> 2/3; the three others 0.
+def test_invalid_answer_lowers_recall_and_an_unused_label_counts_as_0() -> None:
+    # comedy: 1 hit, 1 prediction, 2 golds: F1 = 2/3; the other three labels count 0.
     assert get_metric("f1", labels=TAGS).score(["comedy", "?"], ["comedy", "comedy"]) == pytest.approx(2 / 3 / 4)
 
 
@@ -120,26 +120,26 @@ def test_f1_takes_many_means_at_once() -> None:
         ("1e1", "1", 10),
     ],
 )
-def test_rating_is_read_as_lamp_does(prediction: str, gold: str, rating: float) -> None:
+def test_rating_is_parsed_as_in_lamp(prediction: str, gold: str, rating: float) -> None:
     assert rated(prediction, gold) == rating
 
 
 @pytest.mark.parametrize(("gold", "error"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
-def test_no_number_costs_the_distance_to_the_farthest_end(gold: str, error: float) -> None:
+def test_text_without_a_number_counts_as_the_farthest_end(gold: str, error: float) -> None:
     assert get_metric("mae", labels=STARS).score(["I liked it"], [gold]) == error
 
 
-def test_of_two_equally_far_ends_the_highest_is_taken() -> None:
-    # Both are equally wrong, so no score can tell; the rule is LaMP's all the same.
+def test_upper_end_counts_if_both_ends_are_equally_far() -> None:
+    # Both ends have the same error, so no score shows which end LaMP's rule chooses.
     metric = get_metric("mae", labels=STARS)
     assert metric._rating("?", 3.0) == 5.0  # type: ignore[attr-defined]
 
 
-def test_ends_are_those_of_the_labels() -> None:
+def test_ends_of_the_scale_come_from_the_labels() -> None:
     assert get_metric("mae", labels=("0", "5", "10")).score(["?"], ["2"]) == 8
 
 
-def test_nan_and_infinity_are_taken_as_they_are() -> None:
+def test_nan_and_infinity_are_not_replaced() -> None:
     mae, rmse = (get_metric(name, labels=STARS) for name in ("mae", "rmse"))
     assert math.isnan(mae.score(["nan", "4"], ["3", "4"]))
     assert math.isnan(rmse.score(["NaN", "4"], ["3", "4"]))
@@ -148,22 +148,22 @@ def test_nan_and_infinity_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("text", ["²", "½", "٣", "1_0", "0x10", "\x00", "1" * 5000, "--1", "\ud83d", "1,5", "Ⅳ"])
-def test_reading_a_rating_never_raises(text: str) -> None:
+def test_parsing_a_rating_never_raises(text: str) -> None:
     get_metric("rmse", labels=STARS).statistics([text], ["3"])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_errors_agree_with_scikit_learn(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    golds, said = rng.integers(1, 6, size=50), rng.uniform(-1, 8, size=50).round(2)
-    texts = [str(number) for number in said], [str(number) for number in golds]
+    golds, predictions = rng.integers(1, 6, size=50), rng.uniform(-1, 8, size=50).round(2)
+    texts = [str(number) for number in predictions], [str(number) for number in golds]
     mae, rmse = (get_metric(name, labels=STARS).score(*texts) for name in ("mae", "rmse"))
-    assert mae == pytest.approx(mean_absolute_error(golds, said), abs=1e-12)
-    assert rmse == pytest.approx(math.sqrt(mean_squared_error(golds, said)), abs=1e-12)
+    assert mae == pytest.approx(mean_absolute_error(golds, predictions), abs=1e-12)
+    assert rmse == pytest.approx(math.sqrt(mean_squared_error(golds, predictions)), abs=1e-12)
 
 
 @pytest.mark.parametrize("gold", ["good", "", "nan", "inf"])
-def test_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> None:
+def test_error_for_a_gold_without_a_number_names_its_position_only(gold: str) -> None:
     with pytest.raises(ConfigError, match="sample 2") as caught:
         get_metric("mae", labels=STARS).score(["1", "1"], ["1", gold])
     assert "good" not in str(caught.value)
@@ -175,16 +175,16 @@ def test_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> 
 def assert_equals_rouge_score(pairs: list[tuple[str, str]]) -> None:
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     golds, predictions = [gold for gold, _ in pairs], [prediction for _, prediction in pairs]
-    theirs = [scorer.score(gold, prediction) for gold, prediction in pairs]
+    reference_scores = [scorer.score(gold, prediction) for gold, prediction in pairs]
     for name, key in (("rouge_1", "rouge1"), ("rouge_l", "rougeL")):
         ours = get_metric(name).statistics(predictions, golds)
-        expected = np.array([score[key].fmeasure for score in theirs])
+        expected = np.array([score[key].fmeasure for score in reference_scores])
         np.testing.assert_allclose(ours[:, 0], expected, rtol=0, atol=1e-9)
         assert len(np.unique(expected)) > 5
 
 
 def real_pairs(folder: Path) -> list[tuple[str, str]]:
-    """Gold answers and the inputs they answer."""
+    """Return gold answers with their inputs."""
     questions = json.loads(gzip.decompress((folder / "train_questions.json.gz").read_bytes()))
     outputs = json.loads(gzip.decompress((folder / "train_outputs.json.gz").read_bytes()))["golds"]
     golds = {gold["id"]: gold["output"] for gold in outputs}
@@ -195,8 +195,8 @@ def test_rouge_equals_google_on_real_texts(shared_data: Path) -> None:
     pairs = [pair for task in ("LaMP_7", "LaMP_4") for pair in real_pairs(shared_data / task)[:300]]
     assert len(pairs) == 600
     assert_equals_rouge_score(pairs)
-    # The next sample's text instead of the own: hardly anything in common, many zeros.
-    assert_equals_rouge_score([(gold, pairs[place - 1][1]) for place, (gold, _) in enumerate(pairs[:200])])
+    # Texts of different samples share few words, so many scores are 0.
+    assert_equals_rouge_score([(gold, pairs[index - 1][1]) for index, (gold, _) in enumerate(pairs[:200])])
 
 
 def random_text(rng: random.Random, *, words: int) -> str:
@@ -241,17 +241,17 @@ def test_rouge_equals_google_on_random_texts() -> None:
         ("running", "run", 0, 0),
     ],
 )
-def test_rouge_by_hand(prediction: str, gold: str, rouge_1: float, rouge_l: float) -> None:
+def test_rouge_of_known_cases(prediction: str, gold: str, rouge_1: float, rouge_l: float) -> None:
     assert get_metric("rouge_1").score([prediction], [gold]) == pytest.approx(rouge_1)
     assert get_metric("rouge_l").score([prediction], [gold]) == pytest.approx(rouge_l)
 
 
 @pytest.mark.parametrize(("left", "right", "length"), [("abcbdab", "bdcaba", 4), ("", "a", 0), ("ab", "ba", 1)])
-def test_longest_common_subsequence_by_hand(left: str, right: str, length: int) -> None:
+def test_longest_common_subsequence_of_known_cases(left: str, right: str, length: int) -> None:
     assert longest_common_subsequence(left, right) == longest_common_subsequence(right, left) == length
 
 
-def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
+def test_rouge_is_fast_even_for_long_texts() -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefghijklmnopqrst", k=20)) for _ in range(4000)]
     texts += [" ".join(rng.choices("abcdefghijklmnopqrst", k=3000)) for _ in range(2)]
@@ -260,13 +260,13 @@ def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
     assert time.process_time() - start < 1
 
 
-# What all share
+# All metrics
 
-OF_ANSWERS = [name for name, metric in METRICS.items() if metric.of_answers]
-OF_MANNERS = ("manners", *(metric.name for metric in MANNER_METRICS))
+ANSWER_METRICS = [name for name, metric in METRICS.items() if metric.of_answers]
+MANNER_NAMES = ("manners", *(metric.name for metric in MANNER_METRICS))
 
 
-@pytest.mark.parametrize("name", OF_ANSWERS)
+@pytest.mark.parametrize("name", ANSWER_METRICS)
 def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     predictions, golds = ["1", "5", "x", "3 "], ["1", "4", "2", "3"]
@@ -277,14 +277,14 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     assert metric.greater_is_better is (name not in ("mae", "rmse"))
 
 
-@pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name not in OF_MANNERS])
+@pytest.mark.parametrize("name", [name for name in ANSWER_METRICS if name not in MANNER_NAMES])
 def test_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
     assert gain > 0 if metric.greater_is_better else gain < 0
 
 
-@pytest.mark.parametrize("name", OF_ANSWERS)
+@pytest.mark.parametrize("name", ANSWER_METRICS)
 def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     assert math.isnan(metric.score([], []))
@@ -293,7 +293,7 @@ def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nll", "divergence"])
-def test_likelihood_is_per_token_whoever_has_how_many(name: str) -> None:
+def test_likelihood_is_averaged_over_the_tokens_of_all_samples(name: str) -> None:
     metric = get_metric(name)
     stats = np.array([[6.0, 3.0], [1.0, 1.0]])
     assert value_of(stats, metric) == pytest.approx(7 / 4)
@@ -301,17 +301,17 @@ def test_likelihood_is_per_token_whoever_has_how_many(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nll", "choice", "margin", "divergence"])
-def test_likelihood_is_not_to_be_had_from_texts(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} is of a model's probabilities"):
+def test_likelihood_cannot_be_computed_from_texts(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} needs a model's probabilities"):
         get_metric(name).score(["1"], ["1"])
 
 
 LIKELIHOODS = [
     [2.0, 2, 9.0, 3, 4.0, 1],  # 1 nat a token against 3 and 4
     [6.0, 2, 2.0, 2],  # 3 against 1
-    [5.0, 5],  # nothing was rejected
-    [2.0, 2, 3.0, 3],  # a tie is no choice
-    [1.0, 2, 3.0, 1, 1.0, 1],  # 0.5 against 3 and 1: the nearest one counts
+    [5.0, 5],  # no rejected answer
+    [2.0, 2, 3.0, 3],  # a tie does not count as a choice
+    [1.0, 2, 3.0, 1, 1.0, 1],  # 0.5 against 3 and 1: the best rejected answer counts
 ]
 
 
@@ -322,36 +322,36 @@ def likelihood_statistics(name: str, likelihoods: Sequence[Sequence[float]] = LI
 
 
 @pytest.mark.parametrize(
-    ("name", "each", "together"),
+    ("name", "sample_scores", "mean"),
     [("choice", [1, 0, math.nan, 0, 1], 2 / 4), ("margin", [2, -2, math.nan, 0, 0.5], 0.5 / 4)],
 )
-def test_right_answer_is_compared_with_the_best_rejected_one_per_token(
-    name: str, each: list[float], together: float
+def test_right_answer_is_compared_per_token_with_the_best_rejected_answer(
+    name: str, sample_scores: list[float], mean: float
 ) -> None:
     stats, metric = likelihood_statistics(name), get_metric(name)
     assert stats is not None
-    np.testing.assert_array_equal(metric.value(stats), each)
-    assert value_of(stats, metric) == pytest.approx(together)
+    np.testing.assert_array_equal(metric.value(stats), sample_scores)
+    assert value_of(stats, metric) == pytest.approx(mean)
     assert metric.greater_is_better
-    assert bootstrap_interval(stats, ["a", "b", "a", "b", "b"], metric, resamples=200).value == pytest.approx(together)
+    assert bootstrap_interval(stats, ["a", "b", "a", "b", "b"], metric, resamples=200).value == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("name", ["choice", "margin"])
-def test_without_rejected_answers_there_is_nothing_to_compare(name: str) -> None:
+def test_comparison_needs_rejected_answers(name: str) -> None:
     assert likelihood_statistics(name, [[1.0, 2], [3.0, 4]]) is None
 
 
-def test_likelihood_of_the_right_answer_leaves_the_rejected_ones_out() -> None:
+def test_nll_ignores_rejected_answers() -> None:
     np.testing.assert_array_equal(likelihood_statistics("nll"), [[2.0, 2], [6.0, 2], [5.0, 5], [2.0, 2], [1.0, 2]])
 
 
-@pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
-def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"did you mean '{meant}"):
+@pytest.mark.parametrize(("name", "suggestion"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
+def test_error_for_an_unknown_metric_suggests_the_nearest_name(name: str, suggestion: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{suggestion}"):
         get_metric(name)
 
 
-def test_far_off_name_lists_all_metrics() -> None:
+def test_error_for_an_unknown_metric_lists_all_metrics() -> None:
     with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, choice, divergence, f1"):
         get_metric("xyz")
 
@@ -367,18 +367,18 @@ def test_far_off_name_lists_all_metrics() -> None:
         ("mae", ("1", "inf")),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) -> None:
+def test_invalid_labels_are_refused(name: str, labels: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=name):
         get_metric(name, labels=labels)
 
 
 @pytest.mark.parametrize("stem", ["mae", "rmse", "accuracy"])
 @pytest.mark.parametrize("estimate", ["median", "mean"])
-def test_metric_of_another_estimate_is_the_same_metric_of_other_predictions(stem: str, estimate: str) -> None:
+def test_point_estimate_changes_the_predictions_but_not_the_metric(stem: str, estimate: str) -> None:
     plain, other = get_metric(stem, labels=STARS), get_metric(f"{stem}@{estimate}", labels=STARS)
     assert (plain.name, plain.estimate, has_estimate(plain.name)) == (stem, "argmax", False)
     assert (other.name, other.estimate, has_estimate(other.name)) == (f"{stem}@{estimate}", estimate, True)
-    assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
+    assert get_metric(stem, labels=STARS).name == stem  # the other instance does not change the class's name
     assert other.greater_is_better == plain.greater_is_better
     texts = ["1", "5", "x"], ["2", "5", "3"]
     np.testing.assert_array_equal(other.statistics(*texts), plain.statistics(*texts))
@@ -391,19 +391,19 @@ def test_metric_of_another_estimate_is_the_same_metric_of_other_predictions(stem
         ("mae@mode", STARS, "no point estimate 'mode'"),
         ("mae@", STARS, "no point estimate ''"),
         ("mea@median", STARS, "did you mean 'mae'"),
-        ("mae@argmax", STARS, "is called 'mae'"),
-        ("f1@median", STARS, "f1 knows no scale"),
-        ("rouge_1@mean", (), "rouge_1 knows no scale"),
+        ("mae@argmax", STARS, "Write 'mae' instead of 'mae@argmax'"),
+        ("f1@median", STARS, "f1 takes no point estimate"),
+        ("rouge_1@mean", (), "rouge_1 takes no point estimate"),
         ("accuracy@median", TAGS, "accuracy@median needs finite numbers"),
         ("mae@mean", TAGS, "mae@mean needs finite numbers"),
     ],
 )
-def test_estimate_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
+def test_invalid_estimates_are_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         get_metric(name, labels=labels)
 
 
-def test_no_class_of_an_unknown_metric() -> None:
+def test_unknown_metric_has_no_class() -> None:
     assert metric_class("bleu@median") is None
 
 
@@ -422,7 +422,9 @@ def test_no_class_of_an_unknown_metric() -> None:
         ("x", (), False),
     ],
 )
-def test_what_counts_as_invalid(prediction: str, labels: tuple[str, ...], invalid: bool) -> None:
+def test_predictions_outside_the_labels_or_empty_are_invalid(
+    prediction: str, labels: tuple[str, ...], invalid: bool
+) -> None:
     assert is_invalid(prediction, labels) is invalid
 
 
@@ -450,21 +452,21 @@ KIND = "Hola!\n- It's late.\n- Don't wait. 👍\nShall I go on?\nCheers!"
 CURT = "it is late."
 
 
-@pytest.mark.parametrize("name", [name for name in OF_MANNERS if name != "manners_layout"])
-def test_same_manners_score_1_and_opposite_ones_0(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in MANNER_NAMES if name != "manners_layout"])
+def test_equal_manners_score_1_and_opposite_manners_score_0(name: str) -> None:
     metric = get_metric(name)
     assert metric.score([KIND, CURT], [KIND, CURT]) == 1
     assert metric.score([CURT, KIND], [KIND, CURT]) == 0
     assert metric.score([KIND, KIND], [KIND, CURT]) == 0.5
 
 
-def test_manner_counts_only_where_the_reference_shows_it() -> None:
+def test_manner_counts_only_if_the_reference_shows_it() -> None:
     metric = get_metric("manners_layout")
     assert metric.score([CURT, KIND], [KIND, CURT]) == 0
     assert metric.score([KIND, KIND], [KIND, CURT]) == 1
     assert math.isnan(metric.score([KIND], [CURT]))
 
 
-def test_manners_of_other_words_count_in_full() -> None:
+def test_manners_do_not_depend_on_the_words() -> None:
     other = "Hola!\n- Tea won't help.\n- Sleep. 👍\nShall I go on?\nCheers!"
     assert get_metric("manners").score([other, ""], [KIND, KIND]) == 0.5

@@ -1,4 +1,4 @@
-"""Reports as pages: the same cells in both formats, nothing unescaped, and text that finds its place in a page."""
+"""Reports: both formats have the same cells, all text is escaped, and text can be inserted into a page."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def results(name: str, rows: list[dict[str, Any]], *pairs: dict[str, Any], **mor
     return {"task": name, "split": "dev", "users": 9, "rows": rows, "pairs": list(pairs)} | more
 
 
-def written(folder: Path, *every: dict[str, Any]) -> list[Path]:
-    paths = [folder / f"results-{number}.json" for number in range(len(every))]
-    for path, whole in zip(paths, every, strict=True):
+def write_files(folder: Path, *results_list: dict[str, Any]) -> list[Path]:
+    paths = [folder / f"results-{number}.json" for number in range(len(results_list))]
+    for path, whole in zip(paths, results_list, strict=True):
         path.write_text(json.dumps(with_methods(whole)))
     return paths
 
 
-def overview(*every: dict[str, Any]) -> str:
-    return overview_markdown([typed(whole) for whole in every])
+def overview(*results_list: dict[str, Any]) -> str:
+    return overview_markdown([typed(whole) for whole in results_list])
 
 
 class Page(HTMLParser):
-    """A page's tables, pictures and tags; fails where tags do not match."""
+    """The tables, pictures and tags of a page; fails if a tag is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: list[list[list[str]]] = []
         self.open: list[str] = []
-        self.seen: set[str] = set()
+        self.tags: set[str] = set()
         self.pictures: list[str] = []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
+        self.tags.add(tag)
         if tag == "img":
             self.pictures.append(dict(attrs)["src"] or "")
         if tag not in ("img", "meta"):
@@ -78,18 +78,18 @@ class Page(HTMLParser):
 
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
-    """Every table's cells, without the rule below the titles."""
-    found = []
+    """Return the cells of every table, without the line below the titles."""
+    tables = []
     for block in text.split("\n\n"):
         if block.startswith("|"):
             lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
             cells = [[cell.strip().strip("*").replace("\\|", "|") for cell in line] for line in lines]
-            found.append([cells[0], *cells[2:]])
-    return found
+            tables.append([cells[0], *cells[2:]])
+    return tables
 
 
-def test_both_pages_hold_the_same_cells(tmp_path: Path) -> None:
-    files = written(tmp_path, *(json.loads(path.read_text(encoding="utf-8")) for path in REAL))
+def test_both_pages_have_the_same_cells(tmp_path: Path) -> None:
+    files = write_files(tmp_path, *(json.loads(path.read_text(encoding="utf-8")) for path in REAL))
     [markdown, page] = write_report(files, tmp_path / "report", with_figures=False)
     tables = markdown_tables(markdown.read_text(encoding="utf-8"))
     assert len(tables) == 2 + 3 * len(REAL)
@@ -110,11 +110,13 @@ def test_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
         ["bm25:4", "–", "1.500 [1.470, 1.530]"],
     ]
     assert not overview(one).endswith("\n")
-    paths = write_report(written(tmp_path, one, other), tmp_path / "out", title="My title", with_figures=False)
+    paths = write_report(write_files(tmp_path, one, other), tmp_path / "out", title="My title", with_figures=False)
     text = paths[0].read_text(encoding="utf-8")
     assert text.startswith("# My title\n\n## Overview\n\n### Scores\n")
     assert re.findall("^## (.*)$", text, flags=re.MULTILINE) == ["Overview", "One", "Other"]
-    assert "Overview" not in write_report(written(tmp_path, one), tmp_path / "out", with_figures=False)[0].read_text()
+    assert (
+        "Overview" not in write_report(write_files(tmp_path, one), tmp_path / "out", with_figures=False)[0].read_text()
+    )
 
 
 def bold(whole: dict[str, Any]) -> list[str]:
@@ -127,33 +129,33 @@ def test_best_is_bold_only_if_it_is_significantly_better() -> None:
     assert bold(results("A", rows, pair("bm25:4", "plug", -0.01, p=0.01))) == ["plug"]
     assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.01, p_holm=0.2))) == []
     assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.6))) == []
-    # Not compared: the intervals must be apart.
+    # Without a comparison, the intervals must not overlap.
     assert bold(results("A", rows)) == []
     assert bold(results("A", [row("plain", 0.4), row("plug", 0.5)])) == ["plug"]
     assert bold(results("A", [row("plain", 0.9, metric="mae"), row("plug", 0.5, metric="mae")])) == ["plug"]
     assert bold(results("A", [row("plug", 0.5)])) == []
 
 
-def test_personal_gains_and_costs_have_tables_of_their_own() -> None:
+def test_personal_gains_and_costs_have_separate_tables() -> None:
     costs = {"extra_prompt_tokens": 2.0, "bytes_per_user": 3000, "seconds_per_user": None}
     rows = [row("plain", 0.4), row("plug", 0.5, costs=costs), row("wrong-user", 0.4, costs=costs)]
     one = results("One", rows, pair("plug", "wrong-user", 0.1, p=0.001, p_holm=0.004))
-    dearer = [row("plug", 0.5, costs=costs | {"extra_prompt_tokens": 5.0, "bytes_per_user": None})]
-    dearer.append(row("wrong-user", 0.4))
-    other = results("Other", dearer, pair("plug", "wrong-user", -0.2, p=0.3))
-    _, gains, spent = markdown_tables(overview(one, other))
+    other_rows = [row("plug", 0.5, costs=costs | {"extra_prompt_tokens": 5.0, "bytes_per_user": None})]
+    other_rows.append(row("wrong-user", 0.4))
+    other = results("Other", other_rows, pair("plug", "wrong-user", -0.2, p=0.3))
+    _, gains, cost_table = markdown_tables(overview(one, other))
     assert gains == [
         ["method", "One: accuracy ↑", "Other: accuracy ↑"],
         ["plug", "+0.100 [+0.000, +0.200], Holm p = 0.004", "-0.200 [-0.300, -0.100], p = 0.300"],
     ]
-    assert spent == [
+    assert cost_table == [
         ["method", "extra prompt tokens", "bytes per user"],
         ["plain", "–", "–"],
         ["plug", "3.5", "3.0 KB"],
     ]
 
 
-def test_gains_in_likelihood_stand_apart_for_the_sets_that_have_them() -> None:
+def test_likelihood_gains_have_a_separate_table() -> None:
     rows = [row("plug", 0.5), row("wrong-user", 0.4)]
     gain = pair("plug", "wrong-user", 0.1, p=0.3)
     likelier = pair("plug", "wrong-user", 0.2, p=0.0001, metric="nll")
@@ -173,43 +175,45 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
         model=attack,
         subgroups=[{"name": attack, "rows": [row(attack, 0.5)]}],
     )
-    page = write_report(written(tmp_path, bad, bad), tmp_path / "out", title=attack, with_figures=False)[1]
+    page = write_report(write_files(tmp_path, bad, bad), tmp_path / "out", title=attack, with_figures=False)[1]
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    shown = Page(text)
-    assert "script" not in shown.seen
-    assert attack in {line[0] for line in shown.tables[0]}
-    assert "a|b & c" in {line[0] for line in shown.tables[0]}
+    parsed = Page(text)
+    assert "script" not in parsed.tags
+    assert attack in {line[0] for line in parsed.tables[0]}
+    assert "a|b & c" in {line[0] for line in parsed.tables[0]}
 
 
 @drawing
-def test_figures_lie_beside_the_pages(tmp_path: Path) -> None:
+def test_figures_are_written_beside_the_pages(tmp_path: Path) -> None:
     parts = [{"name": name, "rows": [row("plug", 0.5), row("wrong-user", 0.4)]} for name in ("short", "long")]
     rows = [row("plain", 0.4), row("plug", 0.5), row("wrong-user", 0.4)]
     one = results("A set/../with <odd> name", rows, pair("plug", "wrong-user", 0.1, p=0.01), subgroups=parts)
-    paths = write_report(written(tmp_path, one, results("B", rows)), tmp_path / "out")
+    paths = write_report(write_files(tmp_path, one, results("B", rows)), tmp_path / "out")
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
-    shown = Page(paths[1].read_text(encoding="utf-8")).pictures
-    assert len(shown) == 4
-    assert {tmp_path / "out" / picture for picture in shown} == set(paths[2:])
-    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8")) == shown
+    pictures = Page(paths[1].read_text(encoding="utf-8")).pictures
+    assert len(pictures) == 4
+    assert {tmp_path / "out" / picture for picture in pictures} == set(paths[2:])
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8")) == pictures
 
 
-def test_nothing_is_written_where_figures_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match="report"):
         write_report(REAL, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_report_of_hardly_anything(tmp_path: Path) -> None:
-    paths = write_report(written(tmp_path, {"rows": []}, {"rows": [{"method": "x"}], "pairs": None}), tmp_path / "out")
+def test_report_of_almost_empty_results(tmp_path: Path) -> None:
+    paths = write_report(
+        write_files(tmp_path, {"rows": []}, {"rows": [{"method": "x"}], "pairs": None}), tmp_path / "out"
+    )
     assert len(paths) == 2
     Page(paths[1].read_text(encoding="utf-8"))
 
 
-def test_report_of_a_broken_file_or_of_none_writes_nothing(tmp_path: Path) -> None:
+def test_report_of_no_file_or_a_broken_file_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"rows": [{}]}')
     with pytest.raises(RecordError, match=r"a\.json, entry 1 of 'rows': the field 'method' is missing"):
         write_report([tmp_path / "a.json"], tmp_path / "out", with_figures=False)
@@ -218,10 +222,10 @@ def test_report_of_a_broken_file_or_of_none_writes_nothing(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_text_is_inserted_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
+def test_insertion_changes_only_the_text_between_the_markers(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(b"# A\r\n<!-- begin one -->\nold\n<!-- end one -->\n<!-- begin two -->kept<!-- end two -->\nend\n")
-    for _ in range(2):  # the second time finds what the first one left
+    for _ in range(2):  # the second call finds the markers again
         insert_between(path, "one", "\n| new |\n")
         assert path.read_bytes() == (
             b"# A\r\n<!-- begin one -->\n\n| new |\n\n<!-- end one -->\n<!-- begin two -->kept<!-- end two -->\nend\n"
@@ -229,7 +233,7 @@ def test_text_is_inserted_between_its_markers_and_nowhere_else(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("page", "found"),
+    ("page", "message"),
     [
         ("no markers", "found 0 and 0"),
         ("<!-- begin x -->", "found 1 and 0"),
@@ -237,10 +241,10 @@ def test_text_is_inserted_between_its_markers_and_nowhere_else(tmp_path: Path) -
         ("<!-- end x --> <!-- begin x -->", "in the wrong order"),
     ],
 )
-def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str, found: str) -> None:
+def test_missing_repeated_or_swapped_markers_are_refused(tmp_path: Path, page: str, message: str) -> None:
     path = tmp_path / "README.md"
     path.write_text(page)
-    with pytest.raises(RecordError, match=found):
+    with pytest.raises(RecordError, match=message):
         insert_between(path, "x", "text")
     assert path.read_text() == page
 
@@ -248,7 +252,7 @@ def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str
 def test_text_with_its_own_marker_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("<!-- begin x --><!-- end x -->")
-    with pytest.raises(ConfigError, match="own markers"):
+    with pytest.raises(ConfigError, match="must not contain"):
         insert_between(path, "x", "a <!-- end x --> b")
     with pytest.raises(MissingData, match=r"other\.md"):
         insert_between(tmp_path / "other.md", "x", "a")

@@ -1,4 +1,4 @@
-"""From trials to results: rows and comparisons, on all samples and on subgroups."""
+"""Build results from trials: rows and comparisons, on all samples and on subgroups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trial(name: str, seed: int, hits: dict[str, Array], *, invalid_rate: float =
 
 
 PLAIN = trial("plain", 0, _hits(0, 0, 0, 1, 0, 0, 1, 0), invalid_rate=0.5, extra_prompt_tokens=0.0)
-WRONG = [trial("wrong-user", s, _hits(1, 0, 0, 1, 0, s, 1, 0)) for s in (0, 1)]
+WRONG_USER = [trial("wrong-user", s, _hits(1, 0, 0, 1, 0, s, 1, 0)) for s in (0, 1)]
 PLUG = [trial("plug", s, _hits(1, 1, 1, 1, s, 0, 1, 1), seconds=1.0 + s, bytes_per_user=10.0 * s) for s in (0, 1)]
 
 
@@ -40,17 +40,17 @@ def pairs_of(results: Results) -> dict[tuple[str, str], Comparison]:
     return {(pair.a, pair.b): pair for pair in results.pairs}
 
 
-def compared(names: Sequence[str]) -> list[tuple[str, str]]:
+def compared_names(names: Sequence[str]) -> list[tuple[str, str]]:
     return compared_pairs([method_of(name) for name in names])
 
 
 def test_rows_average_over_seeds_and_keep_their_spread() -> None:
-    results = build_results(SAMPLES, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+    results = build_results(SAMPLES, [PLAIN, *WRONG_USER, *PLUG], settings=SETTINGS)
     rows = results.by_name
     assert list(rows) == ["plain", "wrong-user", "plug"]
     assert results.about.task == "T"
     assert results.about.seeds == [0, 1]
-    assert "Two training seeds, which are few: wrong-user, plug." in results.about.notes
+    assert "Only two training seeds: wrong-user, plug." in results.about.notes
     assert rows["plug"].metrics["accuracy"] == pytest.approx((6 / 8 + 7 / 8) / 2)
     assert [one["accuracy"] for one in rows["plug"].per_seed] == [6 / 8, 7 / 8]
     assert rows["plug"].seed_spread["accuracy"] == pytest.approx(np.std([6 / 8, 7 / 8], ddof=1))
@@ -58,11 +58,11 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert rows["plain"].per_seed == []
     low, high = rows["plug"].intervals["accuracy"]
     assert low <= rows["plug"].metrics["accuracy"] <= high
-    # users 0..4 hit 1, 1, (1 + s)/3, 1, 1 of their own
+    # the accuracies of users 0..4 are 1, 1, (1 + s)/3, 1, 1
     assert rows["plug"].per_user["accuracy"] == pytest.approx((1 + 1 + (1 / 3 + 2 / 3) / 2 + 1 + 1) / 5)
 
 
-def test_spread_of_seeds_divides_by_one_less_and_is_nan_of_an_infinite_score() -> None:
+def test_seed_spread_divides_by_n_minus_1_and_is_nan_for_infinite_scores() -> None:
     mae = get_metric("mae", labels=("1", "2"))
 
     def spread(*errors: float) -> float:
@@ -75,71 +75,73 @@ def test_spread_of_seeds_divides_by_one_less_and_is_nan_of_an_infinite_score() -
     assert np.isnan(spread(0.5, np.inf))
 
 
-def test_notes_name_the_rows_whose_trainings_are_few() -> None:
+def test_notes_name_rows_with_few_trainings() -> None:
     def notes(*trials: Trial) -> list[str]:
         return build_results(SAMPLES, trials, settings=SETTINGS).about.notes
 
     control = [trial("instruction-only", s, _hits(*[0, 1] * 4)) for s in (0, 1, 2)]
-    drawn = "Of rows with several training seeds, the bootstrap draws the trainings too."
+    resampled = "For rows with several training seeds, the bootstrap also resamples the trainings."
     assert notes(PLAIN) == []
-    assert notes(PLAIN, *control) == [drawn]
-    assert notes(PLAIN, PLUG[0], control[0]) == ["One training seed: what trainings differ by is not covered."]
-    assert notes(PLAIN, *control, *WRONG, PLUG[0]) == [
-        drawn,
-        "Two training seeds, which are few: wrong-user.",
-        "One training seed, whose chance is not covered: plug.",
+    assert notes(PLAIN, *control) == [resampled]
+    assert notes(PLAIN, PLUG[0], control[0]) == [
+        "One training seed: intervals do not include the variance between trainings."
+    ]
+    assert notes(PLAIN, *control, *WRONG_USER, PLUG[0]) == [
+        resampled,
+        "Only two training seeds: wrong-user.",
+        "One training seed, so intervals do not include the variance between trainings: plug.",
     ]
 
 
-def test_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
-    even = [trial("wrong-user", s, _hits(*[0, 1] * 4)) for s in (0, 1)]
-    lucky = [trial("plug", s, _hits(*[s, 1] * 4)) for s in (0, 1)]
-    results = build_results(SAMPLES, [*even, *lucky], settings=SETTINGS)
+def test_gain_of_only_one_of_two_trainings_is_not_significant() -> None:
+    control_trials = [trial("wrong-user", s, _hits(*[0, 1] * 4)) for s in (0, 1)]
+    plug_trials = [trial("plug", s, _hits(*[s, 1] * 4)) for s in (0, 1)]
+    results = build_results(SAMPLES, [*control_trials, *plug_trials], settings=SETTINGS)
     (pair,) = results.pairs
     assert pair.difference == 0.25
-    assert pair.low == 0  # every user gains, but not by every training
+    assert pair.low == 0  # every user gains, but not in every training
     assert pair.p is not None
     assert pair.p > 0.3
 
 
-def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed() -> None:
-    results = build_results(SAMPLES, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+def test_pairs_have_a_holm_p_per_family_and_a_mcnemar_p_per_seed() -> None:
+    results = build_results(SAMPLES, [PLAIN, *WRONG_USER, *PLUG], settings=SETTINGS)
     pairs = pairs_of(results)
     assert set(pairs) == {("wrong-user", "plain"), ("plug", "plain"), ("plug", "wrong-user")}
-    # one method, so one claim a family; a control against a base is no claim
+    # Each family has one claim, because there is one method, and a control makes no claim against a base.
     assert all(pair.p_holm == pair.p for pair in pairs.values())
-    two = [PLAIN, *WRONG, *PLUG, replace(PLUG[0], method=method_of("bm25:4"))]
-    two.append(replace(PLUG[1], method=method_of("random:4")))
-    corrected = build_results(SAMPLES, two, settings=SETTINGS).pairs
+    trials = [PLAIN, *WRONG_USER, *PLUG, replace(PLUG[0], method=method_of("bm25:4"))]
+    trials.append(replace(PLUG[1], method=method_of("random:4")))
+    corrected = build_results(SAMPLES, trials, settings=SETTINGS).pairs
     against_plain = [pair for pair in corrected if pair.b == "plain" and pair.a != "wrong-user"]
     assert len(against_plain) == 3
     assert [pair.p_holm for pair in against_plain] == holm([pair.p or 0 for pair in against_plain])
-    # seed 0: the plug alone is right on 3 samples, a stranger's history on none; exact p = 2 / 2³
+    # With seed 0, only the plug is right on 3 samples, and only the control on none: the exact p is 2 / 2³.
     assert pairs["plug", "wrong-user"].mcnemar_p[0] == pytest.approx(0.25)
     assert len(pairs["plug", "plain"].mcnemar_p) == 2
     assert pairs["plug", "plain"].difference == pytest.approx((6 / 8 + 7 / 8) / 2 - 2 / 8)
 
 
-def test_personal_gain_is_the_methods_whatever_the_order_of_rows() -> None:
+def test_personal_gain_does_not_depend_on_the_order_of_rows() -> None:
     for names in (["plain", "plug", "wrong-user"], ["wrong-user", "plain", "plug"]):
-        pairs = compared(names)
+        pairs = compared_names(names)
         assert ("plug", "wrong-user") in pairs
         assert ("wrong-user", "plug") not in pairs
         assert len(pairs) == 3
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
-    half = build_results(SAMPLES, [PLAIN, WRONG[0], *PLUG], settings=SETTINGS)
-    pairs = pairs_of(half)
+    results = build_results(SAMPLES, [PLAIN, WRONG_USER[0], *PLUG], settings=SETTINGS)
+    pairs = pairs_of(results)
     assert pairs["plug", "wrong-user"].difference == pytest.approx(3 / 8)
     assert len(pairs["plug", "wrong-user"].mcnemar_p) == 1
-    assert len(pairs["plug", "plain"].mcnemar_p) == 2  # the plain model has no seeds and meets each
-    assert [row.seeds for row in half.rows] == [[0], [0], [0, 1]]
-    nothing = build_results(SAMPLES, [WRONG[0], PLUG[1]], settings=SETTINGS)
-    assert nothing.pairs == []
+    assert len(pairs["plug", "plain"].mcnemar_p) == 2  # the plain model has no seeds and is paired with each trial
+    assert [row.seeds for row in results.rows] == [[0], [0], [0, 1]]
+    without_common_seed = build_results(SAMPLES, [WRONG_USER[0], PLUG[1]], settings=SETTINGS)
+    assert without_common_seed.pairs == []
 
 
-def test_many_rows_are_compared_where_it_tells_something() -> None:
+def test_many_rows_have_selected_comparisons() -> None:
     names = [
         "plain",
         "instruction-only",
@@ -151,26 +153,26 @@ def test_many_rows_are_compared_where_it_tells_something() -> None:
         "lora",
         "lora-per-user",
     ]
-    pairs = compared(names)
+    pairs = compared_names(names)
     assert pairs[:2] == [("plug", "wrong-user"), ("bm25:4", "bm25:4@wrong-user")]
     assert ("instruction-only", "plain") in pairs
     assert {("bm25:4", "plain"), ("bm25:4", "instruction-only"), ("plug", "bm25:4"), ("plug", "lora")} <= set(pairs)
-    assert ("lora-per-user", "lora-per-user@wrong-user") not in pairs  # that row was not filled
+    assert ("lora-per-user", "lora-per-user@wrong-user") not in pairs  # that row is missing
     assert not any("@" in a or a in ("wrong-user", "shuffled") for a, _ in pairs)
     assert ("plug", "shuffled") in pairs
     assert len(pairs) == len(set(pairs))
 
 
-def test_rows_with_phrases_are_compared_with_the_same_without() -> None:
+def test_rows_with_phrases_are_compared_with_rows_without_phrases() -> None:
     names = ["instruction-only", "plug", "wrong-user", "plug+bm25:4", "instruction+bm25:4"]
-    pairs = compared([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
+    pairs = compared_names([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
     assert ("plug+bm25:4+phrases", "plug+bm25:4") in pairs
     assert ("plug+bm25:4+phrases", "instruction+bm25:4+phrases") in pairs
     assert ("instruction+bm25:4+phrases", "instruction+bm25:4") in pairs
     assert len(pairs) == len(set(pairs))
 
 
-def test_metric_that_a_row_lacks_is_named_and_left_out_there() -> None:
+def test_notes_name_the_rows_that_lack_a_metric() -> None:
     settings = replace(SETTINGS, metrics=[ACCURACY, get_metric("accuracy@median", labels=("1", "2"))])
 
     def with_median(trial: Trial) -> Trial:
@@ -183,10 +185,10 @@ def test_metric_that_a_row_lacks_is_named_and_left_out_there() -> None:
     assert [list(row.metrics) for row in mixed.rows] == [["accuracy", "accuracy@median"], ["accuracy"]]
     assert mixed.pairs == without.pairs
     assert [note for note in mixed.about.notes if note not in without.about.notes] == [
-        "accuracy@median: not known of plug."
+        "accuracy@median: missing for plug."
     ]
-    whole = [with_median(trial) for trial in (PLAIN, *PLUG)]
-    results = build_results(SAMPLES, whole, settings=settings)
+    with_medians = [with_median(trial) for trial in (PLAIN, *PLUG)]
+    results = build_results(SAMPLES, with_medians, settings=settings)
     assert results.about.notes == without.about.notes
     for row in results.rows:
         for column in (row.metrics, row.intervals, row.per_user):
@@ -197,7 +199,7 @@ def test_metric_that_a_row_lacks_is_named_and_left_out_there() -> None:
     assert by_metric["accuracy@median"].mcnemar_p == by_metric["accuracy"].mcnemar_p
 
 
-def test_likelihood_is_not_missed_in_rows_without_a_language_model() -> None:
+def test_rows_without_a_language_model_need_no_likelihood() -> None:
     nll = {"nll": np.ones((8, 2))}
     settings = replace(SETTINGS, metrics=[ACCURACY, get_metric("nll")])
     trials = [replace(PLAIN, statistics=PLAIN.statistics | nll), trial("copy", 0, _hits(*[0, 1] * 4))]
@@ -206,29 +208,29 @@ def test_likelihood_is_not_missed_in_rows_without_a_language_model() -> None:
     assert [list(row.metrics) for row in results.rows] == [["accuracy", "nll"], ["accuracy"], ["accuracy"]]
     assert results.about.notes == []
     missing = build_results(SAMPLES, [*trials, *PLUG], settings=settings)
-    assert "nll: not known of plug." in missing.about.notes
+    assert "nll: missing for plug." in missing.about.notes
 
 
-def test_rows_from_outside_the_package_are_compared_by_their_facts() -> None:
+def test_third_party_rows_are_compared_by_their_method_info() -> None:
     mine = MethodInfo("mine", family="plug", history="own", parents=("older",), is_seeded=True)
-    stranger = replace(mine, name="strange mine", history="wrong-user", control_of="mine", parents=())
+    control = replace(mine, name="strange mine", history="wrong-user", control_of="mine", parents=())
     rivals = [MethodInfo(name, family="prompt", history="own") for name in ("older", "b", "c")]
     base, counted = MethodInfo("nobody"), MethodInfo("counted", family="no-lm", history="own")
-    pairs = compared_pairs([base, *rivals, mine, stranger, counted])
+    pairs = compared_pairs([base, *rivals, mine, control, counted])
     assert pairs[0] == ("mine", "strange mine")
     assert {("b", "nobody"), ("mine", "nobody"), ("mine", "older")} <= set(pairs)
     assert [pair for pair in pairs[1:] if "counted" in pair or "strange mine" in pair] == [("mine", "counted")]
 
 
-def test_rows_without_a_language_model_are_compared_with_and_make_no_claims() -> None:
+def test_rows_without_a_language_model_make_no_claims_against_bases() -> None:
     names = ["plain", "plug", "wrong-user", "bm25:4", "classical", "classical@wrong-user", "classical:text", "copy"]
-    pairs = compared(names)
+    pairs = compared_names(names)
     assert ("classical", "classical@wrong-user") in pairs
     assert {("plug", "classical"), ("plug", "copy"), ("classical", "classical:text")} <= set(pairs)
     assert {("plug", "plain"), ("bm25:4", "plain")} <= set(pairs)
     assert not {("classical", "plain"), ("copy", "plain")} & set(pairs)
     rules = [replace(PLUG[0], method=method_of(name)) for name in ("classical", "classical@wrong-user", "user-median")]
-    by_rows = pairs_of(build_results(SAMPLES, [PLAIN, *WRONG, *PLUG, *rules], settings=SETTINGS))
+    by_rows = pairs_of(build_results(SAMPLES, [PLAIN, *WRONG_USER, *PLUG, *rules], settings=SETTINGS))
     for pair in (by_rows["plug", "wrong-user"], by_rows["plug", "plain"], by_rows["classical", "classical@wrong-user"]):
         assert pair.p_holm == pair.p
 
@@ -246,5 +248,5 @@ def test_subgroups_have_the_same_rows_on_parts_of_the_samples() -> None:
     assert sum(subgroup.samples or 0 for subgroup in subgroups) == len(GROUPS)
 
 
-def test_histories_of_one_length_are_one_subgroup() -> None:
+def test_histories_of_equal_length_are_one_subgroup() -> None:
     assert [(name, len(indices)) for name, indices in history_thirds([4, 4, 4])] == [("short (4–4 items)", 3)]

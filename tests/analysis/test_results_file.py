@@ -1,4 +1,4 @@
-"""The results file: what is written is read back, and a broken file is named with its field."""
+"""A results file survives a round trip, and the error of a broken file names the field."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def test_published_file_survives_a_round_trip(path: Path, tmp_path: Path) -> Non
         assert [row_again | row for row, row_again in zip(part["rows"], part_again["rows"], strict=True)] == (
             part_again["rows"]
         )
-    known = {key: value for key, value in record.items() if key not in ("rows", "pairs", "subgroups", "checksum")}
-    assert {key: again[key] for key in known} == known
+    about = {key: value for key, value in record.items() if key not in ("rows", "pairs", "subgroups", "checksum")}
+    assert {key: again[key] for key in about} == about
 
 
 def test_unknown_fields_are_ignored_everywhere() -> None:
-    def record(**mine: Any) -> dict[str, Any]:
-        part = {"rows": [row(**mine)], "pairs": [pair(**mine)], **mine}
+    def record(**extra: Any) -> dict[str, Any]:
+        part = {"rows": [row(**extra)], "pairs": [pair(**extra)], **extra}
         return part | {"task": "T", "subgroups": [{"name": "short", "samples": 2} | part]}
 
-    assert Results.from_json(record(mine=1)) == Results.from_json(record())
+    assert Results.from_json(record(extra=1)) == Results.from_json(record())
 
 
-def test_row_holds_its_methods_facts_and_its_diagnostics() -> None:
+def test_row_has_its_method_info_and_diagnostics() -> None:
     costs = {"extra_prompt_tokens": 2.0, "bytes_per_user": None, "seconds_per_user": 0.5}
-    facts: dict[str, Any] = {
+    method_info: dict[str, Any] = {
         "family": "plug",
         "history": "own",
         "control_of": None,
         "parents": ["x"],
         "is_seeded": True,
     }
-    record = row(**facts, truncated_rate=0.25, costs=costs, decoding="scored", fit_seconds=1.0)
+    record = row(**method_info, truncated_rate=0.25, costs=costs, decoding="scored", fit_seconds=1.0)
     [parsed] = Results.from_json({"rows": [record]}).rows
     assert (parsed.method.family, parsed.method.parents, parsed.method.is_seeded) == ("plug", ("x",), True)
     expected = Diagnostics(truncated_rate=0.25, extra_prompt_tokens=2.0, seconds_per_user=0.5, fit_seconds=1.0)
@@ -119,13 +119,13 @@ def test_subgroup_without_rows_is_read() -> None:
         ("[" * 100_000, "the whole file"),
     ],
 )
-def test_broken_file_is_refused_by_file_and_field(tmp_path: Path, content: str, position: str) -> None:
+def test_error_for_a_broken_file_names_the_file_and_the_field(tmp_path: Path, content: str, position: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(RecordError, match=rf"a\.json, {position}"):
         load_results(tmp_path / "a.json")
 
 
-def test_absent_file_or_one_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_missing_files_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="evaluate --json"):
         load_results(tmp_path / "absent.json")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe")
@@ -133,14 +133,14 @@ def test_absent_file_or_one_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_results(tmp_path / "b.json")
 
 
-def test_a_row_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"rows": [{"method": "plain"}, {"method": "plug"}, {"method": "plain"}]}))
-    with pytest.raises(RecordError, match="'plain' is there twice"):
+    with pytest.raises(RecordError, match="found 'plain' more than once"):
         load_results(path)
 
 
-def test_a_changed_results_file_is_detected_and_one_without_a_checksum_is_read(tmp_path: Path) -> None:
+def test_a_changed_file_is_refused_and_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     write_results(path, Results([ResultRow(MethodInfo("plain"), metrics={"mae": 1.25, "nll": math.nan})], []))
     written = json.loads(path.read_text())

@@ -24,7 +24,7 @@ def test_a_usual_value_is_within_two_standard_deviations_of_the_mean() -> None:
     assert [usual.holds(value) for value in (5.9, 6, 14, 14.1)] == [False, True, True, False]
 
 
-def test_equal_lengths_allow_only_that_length() -> None:
+def test_equal_values_allow_only_that_value() -> None:
     usual = UsualRange.of([0.1] * 3)
     assert (usual.holds(0.1), usual.holds(0.2)) == (True, False)
 
@@ -33,12 +33,12 @@ def test_equal_lengths_allow_only_that_length() -> None:
     ("left", "right"),
     [("A warm, dry day!", "a warm dry  day"), ("Straße", "STRASSE"), ("晴れの日。", "晴れの日"), ("!!", " !! ")],
 )
-def test_case_and_punctuation_make_no_difference(left: str, right: str) -> None:
+def test_case_and_punctuation_are_ignored(left: str, right: str) -> None:
     assert words_key(left) == words_key(right)
     assert RealTexts([left]).has(right)
 
 
-def test_another_text_is_no_repeat() -> None:
+def test_a_different_text_is_not_a_duplicate() -> None:
     real = RealTexts(["A warm, dry day", "?!"])
     assert [real.has(text) for text in ("A warm, wet day", "warm dry day a", "!?")] == [False, False, False]
 
@@ -54,12 +54,12 @@ def test_another_text_is_no_repeat() -> None:
         ("", False),
     ],
 )
-def test_a_near_copy_has_four_fifths_of_its_words_in_common_with_a_real_text(text: str, is_copy: bool) -> None:
+def test_a_near_copy_shares_four_fifths_of_its_words_with_a_real_text(text: str, is_copy: bool) -> None:
     real = RealTexts(["something else", "one two three four five six seven eight nine ten"])
     assert real.has_near_copy(text) is is_copy
 
 
-def test_the_usual_cosine_is_that_of_real_texts_to_their_nearest() -> None:
+def test_the_usual_cosine_is_between_nearest_real_texts() -> None:
     angles = np.array([0.0, 0.1, 0.2, 0.3])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     assert lowest_usual_cosine(vectors) == pytest.approx(np.cos(0.1), abs=1e-4)
@@ -69,25 +69,25 @@ def test_the_usual_cosine_is_that_of_real_texts_to_their_nearest() -> None:
 
 def test_no_label_exceeds_its_real_share_by_more_than_the_bound() -> None:
     labels = ["a"] * 9 + ["b", "b", "a"]
-    kept = [labels[index] for index in balanced(labels, {"a": 0.5, "b": 0.5})]
-    assert Counter(kept) == {"a": 3, "b": 2}, "3 of 5 are the share .5 and the bound .1"
-    assert balanced(labels, {"a": 0.5, "b": 0.5}) == [0, 1, 2, 9, 10], "the last ones go"
+    balanced_labels = [labels[index] for index in balanced(labels, {"a": 0.5, "b": 0.5})]
+    assert Counter(balanced_labels) == {"a": 3, "b": 2}, "3 of 5 is the share .5 plus the bound .1"
+    assert balanced(labels, {"a": 0.5, "b": 0.5}) == [0, 1, 2, 9, 10], "the last texts are left out"
 
 
-def test_answers_of_one_label_alone_are_not_balanced() -> None:
+def test_a_single_label_cannot_be_balanced() -> None:
     assert balanced(["a"] * 50, {"a": 0.5, "b": 0.5}) == []
     assert balanced(["a", "c"], {"a": 1.0}) == [0], "a label that no real answer has stays rare"
     assert balanced([], {"a": 1.0}) == []
 
 
-def test_balanced_labels_stay_whole() -> None:
+def test_balanced_labels_are_unchanged() -> None:
     rng = np.random.default_rng(0)
     labels = rng.choice(["a", "b", "c"], size=300).tolist()
     shares = {label: count / 300 for label, count in Counter(labels).items()}
     assert balanced(labels, shares) == list(range(300))
 
 
-def test_the_report_says_how_many_reached_each_filter() -> None:
+def test_the_report_counts_the_texts_of_each_filter() -> None:
     report = FilterReport(written=10)
     report.left_out["cut"] += 4
     report.left_out["repeats"] += 0
@@ -100,7 +100,7 @@ def test_the_report_says_how_many_reached_each_filter() -> None:
     ]
 
 
-def test_a_preferred_label_gets_its_real_share_and_the_order_of_samples_stays() -> None:
+def test_calibration_gives_each_label_its_real_share_and_keeps_the_order() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(200, 3)) + np.array([0, 6, -4])
     probabilities = with_shares(scores, [0.5, 0.3, 0.2])

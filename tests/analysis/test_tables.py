@@ -1,4 +1,4 @@
-"""The table for people: every number where it belongs, nothing invented for what is absent."""
+"""Tables show each number in its cell, and a dash for unknown values."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def text_of(results: dict[str, Any]) -> str:
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:
-    """Every Markdown table of a text: its lines by column title ("p#1" is the second "p")."""
-    found = []
+    """Return the lines of every Markdown table by column title; "p#1" is the second "p"."""
+    all_tables = []
     for block in text.split("\n\n"):
         if block.startswith("|"):
             lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
@@ -69,8 +69,8 @@ def tables(text: str) -> list[list[dict[str, str]]]:
                 f"{title}#{lines[0][:index].count(title)}" if title in lines[0][:index] else title
                 for index, title in enumerate(lines[0])
             ]
-            found.append([dict(zip(titles, line, strict=True)) for line in lines[2:]])
-    return found
+            all_tables.append([dict(zip(titles, line, strict=True)) for line in lines[2:]])
+    return all_tables
 
 
 def test_row_shows_its_scores_intervals_and_rates() -> None:
@@ -92,7 +92,7 @@ def test_row_shows_its_scores_intervals_and_rates() -> None:
     assert plain["mae ↓"].startswith("1.000 ")
 
 
-def test_head_says_what_was_run() -> None:
+def test_head_describes_the_run() -> None:
     head = text_of(results([row("plug", mae=1)], users=50)).split("\n\n")[:2]
     assert head == [
         "task Movie_stars · split dev · samples 250 · users 50 · placement prefix · seeds 0, 1, 2",
@@ -105,7 +105,7 @@ def test_columns_line_up_and_are_valid_markdown() -> None:
     for block in (block for block in text.split("\n\n") if block.startswith("|")):
         lines = block.splitlines()
         assert len({len(line) for line in lines}) == 1
-        assert len({tuple(place for place, sign in enumerate(line) if sign == "|") for line in lines}) == 1
+        assert len({tuple(index for index, char in enumerate(line) if char == "|") for line in lines}) == 1
         assert set(lines[1]) <= set("|:- ")
 
 
@@ -118,17 +118,17 @@ def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
     assert line == {"method": "plug", f"{metric} {arrow}": "0.500"}
 
 
-def test_metric_of_others_has_no_arrow() -> None:
+def test_unknown_metric_has_no_arrow() -> None:
     rows = [{"method": "x", "metrics": {"bleu": 0.5}}]
     assert tables(text_of({"rows": rows})) == [[{"method": "x", "bleu": "0.500"}]]
 
 
-def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
+def test_seed_spread_and_decoding_are_shown_if_known() -> None:
     spread = row("plug", mae=1, seed_spread={"mae": 0.0123}, decoding="scored")
     text = text_of(results([row("plain", mae=1), spread]))
-    (plain, plug), (untold, told) = tables(text)
-    assert (plain["± seeds"], untold["answers"]) == ("–", "–")
-    assert (plug["± seeds"], told["answers"]) == ("±0.012", "scored")
+    (plain, plug), (plain_rates, plug_rates) = tables(text)
+    assert (plain["± seeds"], plain_rates["answers"]) == ("–", "–")
+    assert (plug["± seeds"], plug_rates["answers"]) == ("±0.012", "scored")
     assert "± seeds: standard deviation" in text
     bare = text_of(results([row("plain", mae=1)]))
     assert "±" not in bare
@@ -177,26 +177,26 @@ def test_personal_gain_comes_first_and_is_named() -> None:
     assert other["comparison"] == "plug against plain"
     assert other["accuracy ↑ advantage"] == "-0.050 [-0.150, +0.100]"
     assert (other["p"], other["p#1"]) == ("0.004", "0.400")
-    assert "not corrected for the 3 comparisons" in text
+    assert "not corrected for the number of comparisons, 3." in text
     assert "Personal gain:" in text
 
 
-def test_stranger_against_another_row_is_no_personal_gain() -> None:
+def test_control_against_another_row_is_not_a_personal_gain() -> None:
     rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "shuffled")]
     text = text_of(results(rows, pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
     assert "ersonal gain" not in text
 
 
-def test_no_pairs_no_comparisons() -> None:
+def test_results_without_pairs_have_no_comparisons() -> None:
     text = text_of(results([row("plug", mae=1)]))
     assert len(tables(text)) == 2
     assert "advantage" not in text
 
 
-@pytest.mark.parametrize("hole", [None, math.nan])
-def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
-    broken = row("plug", mae=1) | {"metrics": {"mae": hole}, "intervals": {"mae": [hole, hole]}}
-    unsure = pair("wrong-user", "plug") | dict.fromkeys(("difference", "low", "high", "p"), hole)
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_missing_numbers_are_shown_as_nan(value: float | None) -> None:
+    broken = row("plug", mae=1) | {"metrics": {"mae": value}, "intervals": {"mae": [value, value]}}
+    unsure = pair("wrong-user", "plug") | dict.fromkeys(("difference", "low", "high", "p"), value)
     (line, _), _, (gain,) = tables(text_of(results([broken, row("wrong-user", mae=1)], unsure)))
     assert line["mae ↓"] == "nan [nan, nan]"
     assert gain["mae ↓ advantage"] == "nan [nan, nan]"
@@ -210,20 +210,20 @@ def test_huge_errors_and_negative_zeros_stay_short() -> None:
     assert gain["mae ↓ advantage"].startswith("+0.000 ")
 
 
-def test_columns_of_another_decision_have_their_direction_and_are_explained() -> None:
-    decided = {"mae": 1.0, "mae@median": 0.8, "accuracy@median": 0.4}
+def test_columns_of_point_estimates_have_a_direction_and_a_note() -> None:
+    metrics = {"mae": 1.0, "mae@median": 0.8, "accuracy@median": 0.4}
     text = text_of(
-        results([row("plug", mae=1, metrics=decided)], pair("plug", "plain", metric="mae@median", difference=0.25))
+        results([row("plug", mae=1, metrics=metrics)], pair("plug", "plain", metric="mae@median", difference=0.25))
     )
     scores, _, compared = tables(text)
     assert (scores[0]["mae ↓"], scores[0]["mae@median ↓"]) == ("1.000 [0.900, 1.100]", "0.800")
     assert scores[0]["accuracy@median ↑"] == "0.400"
     assert compared[0]["mae@median ↓ advantage"].startswith("+0.250")
-    assert "is scored with its answers as they stand" in text
-    assert "as they stand" not in text_of(results([row("plug", mae=1)]))
+    assert "all metrics score the same predictions" in text
+    assert "score the same predictions" not in text_of(results([row("plug", mae=1)]))
 
 
-def test_notes_stand_beneath_and_stay_lines() -> None:
+def test_notes_come_last_with_one_line_each() -> None:
     text = text_of(results([row("plug", mae=1)], notes=["two\nlines", "Bootstrap over 50 users."]))
     assert text.endswith("- two lines\n- Bootstrap over 50 users.")
 
@@ -233,13 +233,13 @@ def test_bar_in_a_name_does_not_break_the_table() -> None:
     assert r"plug\|x y" in text
 
 
-def test_results_file_read_back_shows_the_same() -> None:
+def test_table_does_not_change_after_a_round_trip() -> None:
     rows = [row("plug", mae=1, seed_spread={"mae": 0.1}), row("wrong-user", mae=1)]
     whole = typed(results(rows, pair("plug", "wrong-user"), notes=["a"]))
     assert results_table(Results.from_json(json.loads(json.dumps(whole.to_json())))) == results_table(whole)
 
 
-def test_costs_are_shown_in_units_for_people() -> None:
+def test_costs_are_shown_in_readable_units() -> None:
     rows = [
         row("plain", mae=1, costs={"extra_prompt_tokens": 0.0, "bytes_per_user": None, "seconds_per_user": None}),
         row("plug", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 1234, "seconds_per_user": 0.01234}),
@@ -256,25 +256,25 @@ def test_costs_are_shown_in_units_for_people() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"),
+    ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (999.7, "1.0 KB"), (999_960, "1.0 MB"), (10**9, "1.0 GB"), (2.5e12, "2,500.0 GB")],
 )
-def test_sizes_change_their_unit_where_they_round_up(size: float, shown: str) -> None:
+def test_size_has_the_next_unit_if_it_rounds_up(size: float, text: str) -> None:
     [[line]] = tables(text_of({"rows": [{"method": "x", "costs": {"bytes_per_user": size}}]}))[1:]
-    assert line["bytes per user"] == shown
+    assert line["bytes per user"] == text
 
 
-def test_averages_over_users_show_where_users_have_several_samples() -> None:
-    several = row("plug", mae=1, per_user={"mae": 0.875, "accuracy": None})
-    text = text_of(results([several], users=50))
+def test_averages_over_users_are_shown_if_users_have_several_samples() -> None:
+    row_with_averages = row("plug", mae=1, per_user={"mae": 0.875, "accuracy": None})
+    text = text_of(results([row_with_averages], users=50))
     [line] = tables(text)[0]
     assert line["per user"] == "0.875"
     assert "per user#1" not in line
-    assert "each counts once" in text
-    assert "per user" not in text_of(results([several], users=250))
+    assert "each user counts once" in text
+    assert "per user" not in text_of(results([row_with_averages], users=250))
 
 
-def test_personal_gain_stands_beside_its_method() -> None:
+def test_personal_gain_is_shown_beside_its_method() -> None:
     rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user")]
     pairs = [
         pair("plug", "wrong-user") | {"p_holm": 0.012},
@@ -290,7 +290,7 @@ def test_personal_gain_stands_beside_its_method() -> None:
     assert list(typed(results(rows, *pairs)).personal_gains("accuracy")) == ["plug"]
 
 
-def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
+def test_corrected_and_uncorrected_p_have_columns_and_notes() -> None:
     pairs = [
         pair("plug", "plain", metric="accuracy") | {"p_holm": 0.0004, "mcnemar_p": [0.03, 0.0001, None, 0.02]},
         pair("plug", "lora", metric="accuracy") | {"mcnemar_p": [0.5]},
@@ -302,13 +302,13 @@ def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
     assert (line["p"], line["Holm p"], line["McNemar p"]) == ("0.004", "< 0.001", "< 0.001 to 0.030")
     assert (single["McNemar p"], bare["McNemar p"], bare["Holm p"]) == ("0.500", "0.250", "–")
     assert (line["p#1"], "Holm p#1" in line, "McNemar p#1" in line) == ("0.004", False, False)
-    assert "corrected by Holm's rule" in text
+    assert "corrected by Holm's method" in text
     assert "not corrected for" not in text
     assert "personal gains; against plain" in text
-    assert "takes samples for independent" in text
+    assert "assumes independent samples" in text
 
 
-def test_subgroups_stand_side_by_side() -> None:
+def test_subgroups_are_shown_side_by_side() -> None:
     parts = [
         {
             "name": name,
@@ -334,7 +334,7 @@ def test_bold_cells_are_marked_and_still_line_up() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_significance_is_that_of_the_corrected_p() -> None:
+def test_significance_uses_the_corrected_p() -> None:
     pair = Comparison("a", "b", "mae", 0.5)
     assert replace(pair, p=0.04).is_significant
     assert not replace(pair, p=0.04, p_holm=0.08).is_significant
@@ -342,19 +342,19 @@ def test_significance_is_that_of_the_corrected_p() -> None:
     assert not pair.is_significant
 
 
-def test_gain_without_p_shows_the_difference_alone() -> None:
+def test_gain_without_p_shows_only_the_difference() -> None:
     assert gain_cell(Comparison("a", "b", "mae", 0.5)) == "+0.500"
     assert gain_cell(None) is None
 
 
-def test_controls_are_told_from_methods() -> None:
+def test_controls_are_distinguished_from_methods() -> None:
     controls = ["wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona", "bm25:4@wrong-user"]
     methods = ["plain", "instruction-only", "plug", "random:4", "profile", "lora-per-user", "all-knowing"]
     whole = typed({"rows": [{"method": name} for name in controls + methods]})
     assert [row.name for row in whole.rows if row.method.is_control] == controls
 
 
-def test_sets_get_names_that_differ() -> None:
+def test_sets_get_distinct_names() -> None:
     facts = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
     assert set_names([typed({"rows": [], **named}) for named in facts]) == ["A", "T #1", "T (head)", "T #2", "–"]
     rows = [{"method": "a"}, {"method": "b", "metrics": {"f1": 1, "mae": 2}}]
@@ -362,9 +362,9 @@ def test_sets_get_names_that_differ() -> None:
     assert typed({"rows": []}).leading_metric == ""
 
 
-def test_row_from_outside_the_package_has_its_gain_and_control() -> None:
+def test_third_party_row_has_its_gain_and_control() -> None:
     mine = row("mine", mae=1, family="plug", history="own")
-    stranger = row("strange", mae=1.2, family="plug", history="wrong-user", control_of="mine")
-    lines = tables(text_of(results([mine, stranger], pair("mine", "strange"))))
+    control = row("strange", mae=1.2, family="plug", history="wrong-user", control_of="mine")
+    lines = tables(text_of(results([mine, control], pair("mine", "strange"))))
     assert lines[0][0]["personal gain (mae)"].startswith("+0.200")
     assert lines[2][0]["comparison"] == "mine against strange (personal gain)"

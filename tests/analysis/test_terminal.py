@@ -30,14 +30,14 @@ def test_no_line_is_wider_than_the_terminal_and_no_row_is_lost(width: int) -> No
         assert all(any(row.name.startswith(start) for start in column) for row in results.rows)
 
 
-def test_names_models_and_numbers_without_end_are_broken() -> None:
+def test_long_names_models_and_numbers_are_wrapped() -> None:
     rows = [{"method": "x" * 99, "n": 9, "metrics": {"mae": 1e30}, "intervals": {"mae": [1e30, 2e30]}}]
     text = terminal_text(typed({"rows": rows, "model": "m" * 200, "notes": ["n" * 200]}), width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert text.replace("\n", "").replace(" ", "").count("n" * 200) == 1
 
 
-def test_columns_is_the_width_and_80_if_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_width_is_columns_or_80(monkeypatch: pytest.MonkeyPatch) -> None:
     results = PUBLISHED[0]
     monkeypatch.setattr("os.get_terminal_size", lambda *_: (_ for _ in ()).throw(OSError))
     for columns in ("80", "160"):
@@ -47,7 +47,7 @@ def test_columns_is_the_width_and_80_if_it_is_unknown(monkeypatch: pytest.Monkey
     assert terminal_text(results) == terminal_text(results, width=80)
 
 
-def test_a_wider_terminal_has_more_columns_and_a_narrow_one_says_where_they_are() -> None:
+def test_a_wider_terminal_has_more_columns_and_a_note_names_hidden_columns() -> None:
     results = PUBLISHED[0]
     narrow, wide, whole = (_titles(results, width) for width in (80, 160, 400))
     assert narrow == ["method", "mae ↓", "personal gain", "Holm p"]
@@ -57,12 +57,12 @@ def test_a_wider_terminal_has_more_columns_and_a_narrow_one_says_where_they_are(
     for width in (80, 160):
         flat = " ".join(terminal_text(results, width=width).split())
         left_out = [title for title in whole if title not in _titles(results, width)]
-        assert f"Left out for lack of width: {', '.join(left_out)}." in flat
+        assert f"Columns that do not fit the terminal: {', '.join(left_out)}." in flat
         assert "are in the results file (JSON)" in flat
-    assert "Left out" not in terminal_text(results, width=400)
+    assert "do not fit" not in terminal_text(results, width=400)
 
 
-def test_the_verdict_stands_first_and_few_users_are_a_warning() -> None:
+def test_the_verdict_comes_first_and_few_users_cause_a_warning() -> None:
     rows = [{"method": name, "metrics": {"mae": 1.0}} for name in ("plug", "instruction-only")]
     lines = terminal_text(typed({"rows": rows, "users": 6}), width=200).splitlines()
     assert [line.partition("?")[0] for line in lines[:3]] == [
@@ -70,11 +70,11 @@ def test_the_verdict_stands_first_and_few_users_are_a_warning() -> None:
         "Is plug better than no history",
         "Is plug better than rivals that cost nothing",
     ]
-    assert lines[3] == "With 6 users, intervals and p-values say little; test on 20 users or more."
+    assert lines[3] == "6 users are too few for reliable intervals and p-values. Test on 20 users or more."
     assert terminal_text(typed({"rows": []})).endswith("No rows.")
 
 
-def test_rates_above_zero_stand_before_further_metrics() -> None:
+def test_nonzero_rates_come_before_further_metrics() -> None:
     rows = [
         {"method": "plain", "metrics": {"mae": 1.0, "rmse": 1.0}, "invalid_rate": 0.25, "truncated_rate": 0.0},
         {"method": "copy", "metrics": {"mae": 1.0, "rmse": 1.0}},

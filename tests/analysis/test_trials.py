@@ -1,4 +1,4 @@
-"""Trials on disk: nothing lost, nothing glued together, and no texts."""
+"""Trial files: they survive a round trip and a truncated line, and are strict JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_trial_survives_the_file(tmp_path: Path) -> None:
     assert trials[1].diagnostics == Diagnostics(bytes_per_user=0.0)
 
 
-def test_file_of_other_samples_is_set_aside_and_brought_back(tmp_path: Path) -> None:
+def test_file_of_other_samples_is_renamed_and_restored(tmp_path: Path) -> None:
     path = tmp_path / "set.trials.jsonl"
     file = TrialFile(path)
     file.switch_to("first")
@@ -61,7 +61,7 @@ def test_file_of_other_samples_is_set_aside_and_brought_back(tmp_path: Path) -> 
     assert (tmp_path / "set.trials.second.jsonl").exists()
 
 
-def test_diagnostics_average_what_is_known_and_take_the_highest_peak() -> None:
+def test_diagnostics_average_known_values_and_take_the_maximum_memory() -> None:
     several = [Diagnostics(seconds=1.0, peak_memory_bytes=3), Diagnostics(seconds=2.0, peak_memory_bytes=5)]
     mean = Diagnostics.mean_of([*several, Diagnostics(truncated_rate=0.5)])
     assert mean == Diagnostics(seconds=1.5, peak_memory_bytes=5, truncated_rate=0.5)
@@ -77,7 +77,7 @@ def test_latest_trial_of_a_method_and_seed_counts(tmp_path: Path) -> None:
     assert [(trial.seed, trial.invalid_rate) for trial in file.load()[1]] == [(0, 0.2), (1, 0.3)]
 
 
-def test_line_cut_off_by_a_kill_costs_that_trial_alone(tmp_path: Path) -> None:
+def test_truncated_line_loses_only_its_trial(tmp_path: Path) -> None:
     path = tmp_path / "set.trials.jsonl"
     file = TrialFile(path)
     file.start(SAMPLES)
@@ -90,7 +90,7 @@ def test_line_cut_off_by_a_kill_costs_that_trial_alone(tmp_path: Path) -> None:
         assert [trial.method.name for trial in file.load()[1]] == ["plain"]
 
 
-def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_file_without_trials_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.trials.jsonl"
     path.write_text('{"a": 1}\n')
     with pytest.raises(RecordError, match="line 1"):

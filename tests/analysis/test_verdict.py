@@ -1,4 +1,4 @@
-"""The verdict on a table: yes, no, not shown or not measured, with the row that is meant."""
+"""The verdict on a table: yes, no, not shown, or not measured with the row to add."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def _verdict(
 ) -> list[str]:
     rows = [{"method": name, "metrics": {} if score is None else {metric: score}} for name, score in scores.items()]
     pairs = [pair | {"metric": metric} for pair in pairs]
-    return verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # NaN, as a file may hold it
+    return verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # a file may contain NaN
 
 
-def test_each_question_is_answered_with_its_figures_and_its_rival() -> None:
+def test_each_answer_has_its_scores_and_its_rival() -> None:
     pairs = [_pair("wrong-user", 1.0, 0.02), _pair("instruction-only", -0.3, 0.0004), _pair("user-median", 0.25, 0.05)]
     assert _verdict(pairs) == [
         "Is plug personal? Yes: mae ↓ 0.500 against 1.500 of wrong-user; advantage +1.000 [-2.000, +2.000], p = 0.020.",
@@ -61,12 +61,12 @@ def test_the_corrected_p_and_the_sign_decide(
     sentence = _verdict([pair])[rival]
     assert f"? {word}: mae ↓ 0.500 against" in sentence
     assert ("Holm p" in sentence) == (holm is not None)
-    assert ("without a p" in sentence) == (p is None or math.isnan(p))
+    assert ("without a p:" in sentence) == (p is None or math.isnan(p))
 
 
-def test_a_pair_that_stands_the_other_way_round_is_turned() -> None:
-    turned = _pair("plug", -0.25, 0.01, low=-0.4, high=-0.1) | {"a": "user-median"}
-    assert _verdict([turned])[2].endswith("advantage +0.250 [+0.100, +0.400], p = 0.010.")
+def test_a_reversed_pair_is_turned_around() -> None:
+    reversed_pair = _pair("plug", -0.25, 0.01, low=-0.4, high=-0.1) | {"a": "user-median"}
+    assert _verdict([reversed_pair])[2].endswith("advantage +0.250 [+0.100, +0.400], p = 0.010.")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_pair_that_stands_the_other_way_round_is_turned() -> None:
         ("rouge_1", "user-mean", "copy,user-words"),
     ],
 )
-def test_the_direction_of_the_metric_tells_the_best_rival_and_the_rows_to_add(metric: str, best: str, add: str) -> None:
+def test_the_metric_determines_the_best_rival_and_the_rows_to_add(metric: str, best: str, add: str) -> None:
     pairs = [_pair(name, 0.1, 0.01) for name in ("user-median", "user-mean")]
     assert f" of {best}, the best of 2 such rows" in _verdict(pairs, metric=metric)[2]
     assert _verdict([], metric=metric, scores={"plug": 0.5}) == [
@@ -87,7 +87,7 @@ def test_the_direction_of_the_metric_tells_the_best_rival_and_the_rows_to_add(me
     ]
 
 
-def test_counted_labels_are_a_rival_and_are_named_where_they_are_missing() -> None:
+def test_label_counts_are_a_rival_and_are_suggested_if_missing() -> None:
     scores = {"plug": 0.5, "user-majority": 0.9, "user-majority@wrong-user": 0.1, "all-knowing": 0.05}
     sentence = _verdict([_pair("user-majority", 0.4, 0.01)], scores=scores)[2]
     assert "0.900 of user-majority;" in sentence
@@ -99,10 +99,10 @@ def test_counted_labels_are_a_rival_and_are_named_where_they_are_missing() -> No
     assert "train it first" not in sentence
 
 
-def test_scores_that_are_missing_or_no_numbers_decide_nothing() -> None:
+def test_missing_and_nan_scores_give_no_verdict() -> None:
     pairs = [_pair(name, math.nan, math.nan) for name in ("user-mean", "wrong-user")]
     personal, no_history, free = _verdict(pairs, scores={**SCORES, "wrong-user": math.nan, "user-median": math.nan})
-    assert "Not shown: mae ↓ 0.500 against nan of wrong-user; advantage nan without a p" in personal
+    assert "Not shown: mae ↓ 0.500 against nan of wrong-user; advantage nan, without a p" in personal
     assert no_history.endswith(
         "Not measured: the results do not compare plug with instruction-only. Evaluate both in one table."
     )
@@ -111,7 +111,7 @@ def test_scores_that_are_missing_or_no_numbers_decide_nothing() -> None:
     assert likelihood[2].endswith("Not measured: copy has no nll.")
 
 
-def test_a_table_without_a_personal_row_says_so_and_a_single_row_nothing() -> None:
+def test_a_table_without_a_personal_row_is_not_measured() -> None:
     assert _verdict([], scores={"plain": 1.0}) == _verdict([], scores={}) == []
     (sentence,) = _verdict([], scores={"plain": 1.0, "user-mean": 0.5, "random-vectors": 0.4})
     assert (
@@ -128,6 +128,8 @@ def test_a_table_without_a_personal_row_says_so_and_a_single_row_nothing() -> No
         (["plain", "lora", "wrong-user", "population-persona", "classical"], None),
     ],
 )
-def test_the_main_row_is_the_first_plug_or_else_the_first_with_own_history(names: list[str], main: str | None) -> None:
-    found = main_row([method_of(name) for name in names])
-    assert (found.name if found else None) == main
+def test_the_main_row_is_the_first_plug_or_else_the_first_row_with_own_history(
+    names: list[str], main: str | None
+) -> None:
+    row = main_row([method_of(name) for name in names])
+    assert (row.name if row else None) == main

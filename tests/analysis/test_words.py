@@ -1,4 +1,4 @@
-"""ROUGE in any script: known cases, equality with LaMP's rule on English, and the warning where that rule is blind."""
+"""ROUGE in any script: known cases, equality with LaMP's ROUGE on English, and a warning for other scripts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from personaplug.analysis.metrics import get_metric
 from personaplug.analysis.words import ascii_words, is_read_by_ascii_words, unicode_words
 from personaplug.data.task_registry import parse_task
 
-SAME = [
+TEXTS = [
     "Привет, мир", "我喜欢这部电影", "मुझे यह फ़िल्म पसंद आई", "これは本です", "สวัสดีครับ", "안녕하세요 세계", "שלום עולם",
     "مرحبا بالعالم", "می‌خواهم", "Ελλάδα", "ខ្ញុំ", "Đây là phim hay",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", SAME)
+@pytest.mark.parametrize("text", TEXTS)
 def test_equal_texts_of_any_script_score_1(text: str) -> None:
     for name in ("rouge_1_unicode", "rouge_l_unicode"):
         assert get_metric(name).score([text], [text]) == 1
@@ -43,7 +43,7 @@ def test_equal_texts_of_any_script_score_1(text: str) -> None:
         ("", []),
     ],
 )
-def test_words_by_hand(text: str, words: list[str]) -> None:
+def test_words_of_known_cases(text: str, words: list[str]) -> None:
     assert unicode_words(text) == words
 
 
@@ -56,13 +56,13 @@ def test_words_by_hand(text: str, words: list[str]) -> None:
         ("", "我", 0, 0),
     ],
 )
-def test_rouge_of_other_scripts_by_hand(prediction: str, gold: str, rouge_1: float, rouge_l: float) -> None:
+def test_rouge_of_other_scripts(prediction: str, gold: str, rouge_1: float, rouge_l: float) -> None:
     assert get_metric("rouge_1_unicode").score([prediction], [gold]) == pytest.approx(rouge_1)
     assert get_metric("rouge_l_unicode").score([prediction], [gold]) == pytest.approx(rouge_l)
 
 
 @given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
-def test_english_scores_are_those_of_the_usual_rule(prediction: str, gold: str) -> None:
+def test_english_scores_equal_lamps_rouge(prediction: str, gold: str) -> None:
     assert unicode_words(prediction) == ascii_words(prediction)
     for name in ("rouge_1", "rouge_l"):
         expected = get_metric(name).score([prediction], [gold])
@@ -86,14 +86,14 @@ def test_metrics_may_be_named_in_a_task() -> None:
     [("", True), ("12 …", True), ("English", True), ("café très", True), ("мир", False),
      ("2024 год", False), ("iPhone手机", True)],
 )  # fmt: skip
-def test_script_of_a_text_is_known(text: str, is_read: bool) -> None:
+def test_script_of_a_text_is_detected(text: str, is_read: bool) -> None:
     assert is_read_by_ascii_words(text) == is_read
 
 
 @pytest.mark.parametrize(
-    ("golds", "warnings"), [(SAME, 1), (["a b"] * 9 + ["мир"], 1), (["a b"] * 19 + ["мир"], 0), (["a"], 0), ([], 0)]
+    ("golds", "warnings"), [(TEXTS, 1), (["a b"] * 9 + ["мир"], 1), (["a b"] * 19 + ["мир"], 0), (["a"], 0), ([], 0)]
 )
-def test_lamps_rouge_warns_once_of_references_that_it_cannot_read(
+def test_lamps_rouge_warns_once_about_references_that_it_cannot_read(
     caplog: pytest.LogCaptureFixture, golds: list[str], warnings: int
 ) -> None:
     metrics._warn_of_other_scripts.cache_clear()

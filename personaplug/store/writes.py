@@ -156,7 +156,7 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
     style = style_of_answers(items) if encoded.style is None else encoded.style
     _check_columns(encoded, labels, style, label_count=len(settings.labels))
     if settings.keep_text and not all(item.fields for item in items):
-        raise ItemError("The store keeps texts, so each item needs fields; found items without. Nothing was stored.")
+        raise ItemError("The store keeps texts, so each item needs fields; nothing was stored.")
     vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
     packed = []
     columns = zip(encoded.users, items, labels.tolist(), kind_ids(items).tolist(), style_rows, vectors, strict=True)

@@ -1,6 +1,6 @@
-"""Code in the documents: commands and imports exist, and marked blocks run.
+"""Code in the documentation: commands and imports exist, and marked blocks run.
 
-A Python block runs if the line before it is `<!-- run -->`. The blocks of a page run in their order, in one namespace.
+A Python block runs if the line before it is `<!-- run -->`. The blocks of a page run in order and share a namespace.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SEPARATORS = {"&&", "||", ";", "|", ">", ">>", "&"}
 _SHELLS = ("", "bash", "sh", "console")
 _SUM = re.compile(r"\$\(\(.*?\)\)")
 _VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
-_LEFT_OUT = "…"  # a command with it is shown in part
+_LEFT_OUT = "…"  # marks an incomplete command
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Block:
 
 def _blocks(path: Path) -> list[Block]:
     page = path.relative_to(ROOT).as_posix()
-    found = _FENCE.finditer(path.read_text(encoding="utf-8"))
-    return [Block(page, each["language"], each["code"], each["mark"] is not None) for each in found]
+    fences = _FENCE.finditer(path.read_text(encoding="utf-8"))
+    return [Block(page, each["language"], each["code"], each["mark"] is not None) for each in fences]
 
 
 BLOCKS = [block for path in sorted(PAGES) for block in _blocks(path)]
@@ -63,7 +63,7 @@ PAGES_THAT_RUN = sorted({block.page for block in PYTHON if block.runs})
 
 
 def _commands(code: str) -> Iterator[list[str]]:
-    """Yield the words behind each `personaplug` of a shell script, without redirections and what follows a pipe."""
+    """Yield the words after each `personaplug` in a shell script, up to a pipe, a redirection or the next command."""
     for line in _SUM.sub("1", code.replace("\\\n", " ")).splitlines():
         if "personaplug" not in line:
             continue
@@ -77,7 +77,7 @@ def _commands(code: str) -> Iterator[list[str]]:
 
 
 COMMANDS = [(block.page, words) for block in BLOCKS if block.language in _SHELLS for words in _commands(block.code)] + [
-    (path.relative_to(ROOT).as_posix(), [*words, _LEFT_OUT])  # in the text, where options may be left out
+    (path.relative_to(ROOT).as_posix(), [*words, _LEFT_OUT])  # commands in the text may lack options
     for path in sorted(PAGES)
     for inline in _INLINE.findall(path.read_text(encoding="utf-8"))
     for words in _commands(inline)
@@ -85,14 +85,14 @@ COMMANDS = [(block.page, words) for block in BLOCKS if block.language in _SHELLS
 
 
 def _check_command(words: list[str]) -> None:
-    """Raise UsageError for a command, an option or a value that does not exist, ConfigError for a setting or a row."""
+    """Raise UsageError if a command, an option or a value does not exist, and ConfigError for a setting or a row."""
     command: click.Command = main
     context, is_whole = click.Context(main, info_name="personaplug"), _LEFT_OUT not in words
     words = [_VARIABLE.sub("1", word) for word in words]
     while isinstance(command, click.Group) and words and words[0] != _LEFT_OUT:
-        name, found, words = command.resolve_command(context, words)
-        assert found is not None
-        command, context = found, click.Context(found, info_name=name, parent=context)
+        name, subcommand, words = command.resolve_command(context, words)
+        assert subcommand is not None
+        command, context = subcommand, click.Context(subcommand, info_name=name, parent=context)
     if is_whole:
         values = command.make_context(context.info_name, list(words), parent=context.parent).params
     else:
@@ -107,13 +107,13 @@ def _check_command(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page}: {' '.join(words)[:40]}" for page, words in COMMANDS]
 )
-def test_a_shown_command_exists_with_its_options_and_settings(
+def test_a_documented_command_exists_with_its_options_and_settings(
     page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for word in words:
         if re.fullmatch(r"[\w-]+\.json", word):
-            Path(word).touch()  # click opens some files as it parses
+            Path(word).touch()  # click opens some files while it parses the command
     try:
         _check_command(words)
     except (click.UsageError, ConfigError) as error:
@@ -133,7 +133,7 @@ def test_a_shown_command_exists_with_its_options_and_settings(
         "synthesize --data DIR --out OUT --samples many",
     ],
 )
-def test_an_unknown_command_option_setting_or_row_is_noticed(words: str) -> None:
+def test_an_unknown_command_option_setting_or_row_is_refused(words: str) -> None:
     with pytest.raises((click.UsageError, ConfigError)):
         _check_command(words.split())
 
@@ -144,7 +144,7 @@ def test_commands_are_found_in_a_script() -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.page)
-def test_shown_python_imports_names_that_exist(block: Block) -> None:
+def test_documented_imports_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "personaplug":
             module = importlib.import_module(node.module or "")
@@ -153,7 +153,7 @@ def test_shown_python_imports_names_that_exist(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the quickstart's data and run, of toy parts."""
+    """Return a folder with the quickstart's data and a run of toy models."""
     folder = tmp_path_factory.mktemp("documents")
     out = folder / "runs" / "quickstart"
     write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=2), out / "data")

@@ -1,4 +1,4 @@
-"""The site of the documents: complete reference pages, fitting links, and a strict build that needs no other site."""
+"""The documentation site: complete reference pages, working links, and a build without resources of other sites."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RESOURCES = {"script": "src", "img": "src", "source": "src", "iframe": "src", "
 _LINKS_OF_TEXT = ("canonical", "next", "prev", "alternate")
 
 
-def test_the_page_of_commands_has_all_of_them_with_their_options() -> None:
+def test_the_page_of_commands_has_all_commands_and_options() -> None:
     page = cli_page()
     for name, command in main.commands.items():
         inner = command.commands if isinstance(command, click.Group) else {"": command}
@@ -38,7 +38,7 @@ def test_the_page_of_commands_has_all_of_them_with_their_options() -> None:
             assert [option for option in options if option not in section] == [], title
 
 
-def test_the_page_of_settings_has_all_of_them() -> None:
+def test_the_page_of_settings_has_all_settings() -> None:
     page = settings_page()
     for section in SECTIONS:
         table = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
@@ -48,7 +48,7 @@ def test_the_page_of_settings_has_all_of_them() -> None:
             assert str(field.description).split()[0].strip("`") in row
 
 
-def test_the_page_of_routes_has_all_that_the_server_serves() -> None:
+def test_the_page_of_routes_has_routes_and_schemas() -> None:
     pytest.importorskip("fastapi")
     page = http_page()
     for route in (
@@ -62,9 +62,9 @@ def test_the_page_of_routes_has_all_that_the_server_serves() -> None:
     assert "| `messages` | list of [Message](#message) | required |" in page
 
 
-def test_the_page_of_python_has_all_public_names() -> None:
-    found = set(re.findall(r"^::: [\w.]+\.(\w+)$", python_page(), flags=re.MULTILINE))
-    assert found == set(personaplug.__all__)
+def test_the_python_page_has_all_public_names() -> None:
+    names = set(re.findall(r"^::: [\w.]+\.(\w+)$", python_page(), flags=re.MULTILINE))
+    assert names == set(personaplug.__all__)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_the_page_of_python_has_all_public_names() -> None:
         ("plug.md", "```\n[log](../README.md)\n```", "```\n[log](../README.md)\n```"),
     ],
 )
-def test_links_of_the_repository_become_links_of_the_site(uri: str, link: str, expected: str) -> None:
+def test_repository_links_become_site_links(uri: str, link: str, expected: str) -> None:
     assert site_links(link, uri=uri) == expected
 
 
 class _Resources(HTMLParser):
-    """Collects the addresses that a browser loads for a page."""
+    """Collects the addresses of the resources that a browser loads for a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def _foreign_resources(path: Path) -> list[str]:
     return _foreign(parser.addresses)
 
 
-def test_a_resource_of_another_site_is_noticed(tmp_path: Path) -> None:
+def test_a_resource_of_another_site_is_detected(tmp_path: Path) -> None:
     page, style = tmp_path / "page.html", tmp_path / "style.css"
     page.write_text(
         '<link rel="stylesheet" href="https://a.example/x.css"><link rel="canonical" href="https://b.example/">'
@@ -143,4 +143,4 @@ def test_a_strict_build_succeeds_and_loads_nothing_from_other_sites(tmp_path: Pa
     assert build.returncode == 0, build.stderr
     files = [path for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".css")]
     assert (tmp_path / "site" / "reference" / "cli" / "index.html") in files
-    assert {str(path): found for path in files if (found := _foreign_resources(path))} == {}
+    assert {str(path): addresses for path in files if (addresses := _foreign_resources(path))} == {}

@@ -161,7 +161,7 @@ def test_rows_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monk
     assert not any("set-ups" in note for note in _read(first[0])["notes"])
     monkeypatch.setattr("personaplug.evaluation.benchmark.machine_info", lambda: {"processor": "another one"})
     written = run_benchmark(_experiment(tmp_path, ["plain", "bm25:2"], sets="[One]"), folders).written
-    (told,) = (note for note in _read(written[0])["notes"] if note.startswith("Made with 2 set-ups"))
+    (told,) = (note for note in _read(written[0])["notes"] if note.startswith("The rows come from 2 set-ups."))
     assert "processor another one: bm25:2" in told
     assert told.count("plain") == 1
 

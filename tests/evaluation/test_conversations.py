@@ -252,7 +252,7 @@ def test_plain_model_and_scale_0_have_no_divergence_and_all_other_rows_have(neut
 def test_divergence_is_kept_and_rows_that_have_none_are_named(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     results = neutral.evaluate("plain,plug,plug+phrases")
     assert "divergence" not in results.by_name["plug+phrases"].metrics
-    assert "divergence: not known of plug+phrases." in results.about.notes
+    assert "divergence: missing for plug+phrases." in results.about.notes
     assert "divergence ↓" in results_table(results)
     path = neutral.run.folder / "evaluations" / "dev" / "plug.seed-0"
     scores = json.loads(Path(f"{path}.scores.json").read_text())

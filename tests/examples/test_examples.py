@@ -1,4 +1,4 @@
-"""The examples, from end to end on toy parts and fewer users: what they print, write and serve."""
+"""Run the examples end to end with toy models and fewer users, and check their output."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TOY = [
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _work_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def load(name: str) -> Any:
-    """Load an example as a module, whose names differ from example to example."""
+    """Load an example as a module. Its type is Any, because each example has other names."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -44,18 +44,18 @@ def load(name: str) -> Any:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run an example with words of a command line, and return what it prints."""
+    """Return a function that runs an example with command-line words and returns its output."""
 
-    def run_it(example: Any, *words: str) -> str:
+    def run_example(example: Any, *words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["example", *words])
         example.main()
         return capfd.readouterr().out
 
-    return run_it
+    return run_example
 
 
 def verdict_of(text: str) -> list[str]:
-    """Return the questions that the verdict answers, with the first word of each answer."""
+    """Return the questions of the verdict that have an answer."""
     flat = " ".join(text.split())
     return re.findall(r"Is plug (personal|better than [\w ]+)\? (?:Yes|No|Not shown):", flat)
 
@@ -76,7 +76,7 @@ def test_shop_reviews_prints_the_verdict_and_stars_for_two_customers(run: Any) -
         assert percent[stars] == max(percent.values())
 
 
-def test_the_file_of_reviews_holds_tastes_that_no_mean_expresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reviews_have_tastes_that_a_mean_does_not_express(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["shop_reviews.py", "--csv", "reviews.csv"])
     runpy.run_path(str(ROOT / "examples" / "shop_reviews.py"), run_name="__main__")
     with open("reviews.csv", newline="", encoding="utf-8") as file:
@@ -94,7 +94,7 @@ def test_the_file_of_reviews_holds_tastes_that_no_mean_expresses(monkeypatch: py
     assert statistics.mean(by_kind["ann", "musical"]) > 4 > 2 > statistics.mean(by_kind["ann", "western"])
 
 
-def test_support_replies_drafts_for_two_agents_and_shows_how_they_wrote(run: Any) -> None:
+def test_support_replies_drafts_for_two_agents_and_shows_their_earlier_replies(run: Any) -> None:
     example = load("support_replies")
     example.AGENTS = replace(example.AGENTS, users=40)
     out = run(example, *TOY)
@@ -107,7 +107,7 @@ def test_support_replies_drafts_for_two_agents_and_shows_how_they_wrote(run: Any
     assert question.removeprefix("Question: ") not in {row["question"] for row in example.make_replies()}
 
 
-def test_news_categories_prints_probabilities_beside_counts(run: Any) -> None:
+def test_news_categories_prints_probabilities_and_counts(run: Any) -> None:
     example = load("news_categories")
     example.READERS = 20
     out = run(example, *TOY)
@@ -120,7 +120,7 @@ def test_news_categories_prints_probabilities_beside_counts(run: Any) -> None:
         assert ranking is None or row["category"] == min(topics, key=ranking.index)
 
 
-def test_chat_app_talks_as_two_users_and_stops_the_server(run: Any) -> None:
+def test_chat_app_chats_as_two_users_and_stops_the_server(run: Any) -> None:
     example = load("chat_app")
     example.USERS = replace(example.USERS, users=8)
     out = run(example, *TOY)
@@ -145,7 +145,7 @@ def test_researchers_table_has_rivals_two_seeds_and_a_results_file(run: Any) -> 
 
 
 def test_the_notebook_runs_from_top_to_bottom(capfd: pytest.CaptureFixture[str]) -> None:
-    """The cells run in one namespace; those with the tags `parameters` and `data` are followed by smaller values."""
+    """Run all cells in one namespace; after cells with the tags `parameters` and `data`, set smaller values."""
     notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     cells = notebook["cells"]
@@ -166,7 +166,7 @@ def test_the_notebook_runs_from_top_to_bottom(capfd: pytest.CaptureFixture[str])
     assert len(re.findall(r"^weight 0\.\d+ ", out, flags=re.MULTILINE)) == 3
 
 
-def test_the_readme_names_every_example_and_each_uses_the_packages() -> None:
+def test_the_readme_names_every_example_and_each_uses_the_model_package() -> None:
     folder = ROOT / "examples"
     names = {path.name for path in folder.iterdir() if path.suffix in (".py", ".ipynb")}
     assert (

@@ -1,4 +1,4 @@
-"""Backups: made of a store in use, refused if damaged, restored without the users erased since."""
+"""Backups of a store in use: damaged backups are refused, and users who were erased later are not restored."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def users(store: HistoryStore) -> list[str]:
     return [f"u{number}" for number in range(30) if item_ids(store, user=f"u{number}")]
 
 
-def test_copy_of_live_file_without_its_log_has_all_users(tmp_path: Path, store: HistoryStore) -> None:
+def test_copy_of_the_open_database_file_without_its_log_has_all_users(tmp_path: Path, store: HistoryStore) -> None:
     for name in ("store.db", "store.db.secret"):
         shutil.copy(tmp_path / name, tmp_path / f"copy{name.removeprefix('store')}")
     assert len(users(HistoryStore.open(tmp_path / "copy.db", ENCODER))) == 30
 
 
 def test_backup_of_store_in_use_restores_everything(tmp_path: Path, store: HistoryStore, backup: Path) -> None:
-    with store.database.write_transaction() as connection:  # others may write meanwhile
+    with store.database.write_transaction() as connection:  # another writer at the same time
         execute(connection, "DELETE FROM history_rewrites")
         back_up(store, tmp_path / "second")
     assert backup.stat().st_mode & 0o777 == 0o600
@@ -54,10 +54,10 @@ def test_backup_of_store_in_use_restores_everything(tmp_path: Path, store: Histo
     assert add(restored, "t", "u1", [item("b")]) == (1, 0, 0)
 
 
-@pytest.mark.parametrize("place", [0, 30, 200, -1, 50_000])
-def test_restore_of_changed_backup_raises(tmp_path: Path, backup: Path, place: int) -> None:
+@pytest.mark.parametrize("offset", [0, 30, 200, -1, 50_000])
+def test_restore_of_changed_backup_raises(tmp_path: Path, backup: Path, offset: int) -> None:
     content = bytearray(backup.read_bytes())
-    content[place] ^= 4
+    content[offset] ^= 4
     backup.write_bytes(content)
     with pytest.raises(StorageError, match="damaged"):
         restore(backup, tmp_path / "copy.db", secret=tmp_path / "store.db.secret", current=None)
@@ -71,7 +71,7 @@ def test_restore_of_other_file_raises(tmp_path: Path, store: HistoryStore, conte
         restore(tmp_path / "backup", tmp_path / "copy.db", secret=tmp_path / "store.db.secret", current=None)
 
 
-def test_restore_of_cut_off_or_missing_backup_raises(tmp_path: Path, backup: Path) -> None:
+def test_restore_of_truncated_or_missing_backup_raises(tmp_path: Path, backup: Path) -> None:
     secret = tmp_path / "store.db.secret"
     backup.write_bytes(backup.read_bytes()[:-100])
     with pytest.raises(StorageError, match="damaged"):
@@ -84,7 +84,7 @@ def test_restore_of_cut_off_or_missing_backup_raises(tmp_path: Path, backup: Pat
 
 @pytest.mark.parametrize("ending", ["-wal", "-journal", "-shm"])
 def test_restore_beside_the_log_of_an_earlier_store_raises(tmp_path: Path, backup: Path, ending: str) -> None:
-    # SQLite would write its rows over the restored ones, and bring back who was erased.
+    # SQLite would apply the log to the restored file, and erased users would return.
     log = tmp_path / f"copy.db{ending}"
     log.write_bytes(b"frames of another file")
     with pytest.raises(ConfigError, match="exists"):
@@ -106,7 +106,7 @@ def test_users_erased_since_the_backup_do_not_return(tmp_path: Path, store: Hist
     assert b"text of u8" in (tmp_path / "copy.db").read_bytes()
 
 
-def test_erasures_are_repeated_in_either_database(tmp_path: Path, place: Place) -> None:
+def test_erasures_are_copied_in_both_databases(tmp_path: Path, place: Place) -> None:
     current = Place(str(tmp_path / "current.db")).open()
     restored = place.open()
     for user in ("u1", "u2", "u3"):
@@ -121,7 +121,7 @@ def test_erasures_are_repeated_in_either_database(tmp_path: Path, place: Place) 
         copy_erasures(current, other)
 
 
-def test_backup_of_damaged_store_raises_and_makes_no_file(tmp_path: Path, store: HistoryStore) -> None:
+def test_backup_of_damaged_store_raises_and_writes_no_file(tmp_path: Path, store: HistoryStore) -> None:
     with store.database.write_transaction() as connection:
         execute(connection, f"UPDATE {store.shard_of('t', 'u3').items} SET label_id = 2")
     with pytest.raises(StorageError, match="damaged"):
@@ -129,7 +129,7 @@ def test_backup_of_damaged_store_raises_and_makes_no_file(tmp_path: Path, store:
     assert not list(tmp_path.glob("*backup*"))
 
 
-def test_nothing_is_replaced(tmp_path: Path, store: HistoryStore, backup: Path) -> None:
+def test_backup_and_restore_replace_no_file(tmp_path: Path, store: HistoryStore, backup: Path) -> None:
     with pytest.raises(ConfigError, match="exists"):
         back_up(store, backup)
     with pytest.raises(ConfigError, match="exists"):
@@ -138,7 +138,7 @@ def test_nothing_is_replaced(tmp_path: Path, store: HistoryStore, backup: Path) 
         restore(backup, tmp_path / "copy.db", secret=None, current=None)
 
 
-def test_backup_of_postgres_names_its_own_command(place: Place, tmp_path: Path) -> None:
+def test_backup_of_postgres_names_pg_dump(place: Place, tmp_path: Path) -> None:
     if place.server is None:
         pytest.skip("only in PostgreSQL")
     with pytest.raises(ConfigError, match="pg_dump"):

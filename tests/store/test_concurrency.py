@@ -43,9 +43,9 @@ def test_overlapping_batches_do_not_deadlock(place: Place) -> None:
     users = [f"u{i}" for i in range(60)]
 
     def work(number: int) -> None:
-        mine = users if number % 2 else users[::-1]
+        ordered = users if number % 2 else users[::-1]
         for i in range(5):
-            add_encoded(store, "t", encoded(mine, [f"{number}-{i}"] * len(mine)))
+            add_encoded(store, "t", encoded(ordered, [f"{number}-{i}"] * len(ordered)))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
@@ -60,8 +60,8 @@ def test_same_item_added_by_threads_is_new_once(place: Place) -> None:
         return add_encoded(store, "t", encoded(["u"], ["a"]))
 
     with ThreadPoolExecutor(4) as pool:
-        done = sorted(pool.map(work, range(4)))
-    assert done == [(0, 0, 1)] * 3 + [(1, 0, 0)]
+        results = sorted(pool.map(work, range(4)))
+    assert results == [(0, 0, 1)] * 3 + [(1, 0, 0)]
 
 
 def test_store_survives_fork(place: Place) -> None:
@@ -69,18 +69,18 @@ def test_store_survives_fork(place: Place) -> None:
     add_encoded(store, "t", encoded(["u"], ["before"]))
     STORES[:] = [store]
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        waiting = pool.map_async(add_in_child, range(3))
+        results = pool.map_async(add_in_child, range(3))
         for i in range(10):
             add_encoded(store, "t", encoded(["u"], [f"parent-{i}"]))
-        assert max(waiting.get(timeout=120)) >= 6
+        assert max(results.get(timeout=120)) >= 6
     assert len(store.load_history("t", "u")) == 1 + 15 + 10
 
 
 def test_processes_switching_to_wal_wait_for_each_other(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         for i in range(30):
-            given = [(tmp_path / f"{i}.db", time.time() + 0.02)] * 4
-            assert pool.map_async(begin_at, given, chunksize=1).get(timeout=120) == [True] * 4
+            tasks = [(tmp_path / f"{i}.db", time.time() + 0.02)] * 4
+            assert pool.map_async(begin_at, tasks, chunksize=1).get(timeout=120) == [True] * 4
 
 
 def test_locked_database_raises_and_writes_nothing(tmp_path: Path) -> None:
@@ -126,15 +126,15 @@ def test_load_history_uses_indexes(tmp_path: Path) -> None:
 
 
 def add_in_child(number: int) -> int:
-    (store,) = STORES  # the parent's object with its connections, as a fork inherits it
+    (store,) = STORES  # the parent's object with its connections, which the fork inherits
     for i in range(5):
         add_encoded(store, "t", encoded(["u"], [f"{number}-{i}"]))
     return len(store.load_history("t", "u"))
 
 
-def begin_at(given: tuple[Path, float]) -> bool:
-    path, moment = given
-    while time.time() < moment:
+def begin_at(task: tuple[Path, float]) -> bool:
+    path, start = task
+    while time.time() < start:
         pass
     with Database(path).write_transaction() as connection:
         return bool(connection.exec_driver_sql("SELECT 1").scalar())

@@ -1,4 +1,4 @@
-"""A flipped bit anywhere in the database is said, or changes nothing."""
+"""A flipped bit anywhere in the database raises an error or has no effect."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from personaplug.errors import PersonaPlugError, StorageError
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.schema import StoreSettings
 
-UNKNOWN: tuple[Any, ...] = (0, [], [], [])
 USERS = [("t", f"user {number}") for number in range(4)]
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Read all that the store gives; errors of the package in place of what cannot be read."""
+    """Read everything from the store; if a call raises an error of the package, return the error as its value."""
 
-    def tried(work: Callable[[], Any]) -> Any:
+    def value_or_error(work: Callable[[], Any]) -> Any:
         try:
             return work()
         except PersonaPlugError as error:
             return error
 
-    store = tried(lambda: HistoryStore.open(path, ENCODER))
+    store = value_or_error(lambda: HistoryStore.open(path, ENCODER))
     if isinstance(store, PersonaPlugError):
         return {"open": store}
-    found: dict[str, Any] = {"settings": store.settings}
+    values: dict[str, Any] = {"settings": store.settings}
     for tenant, user in USERS:
         for latest in (None, 3):
-            found[f"arrays {user} {latest}"] = tried(lambda: _arrays(store, tenant, user, latest))  # noqa: B023
-            found[f"items {user} {latest}"] = tried(lambda: store.list_items(tenant, user, latest=latest))  # noqa: B023
-        found[f"export {user}"] = tried(lambda: json.loads("".join(store.export(tenant, user))))  # noqa: B023
+            arrays = value_or_error(lambda: _arrays(store, tenant, user, latest))  # noqa: B023
+            items = value_or_error(lambda: store.list_items(tenant, user, latest=latest))  # noqa: B023
+            values |= {f"arrays {user} {latest}": arrays, f"items {user} {latest}": items}
+        values[f"export {user}"] = value_or_error(lambda: json.loads("".join(store.export(tenant, user))))  # noqa: B023
     store.close()
-    return found
+    return values
 
 
 def _arrays(store: HistoryStore, tenant: str, user: str, latest: int | None) -> tuple[Any, ...]:
@@ -57,7 +57,7 @@ def filled(tmp_path: Path) -> Path:
     return tmp_path / "store.db"
 
 
-def damage_often(tmp_path: Path, *, times: int) -> int:
+def flip_bits(tmp_path: Path, *, times: int) -> int:
     path, random_bits = filled(tmp_path), random.Random(0)
     whole, expected = path.read_bytes(), contents(path)
     assert not any(isinstance(value, PersonaPlugError) for value in expected.values())
@@ -66,24 +66,24 @@ def damage_often(tmp_path: Path, *, times: int) -> int:
         bit = random_bits.randrange(8 * len(whole))
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
-        for beside in path.parent.glob("store.db-*"):
-            beside.unlink()
+        for log in path.parent.glob("store.db-*"):
+            log.unlink()
         path.write_bytes(damaged)
-        found = contents(path)
-        errors = {name for name, value in found.items() if isinstance(value, PersonaPlugError)}
-        changed = {name: value for name, value in found.items() if name not in errors and value != expected[name]}
+        values = contents(path)
+        errors = {name for name, value in values.items() if isinstance(value, PersonaPlugError)}
+        changed = {name: value for name, value in values.items() if name not in errors and value != expected[name]}
         assert not changed, f"bit {bit}: {sorted(changed)}"
         detected += bool(errors)
     return detected
 
 
-def test_flipped_bits_are_said_or_change_nothing(tmp_path: Path) -> None:
-    assert damage_often(tmp_path, times=90) > 5
+def test_flipped_bits_raise_errors_or_have_no_effect(tmp_path: Path) -> None:
+    assert flip_bits(tmp_path, times=90) > 5
 
 
 @pytest.mark.slow
-def test_thousands_of_flipped_bits_are_said_or_change_nothing(tmp_path: Path) -> None:
-    assert damage_often(tmp_path, times=4000) > 100
+def test_thousands_of_flipped_bits_raise_errors_or_have_no_effect(tmp_path: Path) -> None:
+    assert flip_bits(tmp_path, times=4000) > 100
 
 
 @pytest.mark.parametrize("start", [56, 200])
@@ -91,8 +91,8 @@ def test_flipped_bit_in_stored_vector_raises(tmp_path: Path, start: int) -> None
     path = filled(tmp_path)
     vector = ENCODER.encode([item("1", "user 2 text 1").text])[0].astype("<f2").tobytes()
     content = path.read_bytes()
-    place = content.index(vector)
-    path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    offset = content.index(vector)
+    path.write_bytes(content[:offset] + bytes([content[offset] ^ 64]) + content[offset + 1 :])
     store = HistoryStore.open(path, ENCODER)
     with pytest.raises(StorageError, match="damaged"):
         store.load_history("t", "user 2")
@@ -101,7 +101,7 @@ def test_flipped_bit_in_stored_vector_raises(tmp_path: Path, start: int) -> None
     assert len(store.load_history("t", "user 1")) == 5
 
 
-def test_store_that_was_emptied_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+def test_emptied_store_is_not_opened_as_a_new_store(tmp_path: Path) -> None:
     path = filled(tmp_path)
     path.write_bytes(b"")
     with pytest.raises(StorageError, match="is an empty file"):

@@ -1,4 +1,4 @@
-"""Erasing: nothing of an erased user is left in the raw files."""
+"""Erasures: the raw files contain no data of an erased user."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_erase_user_leaves_nothing_in_files(place: Place) -> None:
     for user in ("kept", "erased-user-id", "also kept"):
         add(store, "t", user, [item(f"{user}-{i}", planted(f"{user}-{i}")) for i in range(8)])
     if place.server:
-        place.server.execute("ANALYZE")  # statistics are samples of what columns hold
-    own, others = [f"erased-user-id-{i}" for i in range(8)], [f"kept-{i}" for i in range(8)]
-    assert all(search(place, [*own, *others])), "the search finds stored items"
+        place.server.execute("ANALYZE")  # the server's statistics contain sampled values of columns
+    erased, others = [f"erased-user-id-{i}" for i in range(8)], [f"kept-{i}" for i in range(8)]
+    assert all(search(place, [*erased, *others])), "the search finds stored items"
     assert b"erased-user-id" in place.files()
 
     receipt = store.erase_user("t", "erased-user-id")
 
-    assert not any(search(place, own))
+    assert not any(search(place, erased))
     assert b"erased-user-id" not in place.files()
     assert all(search(place, others))
     assert (receipt.items, receipt.wiped) == (8, ("tables", "log"))
@@ -103,33 +103,33 @@ def test_erase_user_clears_deleted_items_of_others_in_shard(place: Place) -> Non
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_erase_user_clears_copies_in_split_pages(place: Place, seed: int) -> None:
-    # Users grow in turn, so that SQLite splits pages and moves rows. It leaves copies of some rows, which deleting the
-    # row does not overwrite. With these seeds there are copies of rows of the users who are erased below.
-    rng, own = random.Random(seed), dict[str, list[bytes]]()
+    # Users get items in turn, so that SQLite splits pages and moves rows. It leaves copies of some rows, which a
+    # deletion does not overwrite. With these seeds, the files have copies of rows of the users who are erased below.
+    rng, own_texts = random.Random(seed), dict[str, list[bytes]]()
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
     for turn in range(60):
         users = [f"u{rng.randrange(40)}" for _ in range(30)]
         items = [item(f"{turn}-{i}", noise(f"t{seed}-{turn}-{i}", rng.randrange(60, 1900))) for i in range(30)]
         vectors = np.stack([vector_of(each.id) for each in items])
         add_encoded(store, "t", EncodedItems(users, items, vectors, encoder=ENCODER.identity))
-        for user, added in zip(users, items, strict=True):
-            own.setdefault(user, []).append(added.fields[0][1].encode())
+        for user, new_item in zip(users, items, strict=True):
+            own_texts.setdefault(user, []).append(new_item.fields[0][1].encode())
     store.close()
     before = place.files(log=place.server is None)
-    copied = [user for user, texts in own.items() if any(before.count(text[-40:]) > 1 for text in texts)]
-    erased = copied[:6] or list(own)[:3]
+    copied = [user for user, texts in own_texts.items() if any(before.count(text[-40:]) > 1 for text in texts)]
+    erased = copied[:6] or list(own_texts)[:3]
     for user in erased:
         store.erase_user("t", user)
     after = place.files(log=place.server is None)
-    assert sum(text[-40:] in after or text[:40] in after for user in erased for text in own[user]) == 0
-    kept = sorted(own.keys() - set(erased))
-    assert all(text[-40:] in after for user in kept for text in own[user])
+    assert sum(text[-40:] in after or text[:40] in after for user in erased for text in own_texts[user]) == 0
+    kept = sorted(own_texts.keys() - set(erased))
+    assert all(text[-40:] in after for user in kept for text in own_texts[user])
     for user in kept:
-        assert [stored.fields[0][1].encode() for stored in store.list_items("t", user)] == own[user]
-        assert len(store.load_history("t", user)) == len(own[user])
+        assert [stored.fields[0][1].encode() for stored in store.list_items("t", user)] == own_texts[user]
+        assert len(store.load_history("t", user)) == len(own_texts[user])
 
 
-def test_erase_user_restores_same_schema(tmp_path: Path) -> None:
+def test_erase_user_keeps_the_schema(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     store = place.open()
     add(store, "t", "kept", [item("k")])
@@ -168,7 +168,7 @@ def test_erase_user_with_old_reader_raises_until_it_ends(place: Place) -> None:
     store = place.open(wait_s=0.5)
     add(store, "t", "u", [item("a", planted("a"))])
     with store.database.read_transaction() as connection:
-        connection.exec_driver_sql("SELECT count(*) FROM users_0000")  # pins the state before the erasure
+        connection.exec_driver_sql("SELECT count(*) FROM users_0000")  # starts the reader's snapshot
         with pytest.raises(StorageError, match="erase the same user again"):
             place.open(wait_s=0.5).erase_user("t", "u")
     receipt = store.erase_user("t", "u")
@@ -177,7 +177,7 @@ def test_erase_user_with_old_reader_raises_until_it_ends(place: Place) -> None:
     assert not any(search(place, ["a"]))
 
 
-def test_erase_user_while_others_write_loses_nothing(place: Place) -> None:
+def test_erase_user_during_other_writes_loses_no_items(place: Place) -> None:
     store = place.open(keep_text=False)
     add_encoded(store, "t", encoded([f"u{i}" for i in range(8)], ["a"] * 8))
     stop, failures = threading.Event(), list[Exception]()
@@ -202,21 +202,21 @@ def test_erase_user_while_others_write_loses_nothing(place: Place) -> None:
     assert failures == []
 
 
-def test_erase_user_who_returns_meanwhile_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_added_after_the_deletion_survive_the_rewrite(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     store = place.open()
     add(store, "t", "u", [item("a", planted("a"))])
 
-    def meanwhile(*given: object) -> tuple[str, ...]:
+    def add_and_rewrite(*args: object) -> tuple[str, ...]:
         add(store, "t", "u", [item("b", planted("b"))])
-        return rewrite_shard(*given)  # type: ignore[arg-type]
+        return rewrite_shard(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("personaplug.store.secure_delete.rewrite_shard", meanwhile)
+    monkeypatch.setattr("personaplug.store.secure_delete.rewrite_shard", add_and_rewrite)
     store.erase_user("t", "u")
     assert not any(search(place, ["a"]))
     assert [stored.id for stored in store.list_items("t", "u")] == ["b"]
 
 
-def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> None:
+def test_receipt_names_only_tables_without_the_right_to_clear_the_log(postgres: PostgresServer) -> None:
     url = postgres.new_database()
     name = url.split("?")[0].rsplit("/", 1)[-1]
     postgres.execute(f"CREATE ROLE plain_{name} LOGIN")
@@ -227,7 +227,7 @@ def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> N
     receipt = store.erase_user("t", "u")
     assert receipt.wiped == ("tables",)
     assert not any(search(place, ["a"], log=False))
-    assert any(search(place, ["a"])), "the log still holds the item, as the receipt says"
+    assert any(search(place, ["a"])), "the log still contains the item, and the receipt does not claim otherwise"
 
 
 def test_erase_user_waits_for_running_addition(place: Place) -> None:

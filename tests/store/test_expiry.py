@@ -1,4 +1,4 @@
-"""What is older than the store keeps is never read, and is removed down to the bytes."""
+"""Expired items are never read, and their bytes are removed from the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "the text of the old item"
 
 
 def filled(place: Place) -> HistoryStore:
-    """Return a store that keeps everything, with an old and a new item of one user, and an old one of another."""
+    """Return a store that keeps everything, with an old and a new item of user u, and an old item of another user."""
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
     add(store, "t", "u", [item("old", TEXT, day=OLD), item("new", day=TODAY)])
     add(store, "t", "gone-user-id", [item("old", TEXT, day=OLD)])
@@ -34,7 +34,7 @@ def rows(store: HistoryStore, kind: str) -> int:
 
 def test_old_items_are_not_read_before_they_are_removed(place: Place) -> None:
     store = filled(place)
-    store.retention = LIMIT  # as if the day had just begun
+    store.retention = LIMIT  # as if the items had expired today
     assert item_ids(store) == ["new"]
     assert [each.id for each in store.list_items("t", "u", latest=5)] == ["new"]
     assert (
@@ -87,15 +87,15 @@ def test_interrupted_removal_is_finished_at_open(place: Place, monkeypatch: pyte
     assert rows(store, "items") == 1
 
 
-def test_removal_within_a_time_goes_on_at_the_next_call(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removal_with_a_time_limit_continues_at_the_next_call(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("personaplug.store.expiry._USERS_PER_TRANSACTION", 1)
     store = place.open()
     for number in range(5):
         add(store, "t", f"u{number}", [item("old", day=OLD)])
     store.retention = LIMIT
-    for left in (4, 3, 2, 1, 0):
+    for remaining in (4, 3, 2, 1, 0):
         store.remove_expired(seconds=0)
-        assert rows(store, "users") == left
+        assert rows(store, "users") == remaining
 
 
 def test_retention_stays_with_the_store(place: Place) -> None:
@@ -106,9 +106,9 @@ def test_retention_stays_with_the_store(place: Place) -> None:
     assert place.open().retention == Retention()
 
 
-def test_old_items_that_are_added_leave_no_trace(place: Place) -> None:
+def test_old_items_that_are_added_leave_no_bytes(place: Place) -> None:
     store = place.open(retention=LIMIT)
-    store.maintain()  # done for this day
+    store.maintain()  # completes the removal of this day
     add(store, "t", "gone-user-id", [item("old", TEXT, day=OLD)])
     add(store, "t", "u", [item("old", TEXT, day=OLD), item("new", day=TODAY)])
     assert (rows(store, "items"), rows(store, "texts"), rows(store, "users")) == (1, 1, 1)

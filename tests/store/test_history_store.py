@@ -104,7 +104,7 @@ def test_add_same_item_is_neither_stored_nor_encoded(place: Place) -> None:
 @pytest.mark.parametrize(
     "other", [item("1", "other"), item("1", answer="3"), item("1", answer=None), item("1", day=date(1999, 1, 1))]
 )
-def test_add_known_id_with_other_content_replaces(store: HistoryStore, other: HistoryItem) -> None:
+def test_add_known_id_with_other_content_replaces_the_item(store: HistoryStore, other: HistoryItem) -> None:
     add(store, "t", "u", [item("0"), item("1"), item("2")])
     version = store.version("t", "u")
     assert add(store, "t", "u", [other]) == (0, 1, 0)
@@ -143,7 +143,7 @@ def test_add_encoded_many_users_stores_all(place: Place) -> None:
         assert item_ids(store, user=f"u{i}") == own
 
 
-def test_add_encoded_other_values_replace(place: Place) -> None:
+def test_add_encoded_other_values_replace_the_item(place: Place) -> None:
     store = place.open(keep_text=False)
     add_encoded(store, "t", encoded(["u"], ["a"]))
     for change in ("vectors", "label_ids", "style"):
@@ -159,7 +159,7 @@ def test_add_no_items_changes_nothing(store: HistoryStore) -> None:
     assert store.version("t", "u") == 0
 
 
-def test_list_items_any_text_round_trips(store: HistoryStore) -> None:
+def test_any_text_survives_a_round_trip(store: HistoryStore) -> None:
     texts = ["", "\0", "broken \ud83d", "a film 🙂", "'; DROP TABLE items_0000; --", "x" * 100_000]
     add(store, "t", "u", [item(str(i), text, answer=text) for i, text in enumerate(texts)])
     assert [stored.fields for stored in store.list_items("t", "u")] == [(("text", t), ("score", t)) for t in texts]
@@ -196,7 +196,7 @@ def test_version_after_erasure_is_never_reused(store: HistoryStore) -> None:
     assert store.version("t", "u") > before
 
 
-def test_version_clock_set_back_still_grows(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_grows_even_if_the_clock_is_set_back(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     add(store, "t", "u", [item("a")])
     before = store.version("t", "u")
     monkeypatch.setattr(writes, "now_in_microseconds", lambda: 10**15)
@@ -229,13 +229,13 @@ def test_export_in_pages_equals_export_at_once(store: HistoryStore) -> None:
         assert len(pages) == 2 + -(-7 // size)
 
 
-def test_export_of_user_who_changes_or_is_erased_meanwhile(store: HistoryStore) -> None:
+def test_export_includes_later_changes_and_stops_after_an_erasure(store: HistoryStore) -> None:
     add(store, "t", "u", [item(str(i)) for i in range(4)])
     pages = store.export("t", "u", items_per_page=2)
-    begun = [next(pages), next(pages)]
+    first_pages = [next(pages), next(pages)]
     store.delete_item("t", "u", "0")
     add(store, "t", "u", [item("later")])
-    whole = json.loads("".join([*begun, *pages]))
+    whole = json.loads("".join([*first_pages, *pages]))
     assert [each["id"] for each in whole["items"]] == ["0", "1", "2", "3", "later"]
     pages = store.export("t", "u", items_per_page=2)
     next(pages), next(pages)
@@ -245,7 +245,7 @@ def test_export_of_user_who_changes_or_is_erased_meanwhile(store: HistoryStore) 
         list(pages)
 
 
-def test_count_is_that_of_the_items(store: HistoryStore) -> None:
+def test_count_is_the_number_of_items(store: HistoryStore) -> None:
     assert store.count("t", "u") == 0
     add(store, "t", "u", [item("a"), item("b"), item("a", "other")])
     assert store.count("t", "u") == 2
@@ -260,11 +260,11 @@ def test_delete_item_removes_item_and_vector(store: HistoryStore) -> None:
     assert item_ids(store) == ["a", "c"]
     assert len(store.load_history("t", "u")) == 2
     assert add(store, "t", "u", [item("b", "two")]) == (1, 0, 0)
-    assert item_ids(store) == ["a", "c", "b"], "it counts as new"
+    assert item_ids(store) == ["a", "c", "b"], "a deleted item that returns counts as new"
 
 
 def test_tenants_share_no_data(place: Place) -> None:
-    # One shard, so that nothing but the queries keeps them apart.
+    # With one shard, only the queries separate the tenants.
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
     add(store, "one", "u", [item("a", "planted by one", answer="1"), item("b", "of one")])
     add(store, "two", "u", [item("a", "planted by two", answer="3")])
@@ -310,5 +310,5 @@ def test_retention_max_days_deletes_older(place: Place) -> None:
 
 @pytest.mark.parametrize("values", [{"max_items": 0}, {"max_days": 0}, {"max_days": -1}])
 def test_retention_below_one_raises(values: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="1 or more"):
+    with pytest.raises(ConfigError, match="must be 1 to"):
         Retention(**values)

@@ -1,4 +1,4 @@
-"""Invalid input and failures: nothing is stored, and no message shows user text."""
+"""Invalid input and failures: nothing is stored, and no message contains user text."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ def test_longest_id_is_accepted(store: HistoryStore) -> None:
 def test_add_encoded_invalid_column_stores_none(
     place: Place, column: str, value: object, error: type[UserError]
 ) -> None:
-    store, given = place.open(keep_text=False), encoded(["u", "u"], ["a", "b"])
-    object.__setattr__(given, column, value)
+    store, items = place.open(keep_text=False), encoded(["u", "u"], ["a", "b"])
+    object.__setattr__(items, column, value)
     with pytest.raises(error):
-        add_encoded(store, "t", given)
+        add_encoded(store, "t", items)
     assert store.list_items("t", "u") == []
     assert store.version("t", "u") == 0
 
 
 def test_add_encoded_without_fields_raises_if_texts_are_kept(store: HistoryStore) -> None:
-    with pytest.raises(ItemError, match="without fields"):
+    with pytest.raises(ItemError, match="needs fields"):
         add_encoded(store, "t", encoded(["u"], ["a"]))
 
 
@@ -95,7 +95,7 @@ def test_add_nan_vectors_stores_nothing_and_shows_no_text(place: Place) -> None:
             return vectors
 
     store = place.open(Broken())
-    with pytest.raises(ItemError, match="1 of 2 vectors hold NaN") as raised:
+    with pytest.raises(ItemError, match="1 of 2 vectors have NaN") as raised:
         add(store, "t", "u", [item("a"), item("b", SECRET_TEXT)])
     assert SECRET_TEXT not in str(raised.value)
     assert store.version("t", "u") == 0
@@ -111,7 +111,7 @@ def test_delete_unknown_user_or_item_raises(store: HistoryStore) -> None:
             call()
     add(store, "t", "u", [item("a")])
     version = store.version("t", "u")
-    with pytest.raises(MissingData, match="no item of this id"):
+    with pytest.raises(MissingData, match="no item with this id"):
         store.delete_item("t", "u", "b")
     assert store.version("t", "u") == version, "nothing changed"
 
@@ -123,7 +123,9 @@ def test_keep_text_false_writes_no_text(place: Place) -> None:
     (stored,) = store.list_items("t", "u")
     assert (stored.fields, stored.answer_name, stored.label_id) == ((), None, 1)
     files = place.files()
-    assert ENCODER.encode([item("a", SECRET_TEXT + " twice").text]).astype("<f2").tobytes() in files, "files are read"
+    assert ENCODER.encode([item("a", SECRET_TEXT + " twice").text]).astype("<f2").tobytes() in files, (
+        "the search finds stored bytes"
+    )
     assert SECRET_TEXT.encode() not in files
 
 
@@ -133,24 +135,24 @@ def test_database_error_shows_no_text(place: Place, caplog: pytest.LogCaptureFix
     add(store, "t", "u", [item("a", SECRET_TEXT)])
 
     def broken(*_: object, **__: object) -> str | None:
-        # PostgreSQL's driver quotes the text in its error; SQLite would store the text in the number's column.
+        # PostgreSQL's driver quotes the text in its error. SQLite would accept the text, so it gets None.
         return SECRET_TEXT if place.server else None
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(writes, "checksum_of_item", broken)
         with pytest.raises(StorageError) as raised:
             add(store, "t", "u", [item("b", SECRET_TEXT), item("c", SECRET_TEXT)])
-    shown = "".join(traceback.format_exception(raised.value)) + caplog.text
-    assert SECRET_TEXT not in shown
-    assert SECRET_TEXT.encode().hex() not in shown
+    messages = "".join(traceback.format_exception(raised.value)) + caplog.text
+    assert SECRET_TEXT not in messages
+    assert SECRET_TEXT.encode().hex() not in messages
     assert item_ids(store) == ["a"]
 
 
 def test_repr_shows_no_text(store: HistoryStore) -> None:
     add(store, "t", "u", [item("a", SECRET_TEXT)])
-    shown = repr([store, store.load_history("t", "u"), store.list_items("t", "u"), encoded(["u"], ["a"])])
-    assert SECRET_TEXT not in shown
-    assert "StoredHistory(1 items" in shown
+    text = repr([store, store.load_history("t", "u"), store.list_items("t", "u"), encoded(["u"], ["a"])])
+    assert SECRET_TEXT not in text
+    assert "StoredHistory(1 items" in text
 
 
 def test_database_error_is_package_error(place: Place) -> None:

@@ -1,4 +1,4 @@
-"""Kill -9 at any moment loses no acknowledged item, and leaves other batches stored completely or not at all."""
+"""After kill -9 at any moment, all acknowledged items are stored, and no batch is stored in part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USERS = 5
 
 
 def write_until_killed(place: Place, sender: Connection, number: int) -> None:
-    """Add, replace and erase until killed; send what was acknowledged."""
+    """Add, replace and erase until killed; send the acknowledged items."""
     store, lock = place.open(keep_text=False), threading.Lock()
 
     def add(thread: int) -> None:
@@ -44,7 +44,7 @@ def write_until_killed(place: Place, sender: Connection, number: int) -> None:
 
 
 def kill_one(place: Place, number: int, *, after_s: float) -> list[tuple[str, str]]:
-    """Start a writer, kill it some time after its first message, and return what it acknowledged."""
+    """Start a writer, kill it `after_s` after its first message, and return the acknowledged items."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=write_until_killed, args=(place, sender, number))
@@ -74,7 +74,7 @@ def check(store: HistoryStore, acknowledged: list[tuple[str, str]]) -> None:
             expected = np.stack([vector_of(name) for name in names]).astype(np.float16)
             np.testing.assert_array_equal(history.vectors, expected)
     assert set(acknowledged) <= stored
-    assert len(store.load_history("t", "passing")) in (0, 3), "three or none"
+    assert len(store.load_history("t", "passing")) in (0, 3), "a batch is stored in part"
 
 
 def check_database(place: Place) -> None:
@@ -84,10 +84,10 @@ def check_database(place: Place) -> None:
 
 
 def kill_often(place: Place, *, times: int) -> None:
-    random_s, acknowledged = random.Random(0), list[tuple[str, str]]()
+    rng, acknowledged = random.Random(0), list[tuple[str, str]]()
     place.open(keep_text=False).close()
     for number in range(times):
-        acknowledged += kill_one(place, number, after_s=random_s.uniform(0, 0.3))
+        acknowledged += kill_one(place, number, after_s=rng.uniform(0, 0.3))
         store = place.open(keep_text=False)
         if number % 10 == 9 or number == times - 1:
             check_database(place)

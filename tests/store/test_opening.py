@@ -62,12 +62,12 @@ def test_open_other_secret_raises(place: Place) -> None:
 def test_open_without_secret_creates_file_beside_database(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "new" / "store.db"))
     add(place.open(secret=None), "t", "u", [item("a")])
-    beside = tmp_path / "new" / "store.db.secret"
-    assert beside.stat().st_mode & 0o777 == 0o600
-    assert len(bytes.fromhex(beside.read_text())) == 32
+    secret_file = tmp_path / "new" / "store.db.secret"
+    assert secret_file.stat().st_mode & 0o777 == 0o600
+    assert len(bytes.fromhex(secret_file.read_text())) == 32
     assert add(place.open(secret=None), "t", "u", [item("a")]) == (0, 0, 1)
-    beside.rename(tmp_path / "moved")
-    with pytest.raises(MissingData, match="put it back"):
+    secret_file.rename(tmp_path / "moved")
+    with pytest.raises(MissingData, match="Restore the file"):
         place.open(secret=None)
     assert place.open(secret=tmp_path / "moved").version("t", "u") > 0
 
@@ -89,7 +89,7 @@ def test_open_sqlite_url_equals_path(tmp_path: Path) -> None:
 
 
 def test_open_without_encoder_creates_no_store(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="needs an encoder"):
+    with pytest.raises(MissingData, match="give an encoder"):
         place.open(encoder=None)
     assert not list(tmp_path.iterdir())
     place.open()
@@ -104,7 +104,7 @@ def test_open_unreachable_server_raises_without_password() -> None:
 
 
 def test_open_damaged_database_raises(tmp_path: Path) -> None:
-    (tmp_path / "store.db").write_bytes(b"no database at all, but long enough to be read as one" * 500)
+    (tmp_path / "store.db").write_bytes(b"this is not a database, but it is as long as a database" * 500)
     (tmp_path / "store.db.secret").write_text("00" * 32)
     with pytest.raises(StorageError, match="damaged"):
         HistoryStore.open(tmp_path / "store.db", ENCODER)
@@ -143,9 +143,9 @@ def test_package_import_needs_no_sqlalchemy() -> None:
         "try: import personaplug.store.history_store\n"
         "except MissingExtra as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (
-        done.stdout.strip()
+        process.stdout.strip()
         == "the store of histories needs the extra 'serve'. Install it: pip install 'personaplug[serve]'"
     )
 
@@ -181,7 +181,7 @@ def open_and_add(number: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_store_whose_file_was_removed_or_replaced_is_not_used(tmp_path: Path, is_replaced: bool) -> None:
-    # SQLite goes on with the old file: items would be lost, and an erased user would stay in the new file.
+    # SQLite continues with the old file, so items would be lost, and an erased user would stay in the new file.
     store = Place(str(tmp_path / "store.db")).open()
     add(store, "t", "u", [item("a")])
     content = (tmp_path / "store.db").read_bytes()

@@ -1,4 +1,4 @@
-"""Only their owner may read a store's files, whatever the umask was when they were made."""
+"""Only their owner may read a store's files, independent of the umask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 def test_new_files_and_folders_are_private(tmp_path: Path, umask: int) -> None:
     folder = tmp_path / "new" / "inner"
-    if umask == 0o777:  # no folder made with this umask can be entered
+    if umask == 0o777:  # a new folder with this umask cannot be entered
         folder = tmp_path
     store = HistoryStore.open(folder / "s.db", ENCODER)
     add(store, "t", "u", [item("a")])
@@ -46,9 +46,9 @@ def test_files_that_others_may_read_are_closed_to_them(tmp_path: Path, caplog: p
         (tmp_path / name).chmod(0o644)
     HistoryStore.open(tmp_path / "s.db", ENCODER)
     assert set(modes(tmp_path).values()) == {0o600}
-    assert caplog.text.count("could be opened by other users") == 4
+    assert caplog.text.count("Other users of this machine could open") == 4
     HistoryStore.open(tmp_path / "s.db", ENCODER)
-    assert caplog.text.count("could be opened by other users") == 4
+    assert caplog.text.count("Other users of this machine could open") == 4
 
 
 def test_pipes_and_devices_keep_their_rights(tmp_path: Path) -> None:

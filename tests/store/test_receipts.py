@@ -1,4 +1,4 @@
-"""Receipts of erasures: who signed them, and what they reveal."""
+"""Receipts of erasures: a store recognizes its own receipts, and receipts do not reveal users."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_receipt_from_other_fields_raises() -> None:
 
 
 @pytest.mark.parametrize("signature", ["\ud800", "é", "", 1, ["a"], None])
-def test_signature_that_is_none_is_false(tmp_path: Path, receipt: Receipt, signature: Any) -> None:
+def test_invalid_signature_is_not_accepted(tmp_path: Path, receipt: Receipt, signature: Any) -> None:
     store = Place(str(tmp_path / "store.db")).open()
     assert store.has_issued(receipt)
     assert not store.has_issued(replace(receipt, signature=signature))
@@ -87,7 +87,7 @@ def test_secret_file_is_created_once_and_not_shown(tmp_path: Path) -> None:
         Secret.from_file(tmp_path / "secret", create=False)
 
 
-def test_erase_user_with_default_settings_gives_receipt(tmp_path: Path) -> None:
+def test_erase_user_with_default_settings_returns_a_receipt(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "s.db", ENCODER)
     add(store, "t", "u", [item("a")])
     assert store.has_issued(store.erase_user("t", "u"))

@@ -1,4 +1,4 @@
-"""Refilling: a new store gets the histories of an old one with another encoder's vectors."""
+"""Refill: a new store gets the histories of an old store with another encoder's vectors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def target_of(source: HistoryStore, folder: Path, encoder: HashEncoder | CheapEn
 
 
 def assert_same(source: HistoryStore, target: HistoryStore, user: str, encoder: HashEncoder | CheapEncoder) -> None:
-    """Check that all of a user but the vectors is the same, and that the vectors are the encoder's."""
+    """Check that a user has the encoder's vectors in the target, and otherwise the same values as in the source."""
     items = source.list_items("t", user)
     assert target.list_items("t", user) == items
     assert [copy.label_id for copy in target.list_items("t", user)] == [each.label_id for each in items]
@@ -71,7 +71,7 @@ def test_refill_copies_everything_but_vectors(source: HistoryStore, tmp_path: Pa
     assert add(target, "t", "u0", [item("early", "x", day=date(2019, 1, 1)), item("new")]) == (1, 0, 1)
 
 
-def test_text_that_is_equal_to_a_label_has_none_in_a_copy(source: HistoryStore, tmp_path: Path) -> None:
+def test_free_text_equal_to_a_label_has_no_label_in_the_copy(source: HistoryStore, tmp_path: Path) -> None:
     label, text = item("a"), replace(item("b"), answer_labels=())
     assert label.answer == text.answer
     add(source, "t", "u", [label, text])
@@ -90,7 +90,7 @@ def test_refill_replaced_item_keeps_position_after_copy(source: HistoryStore, tm
     assert item_ids(target, user="u") == item_ids(source, user="u") == ["first", "second"]
 
 
-def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Path) -> None:
+def test_refill_without_encodes_answers_encodes_only_content(place: Place, tmp_path: Path) -> None:
     source = place.open()
     add(source, "t", "u", [item("a")])
     settings = StoreSettings(encodes_answers=False)
@@ -101,7 +101,7 @@ def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Pa
     assert history.label_ids.tolist() == [-1], "the new store has no labels"
 
 
-def test_refill_target_in_either_database_gets_items_and_erasures(place: Place, tmp_path: Path) -> None:
+def test_refill_copies_items_and_erasures_to_both_databases(place: Place, tmp_path: Path) -> None:
     source = Place(str(tmp_path / "old.db")).open()
     for user in ("u1", "u2", "u3"):
         add(source, "t", user, [item("a", f"text of {user}"), item("b")])
@@ -168,7 +168,7 @@ def test_refill_copies_erasures(source: HistoryStore, tmp_path: Path) -> None:
     assert target.version("t", "u3") == 0
 
 
-def test_refill_user_erased_from_source_later_leaves_target(source: HistoryStore, tmp_path: Path) -> None:
+def test_user_erased_from_the_source_later_is_removed_from_the_target(source: HistoryStore, tmp_path: Path) -> None:
     target = target_of(source, tmp_path)
     refill(source, target)
     (tmp_path / "new.db.secret").unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def test_refill_user_erased_from_source_later_leaves_target(source: HistoryStore
         target.erase_user("t", "u3")
 
 
-def test_refill_user_erased_from_target_does_not_return(source: HistoryStore, tmp_path: Path) -> None:
+def test_user_erased_from_the_target_does_not_return(source: HistoryStore, tmp_path: Path) -> None:
     target = target_of(source, tmp_path)
     refill(source, target)
     target.erase_user("t", "u3")
@@ -196,7 +196,7 @@ def test_refill_user_erased_from_target_does_not_return(source: HistoryStore, tm
     assert refill(source, target) == 0
 
 
-def test_refill_user_erased_during_copy_does_not_return(place: Place, tmp_path: Path) -> None:
+def test_user_erased_during_the_copy_does_not_return(place: Place, tmp_path: Path) -> None:
     source = place.open()
     add(source, "t", "u", [item("a")])
     add(source, "t", "returning", [item("a")])

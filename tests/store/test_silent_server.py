@@ -1,4 +1,4 @@
-"""A PostgreSQL that is stopped, or answers nothing, ends each call with an error in bounded time."""
+"""If PostgreSQL is stopped or does not answer, each call raises an error in bounded time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from personaplug.store.history_store import HistoryStore
 from personaplug.store.postgres import BoundedConnection
 
 WAIT_S = 1.0
-LONGEST_S = 12  # a ping, a new connection and a statement, each until it is given up
+LONGEST_S = 12  # the sum of the timeouts of a ping, a new connection and a statement
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def place(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def seconds(work: Callable[[], object]) -> float:
     """Return how long a call takes until it raises StorageError."""
     started = time.monotonic()
-    with pytest.raises(StorageError, match=r"does not answer|did not answer|was in use"):
+    with pytest.raises(StorageError, match=r"does not answer|did not answer|was locked"):
         work()
     return time.monotonic() - started
 
 
-def test_every_call_ends_while_the_server_is_stopped(place: Place, postgres: PostgresServer) -> None:
+def test_every_call_ends_if_the_server_is_stopped(place: Place, postgres: PostgresServer) -> None:
     store = place.open(wait_s=WAIT_S)
     ticket = store.admit("t", "u")
     store.add(ticket, [item("a")])
@@ -55,14 +55,14 @@ def test_every_call_ends_while_the_server_is_stopped(place: Place, postgres: Pos
     with ThreadPoolExecutor(len(calls)) as pool:
         assert max(pool.map(seconds, calls)) < LONGEST_S
     postgres.resume()
-    time.sleep(2.1)  # for this long, calls are refused without asking the server
+    time.sleep(2.1)  # until then, calls fail without a query to the server
     store.ping()
     assert item_ids(store) == ["a"]
     assert store.add(ticket, [item("b")]) == (1, 0, 0)
     assert store.erase_user("t", "u").items == 2
 
 
-def test_many_waiting_calls_end_together(place: Place, postgres: PostgresServer) -> None:
+def test_many_waiting_calls_end_in_bounded_time(place: Place, postgres: PostgresServer) -> None:
     store = place.open(wait_s=WAIT_S)
     postgres.pause()
     started = time.monotonic()
@@ -71,7 +71,7 @@ def test_many_waiting_calls_end_together(place: Place, postgres: PostgresServer)
     assert time.monotonic() - started < LONGEST_S
 
 
-def test_statement_under_way_ends_when_the_server_stops(place: Place, postgres: PostgresServer) -> None:
+def test_running_statement_ends_when_the_server_stops(place: Place, postgres: PostgresServer) -> None:
     store = place.open(wait_s=WAIT_S)
 
     def pause_soon() -> None:
@@ -88,22 +88,22 @@ def test_statement_under_way_ends_when_the_server_stops(place: Place, postgres: 
     thread.join()
 
 
-def test_long_statement_of_maintenance_outlives_the_limit(place: Place) -> None:
+def test_long_maintenance_statement_may_exceed_the_limit(place: Place) -> None:
     store = place.open(wait_s=WAIT_S)
     with store.database.autocommit() as connection:
-        connection.exec_driver_sql("SELECT pg_sleep(2.5)")  # the server answers others meanwhile
+        connection.exec_driver_sql("SELECT pg_sleep(2.5)")  # the server answers other connections
 
 
-def test_lock_of_another_is_waited_for_as_before(place: Place) -> None:
+def test_call_waits_for_a_lock_and_then_raises(place: Place) -> None:
     store, other = place.open(wait_s=WAIT_S), place.open()
     with other.database.write_transaction() as connection:
         connection.exec_driver_sql("LOCK TABLE users_0000, users_0001 IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(StorageError, match="in use for more than 1 s"):
+        with pytest.raises(StorageError, match="locked for more than 1 s"):
             add(store, "t", "u", [item("a")])
     assert add(store, "t", "u", [item("a")]) == (1, 0, 0)
 
 
-def test_address_that_accepts_and_says_nothing_is_given_up(place: Place) -> None:
+def test_silent_address_raises_in_bounded_time(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://me:hidden@127.0.0.1:{silent.getsockname()[1]}/x"
         assert seconds(lambda: HistoryStore.open(url, ENCODER, secret=b"0" * 16)) < LONGEST_S

@@ -1,4 +1,4 @@
-"""Stated preferences and rejections in a store: used however old, replaced as a whole, removed, exported, copied."""
+"""Stated preferences and rejections in a store: reading, replacement, removal, export and copies."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def rejection(name: str, answer: str = "3") -> HistoryItem:
     return replace(item(name, answer=answer), kind="rejection")
 
 
-def put(store: HistoryStore, *texts: str, user: str = "u") -> tuple[int, ...]:
+def set_preferences(store: HistoryStore, *texts: str, user: str = "u") -> tuple[int, ...]:
     return store.replace_preferences(store.admit("t", user), [preference(text) for text in texts])
 
 
-def stated(store: HistoryStore, user: str = "u") -> list[str]:
+def preference_texts(store: HistoryStore, user: str = "u") -> list[str]:
     return [each.fields[0][1] for each in store.list_preferences("t", user)]
 
 
@@ -51,21 +51,21 @@ def test_items_of_all_kinds_round_trip(store: HistoryStore) -> None:
     add(store, "t", "u", items)
     history = store.load_history("t", "u")
     assert history.kind_ids.tolist() == [2, 0, 1]
-    assert history.label_ids.tolist() == [-1, 1, -1], "a rejected label is no answer of the user's"
+    assert history.label_ids.tolist() == [-1, 1, -1], "a rejected label is not an answer of the user"
     listed = {each.id: (each.kind, each.fields, each.answer_name) for each in store.list_items("t", "u")}
     assert listed == {each.id: (each.kind, each.fields, each.answer_name) for each in items}
     exported = json.loads("".join(store.export("t", "u")))["items"]
     assert [each["kind"] for each in exported] == ["preference", "answer", "rejection"]
 
 
-def test_same_text_of_another_kind_replaces_an_item(store: HistoryStore) -> None:
+def test_an_item_of_another_kind_replaces_the_item(store: HistoryStore) -> None:
     add(store, "t", "u", [item("a", answer="3")])
     assert add(store, "t", "u", [rejection("a")]) == (0, 1, 0)
     assert store.load_history("t", "u").kind_ids.tolist() == [1]
     assert add(store, "t", "u", [preference("no", name="a")]) == (0, 1, 0)
-    assert stated(store) == ["no"]
+    assert preference_texts(store) == ["no"]
     assert add(store, "t", "u", [item("a")]) == (0, 1, 0)
-    assert stated(store) == []
+    assert preference_texts(store) == []
 
 
 @pytest.mark.parametrize("count", [512, 600])
@@ -81,40 +81,40 @@ def test_preference_older_than_the_latest_items_is_used(store: HistoryStore, cou
 
 def test_preferences_are_replaced_as_a_whole(store: HistoryStore) -> None:
     add(store, "t", "u", [item("a")])
-    assert put(store, "short answers", "no emoji") == (2, 0, 0, 0)
+    assert set_preferences(store, "short answers", "no emoji") == (2, 0, 0, 0)
     version = store.version("t", "u")
-    assert put(store, "no emoji", "short answers", "no emoji") == (0, 0, 3, 0)
+    assert set_preferences(store, "no emoji", "short answers", "no emoji") == (0, 0, 3, 0)
     assert store.version("t", "u") == version
-    assert put(store, "no emoji", "in French") == (1, 0, 1, 1)
+    assert set_preferences(store, "no emoji", "in French") == (1, 0, 1, 1)
     assert store.version("t", "u") > version
-    assert (stated(store), store.count("t", "u")) == (["no emoji", "in French"], 3)
-    assert put(store) == (0, 0, 0, 2)
-    assert (stated(store), item_ids(store)) == ([], ["a"])
-    assert put(store) == (0, 0, 0, 0)
+    assert (preference_texts(store), store.count("t", "u")) == (["no emoji", "in French"], 3)
+    assert set_preferences(store) == (0, 0, 0, 2)
+    assert (preference_texts(store), item_ids(store)) == ([], ["a"])
+    assert set_preferences(store) == (0, 0, 0, 0)
     verify(store)
 
 
-def test_no_preferences_of_an_unknown_user_leave_no_row(store: HistoryStore) -> None:
-    assert put(store, user="nobody") == (0, 0, 0, 0)
+def test_an_empty_replacement_for_an_unknown_user_creates_no_row(store: HistoryStore) -> None:
+    assert set_preferences(store, user="nobody") == (0, 0, 0, 0)
     assert store.version("t", "nobody") == 0
-    assert stated(store, "nobody") == []
+    assert preference_texts(store, "nobody") == []
     with pytest.raises(MissingData):
         store.delete_item("t", "nobody", "a")
 
 
 def test_too_many_preferences_change_nothing(store: HistoryStore) -> None:
-    put(store, "short answers")
+    set_preferences(store, "short answers")
     many = [f"preference {number}" for number in range(MAX_PREFERENCES)]
     with pytest.raises(ItemError, match=f"at most {MAX_PREFERENCES}"):
-        put(store, *many, "one more")
+        set_preferences(store, *many, "one more")
     with pytest.raises(ItemError, match=f"at most {MAX_PREFERENCES}"):
         add(store, "t", "u", list(map(preference, many)))
-    assert stated(store) == ["short answers"]
-    assert put(store, *many) == (100, 0, 0, 1)
+    assert preference_texts(store) == ["short answers"]
+    assert set_preferences(store, *many) == (100, 0, 0, 1)
 
 
 def test_replacement_after_an_erasure_is_refused(store: HistoryStore) -> None:
-    put(store, "short answers")
+    set_preferences(store, "short answers")
     ticket = store.admit("t", "u")
     store.erase_user("t", "u")
     for items in ([preference("no emoji")], []):
@@ -127,14 +127,14 @@ def test_replacement_after_an_erasure_is_refused(store: HistoryStore) -> None:
 
 def test_concurrent_replacements_never_mix(store: HistoryStore) -> None:
     sets = [{f"{name} {number}" for number in range(5)} for name in "abc"]
-    put(store, *sets[0])
+    set_preferences(store, *sets[0])
     mixed: list[set[str]] = []
 
     def work(number: int) -> None:
         for turn in range(15):
-            put(store, *sets[(number + turn) % 3])
-            if (found := set(stated(store))) not in sets:
-                mixed.append(found)
+            set_preferences(store, *sets[(number + turn) % 3])
+            if (current := set(preference_texts(store))) not in sets:
+                mixed.append(current)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
@@ -144,17 +144,17 @@ def test_concurrent_replacements_never_mix(store: HistoryStore) -> None:
 
 
 def test_failed_replacement_keeps_the_preferences(store: HistoryStore) -> None:
-    put(store, "short answers")
+    set_preferences(store, "short answers")
     with pytest.raises(ItemError):
         store.replace_preferences(store.admit("t", "u"), [preference("no emoji"), preference("x", name="a\nb")])
     store.encoder = None
     with pytest.raises(UserError, match="without an encoder"):
-        put(store, "no emoji")
-    assert stated(store) == ["short answers"]
-    assert put(store) == (0, 0, 0, 1), "to remove all needs no encoder"
+        set_preferences(store, "no emoji")
+    assert preference_texts(store) == ["short answers"]
+    assert set_preferences(store) == (0, 0, 0, 1), "removal needs no encoder"
 
 
-def test_items_of_some_ids_are_replaced(store: HistoryStore) -> None:
+def test_items_with_some_ids_are_replaced(store: HistoryStore) -> None:
     add(store, "t", "u", [item("a"), rejection("b"), item("c")])
     assert store.replace_items(store.admit("t", "u"), [item("a", "another")], ids=["a", "b", "z"]) == (0, 1, 0, 1)
     assert item_ids(store) == ["a", "c"]
@@ -162,20 +162,20 @@ def test_items_of_some_ids_are_replaced(store: HistoryStore) -> None:
     assert item_ids(store) == []
 
 
-def test_preferences_outlast_the_retention_of_items_but_not_of_days(place: Place) -> None:
+def test_preferences_take_precedence_in_max_items_but_expire_after_max_days(place: Place) -> None:
     store = place.open(retention=Retention(max_items=3))
     add(store, "t", "u", [preference("short answers", day=date(2001, 1, 1))])
     add(store, "t", "u", [item(str(number)) for number in range(5)])
     assert item_ids(store) == ["short answers", "3", "4"]
-    put(store, *"abcde")
-    assert stated(store) == item_ids(store) == ["c", "d", "e"]
+    set_preferences(store, *"abcde")
+    assert preference_texts(store) == item_ids(store) == ["c", "d", "e"]
     store.close()
     store = place.open(retention=Retention(max_days=30))
     add(store, "t", "v", [preference("short answers", day=date(2001, 1, 1)), preference("no emoji")])
-    assert stated(store, "v") == ["no emoji"]
+    assert preference_texts(store, "v") == ["no emoji"]
 
 
-def test_content_id_is_that_of_kind_and_content(place: Place) -> None:
+def test_content_id_depends_on_kind_and_content(place: Place) -> None:
     store = place.open()
     items = [item("x", answer="3"), rejection("x"), item("x", answer="3", day=date(2020, 1, 1)), preference("a film")]
     ids = [store.content_id(each) for each in items]
@@ -192,12 +192,12 @@ def test_content_ids_of_another_secret_differ(tmp_path: Path) -> None:
 
 
 def test_erased_preferences_leave_the_files(place: Place) -> None:
-    marker = "a sentence that nobody else has stated"
+    marker = "a sentence that occurs nowhere else"
     store = place.open()
-    put(store, marker)
+    set_preferences(store, marker)
     add(store, "t", "u", [replace(rejection("r"), fields=(("text", marker[::-1]), ("score", "3")))])
     assert store.erase_user("t", "u").items == 2
-    assert stated(store) == []
+    assert preference_texts(store) == []
     store.close()
     files = place.files()
     assert marker.encode() not in files
@@ -207,7 +207,7 @@ def test_erased_preferences_leave_the_files(place: Place) -> None:
 def test_backup_and_refill_keep_the_kinds(tmp_path: Path) -> None:
     with closing(Place(str(tmp_path / "a.db")).open(secret=None)) as store:
         add(store, "t", "u", [item("a"), rejection("b")])
-        put(store, "short answers")
+        set_preferences(store, "short answers")
         back_up(store, tmp_path / "backup")
         settings = StoreSettings(labels=LABELS)
         with closing(open_target(store, tmp_path / "c.db", ENCODER, settings=settings, save_secret=True)) as target:
@@ -217,7 +217,7 @@ def test_backup_and_refill_keep_the_kinds(tmp_path: Path) -> None:
         with closing(HistoryStore.open(tmp_path / f"{name}.db", secret=secret)) as copy:
             verify(copy)
             assert copy.load_history("t", "u").kind_ids.tolist() == [0, 1, 2]
-            assert stated(copy) == ["short answers"]
+            assert preference_texts(copy) == ["short answers"]
 
 
 @pytest.mark.parametrize("read", ["load_history", "list_items"])

@@ -1,4 +1,4 @@
-"""What came before an erasure is never stored after it, by any thread, process or server."""
+"""Data from before an erasure is not stored after the erasure, in any thread, process or server."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def count_rows(store: HistoryStore, table: str) -> int:
 
 
 @pytest.mark.parametrize("has_rows", [True, False])
-def test_add_admitted_before_erasure_by_other_process_is_refused(place: Place, has_rows: bool) -> None:
-    store, elsewhere = place.open(), place.open()
+def test_add_with_a_ticket_from_before_the_erasure_is_refused(place: Place, has_rows: bool) -> None:
+    store, other_store = place.open(), place.open()
     if has_rows:
         add(store, "t", "u", [item("a")])
-    ticket, of_other = store.admit("t", "u"), store.admit("t", "other")
-    erase(elsewhere)
+    ticket, other_ticket = store.admit("t", "u"), store.admit("t", "other")
+    erase(other_store)
     for _ in range(2):
         with pytest.raises(UserErased):
             store.add(ticket, [item("late")])
         with pytest.raises(UserErased):
             store.check(ticket)
     assert store.version("t", "u") == 0
-    assert store.add(of_other, [item("b")]) == (1, 0, 0)
+    assert store.add(other_ticket, [item("b")]) == (1, 0, 0)
     assert add(store, "t", "u", [item("new")]) == (1, 0, 0)
     with pytest.raises(UserErased):
         store.add(ticket, [item("late")])
     assert item_ids(store) == ["new"]
 
 
-def test_each_erasure_ends_the_tickets_before_it(place: Place) -> None:
+def test_each_erasure_invalidates_earlier_tickets(place: Place) -> None:
     store = place.open()
     for number in range(4):
         ticket = store.admit("t", "u")
@@ -86,7 +86,7 @@ def test_refused_add_leaves_no_id_in_files(place: Place) -> None:
     assert b"late-item-id" not in files
 
 
-def test_erasure_while_items_are_encoded_refuses_them(place: Place) -> None:
+def test_items_are_refused_if_the_user_is_erased_during_encoding(place: Place) -> None:
     class Slow(CheapEncoder):
         started, may_end = threading.Event(), threading.Event()
 
@@ -95,14 +95,14 @@ def test_erasure_while_items_are_encoded_refuses_them(place: Place) -> None:
             assert self.may_end.wait(60)
             return super().encode(texts)
 
-    store, elsewhere = place.open(Slow()), place.open(CheapEncoder())
+    store, other_store = place.open(Slow()), place.open(CheapEncoder())
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(add, store, "t", "u", [item("a")])
         assert Slow.started.wait(60)
-        erase(elsewhere)
+        erase(other_store)
         Slow.may_end.set()
         assert isinstance(adding.exception(timeout=60), UserErased)
-    assert elsewhere.version("t", "u") == 0
+    assert other_store.version("t", "u") == 0
 
 
 def test_erasure_of_user_without_rows_waits_for_running_addition(place: Place) -> None:
@@ -119,9 +119,9 @@ def test_erasure_of_user_without_rows_waits_for_running_addition(place: Place) -
     assert store.erased_at("t", "u") is not None
 
 
-def test_nothing_from_before_is_there_after_any_receipt(place: Place) -> None:
+def test_no_earlier_item_is_stored_after_an_erasure(place: Place) -> None:
     store, stop, failures = place.open(keep_text=False), threading.Event(), list[BaseException]()
-    admitted = [0]  # the number of the item that was admitted last
+    admitted = [0]  # number of erasures at the time of the last ticket
 
     def work() -> None:
         try:
@@ -138,7 +138,7 @@ def test_nothing_from_before_is_there_after_any_receipt(place: Place) -> None:
     for thread in threads:
         thread.start()
     for _ in range(5):
-        admitted[0] += 1  # what is admitted from here on may come after the erasure
+        admitted[0] += 1  # items with this number may be stored after the erasure
         erase(store)
         assert not [name for name in item_ids(store) if int(name.split()[0]) < admitted[0] - 1]
         time.sleep(0.05)
@@ -158,13 +158,13 @@ def test_old_ticket_is_refused(place: Place) -> None:
 
 def test_ticket_of_other_users_is_refused(place: Place) -> None:
     store = place.open(keep_text=False)
-    with pytest.raises(UserError, match="ticket is of other users"):
+    with pytest.raises(UserError, match="ticket does not include"):
         store.add_encoded(store.admit("t", "v"), encoded(["u"], ["a"]))
     with pytest.raises(UserError, match="one user; found 2"):
         store.add(store.admit("t", "u", "v"), [item("a")])
 
 
-def test_erasures_of_nobody_take_one_row_each_and_are_forgotten(place: Place) -> None:
+def test_erasures_of_unknown_users_take_one_row_and_are_deleted_later(place: Place) -> None:
     store = place.open()
     for _ in range(3):
         erase(store)
@@ -175,7 +175,7 @@ def test_erasures_of_nobody_take_one_row_each_and_are_forgotten(place: Place) ->
     with store.database.write_transaction() as connection:
         execute(connection, "UPDATE history_erasures SET erased_at = '2020-01-01T00:00:00+00:00'")
     store.maintain()
-    assert count_rows(store, "history_erasures") == 1, "a receipt was given for this one"
+    assert count_rows(store, "history_erasures") == 1, "an erasure with a receipt is kept"
     ticket = store.admit("t", "u")
     erase(store)
     with pytest.raises(UserErased):

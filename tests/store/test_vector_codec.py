@@ -1,4 +1,4 @@
-"""Vectors to bytes and back."""
+"""Vectors and items survive a round trip through bytes, and damage is detected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_encode_vectors_round_trip_is_half_precision(vectors: npt.NDArray[np.flo
     np.testing.assert_array_equal(decoded["style"][7], np.full(len(FEATURES), 7, dtype=np.float16))
 
 
-def test_bodies_of_zeros_and_none_round_trip() -> None:
+def test_zeros_and_empty_lists_survive_a_round_trip() -> None:
     zeros = np.zeros((2, 8), dtype=np.float32)
     np.testing.assert_array_equal(decode(bodies_of(encode_vectors(zeros, width=8)), width=8)["vector"], zeros)
     assert encode_vectors(zeros[:0], width=8) == bodies_of([]) == []
@@ -50,10 +50,10 @@ def test_bodies_of_zeros_and_none_round_trip() -> None:
 @pytest.mark.parametrize("width", [7, 8, 384])
 def test_decode_bodies_any_changed_byte_raises(width: int) -> None:
     rows = bodies_of(encode_vectors(np.ones((3, width)), width=width))
-    for place in range(len(rows[1])):
+    for index in range(len(rows[1])):
         for flip in (1, 128, 255):
             changed = bytearray(rows[1])
-            changed[place] ^= flip
+            changed[index] ^= flip
             with pytest.raises(StorageError, match="damaged"):
                 decode([rows[0], bytes(changed), rows[2]], width=width)
 

@@ -169,8 +169,8 @@ def _line(axes: Axes, rows: dict[float, ResultRow], *, metric: str, style: dict[
 
 
 def _with_controls_below(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    own = {row.name: index for index, row in enumerate(rows)}
-    position = {row.name: own.get(row.method.control_of or "", own[row.name]) for row in rows}
+    index_of = {row.name: index for index, row in enumerate(rows)}
+    position = {row.name: index_of.get(row.method.control_of or "", index_of[row.name]) for row in rows}
     return sorted(rows, key=lambda row: (position[row.name], row.method.is_control))
 
 

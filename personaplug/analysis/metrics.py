@@ -41,7 +41,7 @@ __all__ += ["register_metric", "value_of"]
 
 logger = logging.getLogger(__name__)
 
-_MANY = 0.1  # ROUGE warns from this share of references in other scripts on
+_MAX_UNREADABLE = 0.1  # from this share of references in other scripts on, ROUGE logs a warning
 ERROR_MATCHED_ESTIMATES = (f"mae{AT}{MEDIAN}", f"rmse{AT}{MEAN}")  # with the estimates that minimize them
 
 
@@ -149,8 +149,8 @@ class _Rouge(Metric):
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         words = unicode_words if self.reads_any_script else ascii_words
-        others = sum(not is_read_by_ascii_words(gold) for gold in golds)
-        if not self.reads_any_script and others >= max(1, _MANY * len(golds)):
+        unreadable = sum(not is_read_by_ascii_words(gold) for gold in golds)
+        if not self.reads_any_script and unreadable >= max(1, _MAX_UNREADABLE * len(golds)):
             _warn_of_other_scripts()
         pairs = zip(map(words, predictions), map(words, golds), strict=True)
         # 2·P·R / (P + R) with P = common / predicted, R = common / gold.

@@ -1,6 +1,6 @@
 """Score predictions in LaMP's output format against golds in the same format, joined by id.
 
-Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped.
+Both files have the form `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def bootstrap_interval(
     value = value_of(stats.mean(axis=0), metric)
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
-    drawn = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
-    return Interval(value, *map(float, np.quantile(drawn, _TAILS)))
+    resampled = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
+    return Interval(value, *map(float, np.quantile(resampled, _TAILS)))
 
 
 def paired_bootstrap(
@@ -96,9 +96,9 @@ def paired_bootstrap(
         difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
     if not _has_spread(joint, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
-    drawn = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
-    low, high = map(float, np.quantile(drawn, _TAILS))
-    rarer_side = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+    resampled = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
+    low, high = map(float, np.quantile(resampled, _TAILS))
+    rarer_side = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
     return Paired(difference, low, high, min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
 
 
@@ -157,8 +157,8 @@ def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
     block = max(1, _BLOCK_SIZE // groups)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        drawn = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
+        draws = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
+        yield np.bincount(draws.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
 def _group_sums(stats: Array, groups: Groups) -> tuple[Array, Array]:

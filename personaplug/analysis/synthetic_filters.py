@@ -130,9 +130,9 @@ def with_shares(scores: npt.NDArray[np.float64], shares: Sequence[float]) -> npt
     input. Source of the idea: Zhao et al., "Calibrate Before Use", arXiv 2102.09690.
     """
     present = np.flatnonzero(np.asarray(shares) > 0)
-    wanted, logits = np.log(np.asarray(shares)[present]), scores[:, present]
+    log_shares, logits = np.log(np.asarray(shares)[present]), scores[:, present]
     for _ in range(_SCALINGS if len(scores) else 0):
-        logits = logits + wanted - np.log(np.maximum(softmax(logits, axis=1).mean(axis=0), _TINY))
+        logits = logits + log_shares - np.log(np.maximum(softmax(logits, axis=1).mean(axis=0), _TINY))
     probabilities = np.zeros_like(scores)
     probabilities[:, present] = softmax(logits, axis=1)
     return probabilities

@@ -1,6 +1,6 @@
 """Results for a terminal: the verdict, then one table with the columns that fit its width.
 
-Markdown, HTML and JSON hold all columns and comparisons.
+The Markdown, HTML and JSON outputs contain all columns and comparisons.
 """
 
 from __future__ import annotations

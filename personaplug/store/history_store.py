@@ -120,9 +120,9 @@ class HistoryStore:
         return store
 
     def admit(self, tenant: str, *users: str) -> Ticket:
-        """Return a ticket that allows to store items of the users; call this when a request arrives.
+        """Return a ticket that permits storing items of the users; call this when a request arrives.
 
-        If a user is erased later, the ticket no longer allows to store items of that user.
+        If a user is erased later, the ticket is no longer valid for that user.
         """
         check_id(tenant, owner="a tenant")
         for user in users:

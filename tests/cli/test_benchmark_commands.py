@@ -72,7 +72,7 @@ def test_a_bench_of_nothing_that_is_here_fails(data: Path, tmp_path: Path) -> No
     experiment.write_text("sets: [Absent]\nmethods: [plain]\n")
     done = _call("bench", experiment, "--data", data.parent, "--out", tmp_path / "runs", "--results", tmp_path, *TOY)
     assert done.exit_code == 2
-    assert "Nothing of this experiment" in done.output
+    assert "No part of this experiment could run" in done.output
 
 
 def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_a_log_becomes_a_served_answer_of_real_models(imported: str, folder: Pat
 def test_few_users_are_warned_of(tmp_path: Path) -> None:
     write_messy_log(tmp_path / "small.csv", users=12)
     done = call("import", tmp_path / "small.csv", "--out", tmp_path / "data")
-    assert "warning: 12 users are few" in done.stderr
+    assert "warning: the data has only 12 users" in done.stderr
     assert (
-        "warning: 12 users are few"
+        "warning: the data has only 12 users"
         in call("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *TOY).stderr
     )

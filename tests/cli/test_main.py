@@ -123,7 +123,7 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
             (dev_only / file.name).write_bytes(file.read_bytes())
     names, said = rows(dev_only)
     assert names == ["plain", "instruction-only", "wrong-user", "plug", "all-knowing"]
-    assert "has no train split, so the rows that are fitted on it are left out" in said
+    assert "has no train split; leaving out the rows that must be fitted on it" in said
     questions = json.loads((data / "train_questions.json").read_text())
     (dev_only / "train_questions.json").write_text(
         json.dumps([q | {"user_id": f"new {q['user_id']}"} for q in questions])
@@ -141,7 +141,7 @@ def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(tra
     for command in ("evaluate", "predict"):
         done = _call(command, "--run", trained, "--data", tmp_path / "style", "--split", "dev")
         assert done.exit_code == 2
-        assert "whose answers are of another kind" in done.output
+        assert "which has other answers" in done.output
     assert sorted(trained.rglob("*")) == before
 
 
@@ -398,7 +398,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("personaplug.data.open_dataset", stop)
     monkeypatch.setattr("personaplug.data.splits.split_by_user", stop)
     for words, said in (
-        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "goes on with the texts that are missing"),
+        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "resume from the first text without a vector"),
         (["split", "--data", data, "--out", "unused"], "\nstopped\n"),
         (["estimate", "--data", data, *TOY], "\nstopped\n"),
     ):
@@ -440,7 +440,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on from the last checkpoint" in errors
+    assert "resume from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert list(folder.glob("state-*"))
     assert not (folder / "plug.json").exists()

@@ -217,7 +217,7 @@ def test_other_commands_refuse_several_processes(command: str, monkeypatch: pyte
         result = CliRunner().invoke(main, [command])
         assert result.exit_code == (2, 143)[int(rank_index)]
         outputs.append(result.output)
-    assert f"`personaplug {command}` runs in one process; a launcher has started 2" in outputs[0]
+    assert f"`personaplug {command}` runs in one process, but a launcher started 2" in outputs[0]
     assert outputs[1] == ""
 
 

@@ -317,7 +317,7 @@ def test_the_command_writes_real_and_synthetic_samples_and_leaves_dev_as_it_is(
     monkeypatch.setattr("personaplug.run.open_llm", lambda config: writer)
     done = _call("--data", data, "--out", tmp_path / "more", "--samples", 10, "--real", 9)
     assert done.exit_code == 0, done.output
-    assert "9 real samples and 10 synthetic ones" in done.output
+    assert "9 real samples and 10 synthetic samples" in done.output
     train = list(open_dataset(tmp_path / "more", "train"))
     whole = {sample.id: sample for sample in _real()}
     assert [whole[sample.id] for sample in train[:9]] == train[:9]

@@ -67,7 +67,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         (["CHATS", "--out", "EMPTY/set", "--format", "aloe"], "line 1: it has an unknown form"),
         (["CHATS", "--out", "EMPTY/set", "--share", "1"], "between 0 and 1"),
         (["CHATS", "--out", "EMPTY/set", "--max-samples-per-user", "0"], "at least 1"),
-        (["CHATS", "--out", "EMPTY/set", "--user", "who"], "are for logs"),
+        (["CHATS", "--out", "EMPTY/set", "--user", "who"], "apply only to logs"),
         (["CHATS", "EMPTY/log.csv", "--out", "EMPTY/set"], "Some files hold conversations"),
         (["CHATS", "--out", "EMPTY/full"], "already holds a data set"),
         (["EMPTY/one.jsonl", "--out", "EMPTY/set"], "2 or more users, found 1"),

@@ -91,7 +91,7 @@ def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Pa
     words = ("load", "--run", folder / "run", "--store", store, "--data", folder / "data")
     done = call(*words)
     assert f"{counts.users - 1} users; 0 items new" in done.stdout
-    assert "1 users were erased from this store" in done.stderr
+    assert "skipped 1 users who were erased from this store" in done.stderr
     assert f"{counts.users} users;" in call(*words, "--include-erased").stdout
 
 

@@ -132,7 +132,7 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
     names, said = rows(dev_only)
     assert "plug" in names
     assert "classical" not in names
-    assert "has another train split than the run was trained on" in said
+    assert "does not have the train split that the run was trained on" in said
 
 
 def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(trained: Path, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_what_the_system_refuses_is_a_sentence_and_1(
     monkeypatch.setattr("personaplug.data.open_dataset", refused)
     done = _call("estimate", "--data", data, *TOY)
     assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
-    assert "error: the system refused" in done.output
+    assert "error: the operating system refused" in done.output
     assert "/locked" in done.output
 
 

@@ -44,8 +44,8 @@ def test_chats_end_with_a_table_and_three_users_side_by_side(
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert results.rows[-1].metrics["manners"] == 1
     assert {"copy", "user-words"} <= results.by_name.keys()
-    assert said.count("has kept answers such as") == 3
-    answers = said.partition("has kept answers such as")[2]
+    assert said.count("accepted answers such as") == 3
+    answers = said.partition("accepted answers such as")[2]
     assert answers.count("\nplain\n") == answers.count("\n> ") == 2
 
 

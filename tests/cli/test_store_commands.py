@@ -36,14 +36,14 @@ def test_backup_restore_and_replay(tmp_path: Path) -> None:
     assert (done.exit_code, "replay-erasures" in done.output) == (0, True)
     assert HistoryStore.open(tmp_path / "late.db").count("default", "ann") == 1
     done = call("replay-erasures", "--from", tmp_path / "h.db", "--to", tmp_path / "late.db")
-    assert (done.exit_code, done.output) == (0, "1 erasures repeated\n")
+    assert (done.exit_code, done.output) == (0, "1 erasures replayed\n")
     restored = HistoryStore.open(tmp_path / "late.db")
     assert [restored.count("default", user) for user in ("ann", "bob")] == [0, 1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run whose encoder is that of the stores here."""
+    """A trained run with the encoder of the stores in this file."""
     folder = tmp_path_factory.mktemp("run")
     config = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)
     write_simulation(config, folder / "data")
@@ -73,7 +73,7 @@ def test_preferences_are_set_listed_and_removed(tmp_path: Path, run: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["No horror."], "give --run"),
+        (["No horror."], "with --run"),
         ([" ", "--run", "RUN"], "'preference' is empty"),
         (["a\udcff", "--run", "RUN"], "not valid Unicode"),
         (["No horror.", "--run", "RUN", "--store", "nowhere.db"], "There is no history store"),

@@ -270,9 +270,9 @@ def test_commands_find_the_run_by_the_data_and_by_the_prompt(folder: Path, tmp_p
 def test_train_refuses_what_is_for_one_data_set(folder: Path, tmp_path: Path) -> None:
     both = ("--data", folder / "rating", "--data", folder / "manners", "--out", tmp_path / "run", *TOY)
     for more in (("--methods", "lora"), ("--task", "LaMP_3")):
-        assert "are for one --data" in _call("train", *both, *more).output
+        assert "need exactly one --data" in _call("train", *both, *more).output
     alone = _call("train", "--data", folder / "rating", "--weight", "2", "--out", tmp_path / "run", *TOY)
-    assert "there is one --data" in alone.output
+    assert "there is only one --data" in alone.output
     assert not (tmp_path / "run").exists()
 
 

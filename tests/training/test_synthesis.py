@@ -307,7 +307,7 @@ def test_the_toy_model_writes_nothing_of_use_and_the_command_says_so(data: Path,
     done = _call("--data", data, "--out", tmp_path / "more", "--samples", 8)
     assert done.exit_code == 2, done.output
     assert "kept: 0 of 8" in done.output
-    assert "nothing is written" in done.output
+    assert "no data set was written" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 

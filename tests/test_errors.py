@@ -32,6 +32,6 @@ def test_the_tree_in_the_docstring_is_the_tree_of_classes() -> None:
 
 def test_sentences_say_what_was_expected_found_and_to_do() -> None:
     assert str(EXAMPLES[4]) == (
-        "This plug was made with the encoder A; the encoder given is B. "
-        "Load that encoder, or encode and train again with this one in a new folder."
+        "This plug was made with the encoder A, but the given encoder is B. "
+        "Load the first encoder, or encode and train again with the given one in a new folder."
     )

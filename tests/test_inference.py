@@ -61,8 +61,8 @@ def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: CausalLM, has
 @pytest.mark.parametrize(
     ("task", "prompt", "wording"),
     [
-        (LAMP_TASKS["LaMP_3"], SECRET, "A prompt of task LaMP_3 must hold 'review: ' and the query after it"),
-        (LAMP_TASKS["LaMP_3"], f"{SECRET} review: ", "must hold 'review: ' and the query after it"),
+        (LAMP_TASKS["LaMP_3"], SECRET, "A prompt of task LaMP_3 must contain 'review: ', then the query"),
+        (LAMP_TASKS["LaMP_3"], f"{SECRET} review: ", "must contain 'review: ', then the query"),
         (LAMP_TASKS["LaMP_1"], SECRET, "task LaMP_1 must match the regular expression 'without explanation"),
         (BLANK, " ", "A prompt of task Own must not be blank"),
     ],
@@ -112,7 +112,7 @@ def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
 ) -> None:
     task = LAMP_TASKS["LaMP_3"]
     run = Run(Path("unused"), resolved(load_config(), task), task, Path("unused"))
-    with pytest.raises(ConfigError, match=r"history is no HistoryItem|valid Unicode") as error:
+    with pytest.raises(ConfigError, match=r"history must be a HistoryItem|valid Unicode") as error:
         generate(run, prompt, history=history, models=Models(hashing, toy))
     assert SECRET not in str(error.value)
 
@@ -129,7 +129,7 @@ def test_items_of_every_kind_belong_to_a_task(name: str) -> None:
         HistoryItem("3", fields, task.answer_field, kind="preference"),
         HistoryItem("3", fields, task.answer_field, kind="kept"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ConfigError, match="Item 2 of the history is no HistoryItem"):
+        with pytest.raises(ConfigError, match="Item 2 of the history must be a HistoryItem"):
             _check_items([preference, item], task)
 
 

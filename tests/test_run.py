@@ -83,7 +83,7 @@ def test_a_run_from_elsewhere_creates_no_folder_outside(run: Run, tmp_path: Path
     if "~" in place:  # no path of the user's home: a folder of that name within the run
         assert opened.vectors == run.folder / place
         return
-    with pytest.raises(MissingData, match="outside the run"):
+    with pytest.raises(MissingData, match="contains no item vectors"):
         opened.open_vectors(ENCODER)
     assert not outside.exists()
     assert _create(run.folder).creates_vectors is False

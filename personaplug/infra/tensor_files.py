@@ -107,7 +107,7 @@ def _compare(found: Shapes, *, expected: Shapes, known: Shapes) -> None:
         if name not in known:
             raise ValueError(f"the tensor {name} is not expected")
         if shape != known[name]:
-            raise ValueError(f"{name} must have shape {list(known[name])}; found {list(shape)}")
+            raise ValueError(f"{name} should have shape {list(known[name])}; found {list(shape)}")
 
 
 def _buffers(tensors: Mapping[str, Tensor]) -> Iterator[Any]:

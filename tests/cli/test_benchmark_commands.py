@@ -101,7 +101,7 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
         (["score", "--gold", "EMPTY/x.json", "--predictions", "EMPTY/y.json"], "no file"),
         (["bench", "nothing", "--data", "DATA", "--experiments", "EMPTY"], "no experiment 'nothing'"),
         (["bench", "main-table", "--data", "DATA", "--seeds", "one"], "--seeds takes whole numbers"),
-        (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "no set of main-table"),
+        (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "main-table has no set"),
         (["report", "EMPTY/none.json", "--out", "EMPTY"], "none.json"),
         (["lamp", "download", "lamp-6", "--out", "EMPTY"], "not public"),
         (["lamp", "download", "lamp-3", "--out", "EMPTY", "--source", "EMPTY/nowhere"], "nowhere"),

@@ -398,7 +398,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("personaplug.data.open_dataset", stop)
     monkeypatch.setattr("personaplug.data.splits.split_by_user", stop)
     for words, said in (
-        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "resume from the first text without a vector"),
+        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "resume from the first text"),
         (["split", "--data", data, "--out", "unused"], "\nstopped\n"),
         (["estimate", "--data", data, *TOY], "\nstopped\n"),
     ):

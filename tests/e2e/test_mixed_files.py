@@ -89,5 +89,5 @@ def test_two_processes_do_not_train_in_one_folder(copy: Path) -> None:
         other.execute("BEGIN EXCLUSIVE")
         words = ("train", "--data", copy / "data", "--out", copy / "run", *TOY)
         done = _call(*words)
-        assert (done.exit_code, "Another process trains in" in done.output) == (2, True), done.output
+        assert (done.exit_code, "Another process is training in" in done.output) == (2, True), done.output
     assert _call(*words).exit_code == 0

@@ -233,9 +233,9 @@ def test_seeds_can_be_added_later(tmp_path: Path, data: Path) -> None:
 
 
 def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match="no set of mine"):
+    with pytest.raises(ConfigError, match="mine has no set"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), sets=["Three"])
-    with pytest.raises(ConfigError, match="plug: no row of mine, whose rows are plain"):
+    with pytest.raises(ConfigError, match="mine has no row plug; expected rows from: plain"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), methods=["plug"])
     with pytest.raises(ConfigError, match=r"seeds \[0, 1\]; found \[9\]"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), seeds=[9])
@@ -337,7 +337,7 @@ def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path
     outcome = run_benchmark(_experiment(tmp_path, ["plain"], variants, sets="[One, Texts]"), _folders(tmp_path, data))
     assert (outcome.absent, outcome.failed) == ([], [])
     (reason,) = outcome.left_out
-    assert reason.startswith("mine counted Texts: label_prior=own counts the answers")
+    assert reason.startswith("mine counted Texts: label_prior=own needs history items")
     assert [f"{path.parent.name}/{path.stem}" for path in outcome.written] == [
         "default/One",
         "default/Texts",
@@ -384,5 +384,5 @@ def test_trials_of_conversations_know_the_rate_that_their_task_settles(tmp_path:
 
 def test_run_of_labels_is_not_asked_another_set(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plug"], "trained_on: {Texts: One}", sets="[Texts]")
-    with pytest.raises(ConfigError, match="answers of another kind than Simulated_rating"):
+    with pytest.raises(ConfigError, match="trained on Simulated_rating, but"):
         run_benchmark(experiment, _folders(tmp_path, data))

@@ -368,7 +368,7 @@ def test_a_limit_draws_the_same_samples_for_every_row(rating: Stage) -> None:
 def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
     (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
-    with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
+    with pytest.raises(MissingData, match="10 of 10 samples have no reference answer"):
         _evaluate(
             rating.run,
             open_dataset(tmp_path, "test", task=rating.run.task),
@@ -552,7 +552,7 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
 
 def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
-    with pytest.raises(MissingData, match="knows nothing of 10 of 10"):
+    with pytest.raises(MissingData, match="lacks predictions for 10 of 10"):
         _evaluate(
             rating.run,
             open_dataset(rating.data, "dev", task=rating.run.task),
@@ -591,7 +591,7 @@ def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp
 
 
 def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
-    assert not any("training split too" in note for note in rating.evaluate("plain")["notes"])
+    assert not any("samples in the training split" in note for note in rating.evaluate("plain")["notes"])
     for name in ("questions", "outputs"):
         (tmp_path / f"dev_{name}.json").write_text((rating.data / f"train_{name}.json").read_text())
     results = _evaluate(
@@ -602,7 +602,7 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
         methods=[find_method("plain")],
         models=rating.models,
     )
-    assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
+    assert any(note.startswith("8 of the 8 users also have samples in the training split") for note in results["notes"])
     about = json.loads((rating.run.folder / "data.json").read_text())
     assert all(len(user) == 16 and set(user) <= set("0123456789abcdef") for user in about["users"])  # no ids
     (wording,) = rating.run.wordings
@@ -636,7 +636,7 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
         patched.setattr(style.models.llm, "loss", too_long)
         first = _moved(style, tmp_path, "plain,plug")
     assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
-    assert "no likelihood of the right answers (IndexError)" in caplog.text
+    assert "no likelihood of the reference answers (IndexError)" in caplog.text
     # The answers are kept; only what was missing is asked for.
     monkeypatch.setattr(style.models.llm, "generate", None)
     second = _moved(style, tmp_path, "plain,plug")

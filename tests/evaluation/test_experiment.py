@@ -54,19 +54,19 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         ("sets: [A]\nmethods: [plain]\nconfigs: {}", "did you mean 'config'"),
         ("sets: [A]\nmethods: [plian]", "plain"),
         ("sets: A\nmethods: [plain]", "sets: .*list; found"),
-        ("sets: [A]\nmethods: [plain]\nper_set: {B: {limit: 1}}", "not among its sets"),
+        ("sets: [A]\nmethods: [plain]\nper_set: {B: {limit: 1}}", "not in `sets`"),
         ("sets: [A]\nmethods: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
         ("sets: [A]\nmethods: [plain]\nsubgroups: quarters", "history-thirds"),
         ("sets: [A]\nmethods: [plain]\nmax_eval_history: [-1]", "max_eval_history.0: .*greater than or equal to 0"),
         ("sets: [A]\nmethods: [plain]\nitem_kinds: [all]", "item_kinds.0: .*'answers' or 'preferences'"),
-        ("sets: [A]\nmethods: [plain]\nitem_kinds: [answers, answers]", "item_kinds names a value twice"),
+        ("sets: [A]\nmethods: [plain]\nitem_kinds: [answers, answers]", "item_kinds contains a value twice"),
         ("sets: [A]\nmethods: [plain]\npersona_scales: [11]", "persona_scales.0: .*less than or equal to 10"),
-        ("sets: [../A]\nmethods: [plain]", "set '../A' names a folder"),
-        ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' names a folder"),
-        ("sets: [A]\nmethods: [plain]\nruns: ..", "'..' names a folder"),
-        ("sets: [A, A]\nmethods: [plain]", "sets names a value twice"),
-        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [2, 2]", "max_eval_history names a value twice"),
-        ("sets: [A]\nmethods: [plain]\npersona_scales: [0.3333333, 0.3333334]", "persona_scales names a value twice"),
+        ("sets: [../A]\nmethods: [plain]", "set '../A' is used as a folder name"),
+        ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' is used as a folder name"),
+        ("sets: [A]\nmethods: [plain]\nruns: ..", "'..' is used as a folder name"),
+        ("sets: [A, A]\nmethods: [plain]", "sets contains a value twice"),
+        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [2, 2]", "max_eval_history contains a value twice"),
+        ("sets: [A]\nmethods: [plain]\npersona_scales: [0.3333333, 0.3333334]", "persona_scales contains a"),
         ("sets: [A]\nmethods: [plain]\nbase: nowhere.yaml", "does not exist"),
     ],
 )
@@ -110,5 +110,5 @@ def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:
     assert find_experiment(str(path), Path("nowhere")) == path
     with pytest.raises(MissingData, match="did you mean 'mine'"):
         find_experiment("mime", tmp_path)
-    with pytest.raises(MissingData, match="holds none"):
+    with pytest.raises(MissingData, match="contains none"):
         find_experiment("mine", tmp_path / "empty")

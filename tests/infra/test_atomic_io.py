@@ -137,7 +137,7 @@ def test_json_lines_leave_out_a_line_with_a_flipped_bit(tmp_path: Path, caplog: 
         lines.path.write_bytes(damaged)
         caplog.clear()
         assert list(lines) == [first]
-        assert "cut off or damaged" in caplog.text
+        assert "truncated or damaged lines" in caplog.text
 
 
 def test_json_lines_without_checksums_are_read_only_if_allowed(tmp_path: Path) -> None:

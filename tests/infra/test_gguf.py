@@ -79,7 +79,7 @@ def test_smollm_is_converted_once_and_loads(
 
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     folder = find_model(SMOLLM)
-    assert "only this once" in caplog.text
+    assert "to safetensors once" in caplog.text
     assert "Converting and de-quantizing" not in capsys.readouterr().err
     assert folder.parent == tmp_path / "models"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -88,7 +88,7 @@ def test_smollm_is_converted_once_and_loads(
     started = time.perf_counter()
     assert find_model(SMOLLM) == folder
     assert time.perf_counter() - started < 1
-    assert "only this once" not in caplog.text
+    assert "to safetensors once" not in caplog.text
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16

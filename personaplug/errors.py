@@ -1,7 +1,7 @@
-"""The package's errors. A message says what is wrong, what was expected and what to do; it holds no user text.
+"""The package's errors. A message states the problem, what was expected and what to do. It contains no user text.
 
 PersonaPlugError
-├── UserError: the caller can correct it; the CLI prints it without a traceback
+├── UserError: the caller can fix it; the CLI prints it without a traceback
 │   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
 │   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
@@ -16,18 +16,18 @@ from typing import Any
 
 
 class PersonaPlugError(Exception):
-    """Base class; the server replies with `http_status` and `code` if a request raises the error."""
+    """Base class. The server replies with `http_status` and `code` if a request raises the error."""
 
     http_status: int = 500
     code: str = "internal"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The message, not the arguments of `__init__`, travels between processes.
+        # Pickle the message: subclasses have other arguments in `__init__`.
         return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class UserError(PersonaPlugError):
-    """The caller can correct something."""
+    """An error that the caller can fix."""
 
 
 class ConfigError(UserError):
@@ -35,11 +35,11 @@ class ConfigError(UserError):
 
 
 class RecordError(UserError):
-    """A data file holds something that is not a record.
+    """A data file contains an invalid record.
 
     Attributes:
-        position: where in the file, in words ("question 12", "line 3").
-        reason: what is wrong with it, without the text itself.
+        position: position of the record in the file, such as "question 12" or "line 3".
+        reason: the problem, without the text of the record.
     """
 
     def __init__(self, file: str | Path, position: str, *, reason: str) -> None:
@@ -54,7 +54,7 @@ class MissingData(UserError):
 
 
 class DamagedFile(MissingData):
-    """A file that this package has written is cut off or changed, so that what it should hold is lost."""
+    """A file that this package wrote is truncated or changed, so its content is lost."""
 
     http_status, code = 503, "damaged"
 
@@ -63,18 +63,18 @@ class DamagedFile(MissingData):
 
 
 class MissingModel(UserError):
-    """A model is in none of the places that it may come from."""
+    """A model was not found in any place."""
 
     def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
-        hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
+        hint = hint or "Give a local folder with the model, or connect to the network to reach the hub."
         super().__init__(f"The model {name!r} was not found. Tried: {'; '.join(tried)}. {hint}")
 
 
 class UnsupportedModel(UserError):
-    """A language model would give wrong numbers.
+    """This package cannot compute correct results with a language model.
 
     Attributes:
-        reason: what differs.
+        reason: the difference from supported models.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -86,15 +86,15 @@ class UnsupportedModel(UserError):
 
 
 class MissingExtra(UserError):
-    """An optional dependency is needed and not installed."""
+    """A required optional dependency is not installed."""
 
     def __init__(self, feature: str, *, extra: str) -> None:
-        # pip adds an extra to the version that is installed, from a checkout or a wheel.
+        # pip adds an extra to the installed version, both for a checkout and for a wheel.
         super().__init__(f"{feature} needs the extra {extra!r}. Install it: pip install 'personaplug[{extra}]'")
 
 
 class ShapeMismatch(UserError):
-    """The shapes of arrays do not fit together."""
+    """The shapes of arrays do not match."""
 
 
 class EncoderMismatch(UserError):
@@ -104,8 +104,8 @@ class EncoderMismatch(UserError):
 
     def __init__(self, owner: str, *, expected: str, found: str) -> None:
         super().__init__(
-            f"{owner} was made with the encoder {expected}; the encoder given is {found}. "
-            f"Load that encoder, or encode and train again with this one in a new folder."
+            f"{owner} was made with the encoder {expected}, but the given encoder is {found}. "
+            f"Load the first encoder, or encode and train again with the given one in a new folder."
         )
 
 
@@ -114,36 +114,38 @@ class LLMMismatch(UserError):
 
     def __init__(self, *, trained_for: str, given: str) -> None:
         super().__init__(
-            f"This plug was trained for the language model {trained_for}; the model given is {given}. "
-            f"Soft tokens mean nothing to another model: load that model, or train a plug for this one."
+            f"This plug was trained for the language model {trained_for}, but the given model is {given}. Soft tokens "
+            f"work only with the model of their training. Load that model, or train a plug for the given one."
         )
 
 
 class RunConflict(UserError):
-    """A run folder holds another run."""
+    """A run folder contains another run."""
 
 
 class ItemError(UserError):
-    """An item for a history store is invalid; nothing of its batch is stored."""
+    """An item for a history store is invalid; no item of its batch is stored."""
 
     http_status, code = 400, "item"
 
 
 class StoreConflict(UserError):
-    """A history store has other settings, or cannot do what they exclude."""
+    """A history store has conflicting settings, or its settings exclude an operation."""
 
 
 class UserErased(UserError):
-    """A request came before its user was erased, so what it brings is not stored and its answer is withheld."""
+    """The user was erased while a request was in progress, so its items are not stored and its answer is withheld."""
 
     http_status, code = 409, "erased"
 
     def __init__(self) -> None:
-        super().__init__("The user was erased after this request came; nothing was stored. Send it again if it is new.")
+        super().__init__(
+            "The user was erased during this request, so nothing was stored. To store new data, send it again."
+        )
 
 
 class RequestError(UserError):
-    """The server cannot answer a request as it is; `http_status` is 4xx."""
+    """A request is invalid or unsupported; `http_status` is 4xx."""
 
     def __init__(self, message: str, *, http_status: int = 400, code: str = "invalid_request") -> None:
         self.http_status, self.code = http_status, code
@@ -157,11 +159,11 @@ class EngineFailure(PersonaPlugError):
 
 
 class TrainingDiverged(PersonaPlugError):
-    """A loss became NaN or infinite; the last good checkpoint stays."""
+    """A loss became NaN or infinite. The last good checkpoint is kept."""
 
 
 class StorageError(PersonaPlugError):
-    """The disk is full or not writable; complete files stay."""
+    """The disk is full or not writable. Complete files are unchanged."""
 
     http_status, code = 503, "store"
 
@@ -173,7 +175,7 @@ def first_line(error: Exception) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error's sentence about an unknown word: the known word that is meant, or all of them."""
+    """Return a hint for an error message about an unknown word: the most similar known word, or all known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}."
+    return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(names)}."

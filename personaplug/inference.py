@@ -1,4 +1,4 @@
-"""One answer for one user: a prompt or a conversation and the user's items in, text out; and its explanation."""
+"""Answer a prompt or a conversation for one user, and explain the answer by the user's items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Answer(str):
-    """The text of an answer and, if it comes from a closed set, how probable each label is."""
+    """The text of an answer and, for a closed set, the probability of each label."""
 
     distribution: LabelDistribution | None
 
@@ -43,11 +43,11 @@ class Answer(str):
 
 @dataclass(frozen=True, repr=False)
 class ItemInfluence:
-    """What one item of a history did to a persona and to an answer.
+    """The influence of one history item on a persona and on an answer.
 
     Attributes:
         weight: the item's share of the persona.
-        effect: how much the log-probability of the answer falls without the item; None if no answer was given.
+        effect: decrease of the answer's log-probability without the item; None if no answer was given.
     """
 
     item: HistoryItem
@@ -74,14 +74,14 @@ def generate(
     """Answer one prompt, or the last message of a conversation, with a trained run; see `respond`.
 
     Args:
-        history: the user's items, or a file for `read_items`; without items the user is new.
+        history: the user's items, or a file for `read_items`; empty for a new user.
         models: the run's models; None = load them.
         plug: the run's plug; None = load it.
-        seed: which training; None = the first.
-        plain: leave the plug out.
-        config: how to answer; None = as in the run's own config.
+        seed: training seed of the plug; None = the first seed.
+        plain: answer without the plug.
+        config: None = the run's own config.
     Raises:
-        ConfigError: if the prompt lacks the wording that marks the query, or an item is none of the run's task.
+        ConfigError: if the prompt lacks the wording that marks the query, or an item does not belong to the run's task.
     """
     if phrases:
         check_ngrams(run.task)
@@ -96,15 +96,15 @@ def generate(
 
 
 def load_plug(run: Run, models: Models, *, seed: int | None = None) -> PersonaPlug:
-    """Load the plug of one training of a run; a seed of None is the first."""
+    """Load the plug of one training of a run; a seed of None means the first seed."""
     return run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
 
 
 def run_for(prompt: Prompt, runs: Sequence[Run]) -> Run:
-    """Return the run of the task that a prompt is of, by its wording; the only run, whatever the prompt.
+    """Return the run of the task that matches the wording of a prompt. A single run matches every prompt.
 
     Raises:
-        ConfigError: if the prompt has the wording of no task, and no task is conversations.
+        ConfigError: if no task has the wording of the prompt, and no task is conversations.
     """
     if len(runs) == 1:
         return runs[0]
@@ -112,7 +112,7 @@ def run_for(prompt: Prompt, runs: Sequence[Run]) -> Run:
     index, query = find_task(prompts, last_message(prompt))
     if not query.is_on_task:
         wordings = "; ".join(f"{p.task.name}: {' or '.join(map(repr, p.describe()['wordings']))}" for p in prompts)
-        raise ConfigError(f"The prompt has the wording of no task. The wordings are: {wordings}.")
+        raise ConfigError(f"The prompt matches the wording of no task. The wordings are: {wordings}.")
     return runs[index]
 
 
@@ -126,10 +126,10 @@ def respond(
     config: EvaluationConfig,
     phrases: bool = False,
 ) -> Answer:
-    """Answer a prompt as a user with these items; the answer is one of the task's labels if it has labels.
+    """Answer a prompt for a user with these items. The answer is a label if the task has labels.
 
     Args:
-        phrases: mix phrases of the items' answers into generated text; this needs a persona.
+        phrases: mix phrases from the items' answers into generated text; this needs a persona.
     Raises:
         ConfigError: if the prompt lacks the wording that marks the query.
     """
@@ -156,20 +156,20 @@ def explain(
     models: Models | None = None,
     plug: PersonaPlug | None = None,
 ) -> list[ItemInfluence]:
-    """Say which items of a user made the persona for a prompt, the heaviest first.
+    """Return the influence of a user's items on the persona for a prompt, largest weight first.
 
     Args:
         history: the user's items, or a file for `read_items`.
-        answer: also say how much likelier each item makes this answer, and sort by that; a pass of the language model
-            for each item.
-        models, plug: the run's; None = load them.
+        answer: also measure each item's effect on this answer, and sort by the effect. This runs the language model
+            once for each item.
+        models, plug: those of the run; None = load them.
     Raises:
-        ConfigError: as for `generate`, or if the answer is none of the task's labels.
+        ConfigError: as for `generate`, or if the answer is not a label of the task.
     """
     _check_texts(prompt)
     task, items = run.task, _checked_items(history, run.task)
     if answer is not None and task.labels and answer not in task.labels:
-        raise ConfigError(f"The answers of {task.name} are {', '.join(task.labels)}; the answer given is none of them.")
+        raise ConfigError(f"`answer` must be a label of {task.name}: {', '.join(task.labels)}. Found another text.")
     models = models or open_models(run.config)
     personalizer = Personalizer(plug or load_plug(run, models), persona_scale=run.config.evaluation.persona_scale)
     query, items = _query(run, last_message(prompt)), tuple(personalizer.used_items(items))
@@ -179,8 +179,8 @@ def explain(
     if answer is not None:
         softs = [personalizer.persona(query.text, part, options=query.options) for part in leave_one_out(encoded)]
         whole = personalizer.persona(query.text, encoded, options=query.options)
-        likelihood, *without = _log_likelihoods(prompt, answer, [whole, *softs], run=run, models=models)
-        effects = [likelihood - other for other in without]
+        likelihood, *without_item = _log_likelihoods(prompt, answer, [whole, *softs], run=run, models=models)
+        effects = [likelihood - reduced for reduced in without_item]
     influences = list(map(ItemInfluence, items, weights, effects))
     return sorted(influences, key=lambda each: each.weight if each.effect is None else abs(each.effect), reverse=True)
 
@@ -206,13 +206,13 @@ def _checked_items(history: str | Path | Sequence[HistoryItem], task: Task) -> t
 
 
 def _check_texts(prompt: Prompt) -> None:
-    """Raise ConfigError if a prompt is no text and no conversation that ends with a message of the user."""
+    """Raise ConfigError unless a prompt is a text, or a conversation that ends with a message of the user."""
     turns = prompt.turns if isinstance(prompt, Chat) else (("user", prompt),)
     is_valid = isinstance(turns, tuple) and all(isinstance(turn, tuple) and len(turn) == 2 for turn in turns)
     if not is_valid or not turns or turns[-1][0] != "user" or not all(map(_is_text, chain.from_iterable(turns))):
         raise ConfigError(
-            "A prompt is a text of valid Unicode, or a Chat of (role, text) pairs that ends with the user's message; "
-            "it is neither."
+            "A prompt must be a text of valid Unicode, or a Chat of (role, text) pairs that ends with the user's "
+            "message; found neither."
         )
 
 
@@ -224,12 +224,12 @@ def _is_text(value: object) -> bool:
 
 
 def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
-    """Raise ConfigError if an item has other fields than the task's: it would be read as another persona."""
+    """Raise ConfigError if the fields of an item differ from the task's, because they would change the persona."""
     for number, item in enumerate(items, start=1):
         if not isinstance(item, HistoryItem) or not _is_item_of(task, item):
             raise ConfigError(
-                f"Item {number} of the history is no HistoryItem of task {task.name}, with texts for the fields "
-                f"{', '.join(task.field_names)} in this order. `read_items` makes such items of a file."
+                f"Item {number} of the history must be a HistoryItem of task {task.name}, with texts for the fields "
+                f"{', '.join(task.field_names)} in this order. Use `read_items` to read such items from a file."
             )
 
 
@@ -256,12 +256,12 @@ def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig
 def _query(run: Run, prompt: str) -> TaskQuery:
     task, query = run.task, TaskPrompts(run.task).parse(prompt)
     if not query.is_on_task:
-        wording = f"hold {task.query_after!r} and the query after it" if task.query_after else "not be blank"
+        wording = f"contain {task.query_after!r}, then the query" if task.query_after else "not be blank"
         if task.query_pattern:
             wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
-        raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.")
+        raise ConfigError(f"A prompt of task {task.name} must {wording}; this prompt does not.")
     trained = TaskPrompts(task, run.wordings)
     if not trained.parse(prompt).is_on_task:
         wordings = " or ".join(map(repr, trained.describe()["wordings"]))
-        logger.warning("The prompt has another wording than the training prompts, which had: %s", wordings)
+        logger.warning("The prompt differs from the training prompts, which had the wording: %s", wordings)
     return query

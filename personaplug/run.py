@@ -1,13 +1,13 @@
-"""A run: a folder that holds a resolved config, the task, the vectors, the trained plugs and the evaluations.
+"""A run: a folder with a resolved config, the task, the item vectors, the trained plugs and the evaluations.
 
-RUN/config.yaml               every setting, as resolved, and a checksum of them
+RUN/config.yaml               all settings, resolved, and their checksum
 RUN/run.json                  task, versions
-RUN/data.json                 fingerprint of what it is trained on
-RUN/vectors/                  item vectors (unless they are kept elsewhere)
-RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
-RUN/instruction-only/seed-0/  its control; what other rows of a table need lies beside them in the same way
-RUN/profiles.jsonl            profiles that the model wrote, if a row needs them
-RUN/users/                    matrices of single users, if a row needs them
+RUN/data.json                 fingerprint of the training data
+RUN/vectors/                  item vectors (unless --vectors names another folder)
+RUN/plug/seed-0/              a trained plug, its log.jsonl and, until training ends, checkpoints to resume from
+RUN/instruction-only/seed-0/  its control; trained parts of other rows have folders of the same form
+RUN/profiles.jsonl            profiles that the model generated, if a row needs them
+RUN/users/                    LoRA matrices of single users, if a row needs them
 RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
 """
 
@@ -47,21 +47,21 @@ from personaplug.llm.prompt_tokenizer import today
 from personaplug.plug.model import PersonaPlug
 
 TASKS_FILE, SHARED_TRAINING = "tasks.json", "shared"
-"""In the folder of a shared run, beside the runs of its tasks; see `shared_run`."""
+"""Names in the folder of a shared run, next to the runs of its tasks; see `shared_run`."""
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""
 
 SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
-"""Settings in them that decide how fast the same is done, and where."""
+"""Settings of these sections that affect only speed and place, not results."""
 
 _REMEDY = "Restore it, or train again in a new folder."
-_MOVABLE = ("model.llm", "model.encoder", *SPEED_ONLY)  # settings that may be edited when a run is moved
+_MOVABLE = ("model.llm", "model.encoder", *SPEED_ONLY)  # users may edit these settings after they move a run
 
 
 @dataclass(frozen=True)
 class Models:
-    """The two frozen models of a config, loaded."""
+    """The two loaded frozen models of a config."""
 
     encoder: Encoder
     llm: LanguageModel
@@ -71,7 +71,7 @@ def open_models(config: Config) -> Models:
     """Load encoder and language model.
 
     Raises:
-        MissingModel: if one of them is found nowhere.
+        MissingModel: if a model is not found.
         MissingExtra: if the encoder's engine is not installed.
     """
     device, engine = choose_device(config.model.device), config.model.encoder_engine
@@ -81,16 +81,14 @@ def open_models(config: Config) -> Models:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what it was made with.
+    """A run's folder, config and task.
 
     Attributes:
-        folder: where everything lies.
-        config: resolved.
-        task: what is asked.
+        config: the resolved config.
         vectors: folder of the item vectors.
-        creates_vectors: whether that folder is created if it does not exist. A run that is opened creates none outside
+        creates_vectors: whether to create that folder if it does not exist. An opened run creates no folder outside
             its own folder.
-        shared_labels: the labels of all tasks that share a plug; none if the run's task is alone.
+        shared_labels: the labels of all tasks that share a plug; None if the run has a single task.
     """
 
     folder: Path
@@ -102,7 +100,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
-        """Start a run, or go on with the same one; see `plan`."""
+        """Start a run, or resume an existing one; see `plan`."""
         run = cls.plan(folder, config=config, task=task, vectors=vectors)
         run.start()
         return run
@@ -117,41 +115,42 @@ class Run:
         vectors: str | Path | None = None,
         shared_labels: tuple[str, ...] | None = None,
     ) -> Run:
-        """Return a run to `start`, without writing anything. The seeds of a run that exists may change.
+        """Return a run for `start`, without writing files. The seeds may differ from those of an existing run.
 
         Raises:
-            RunConflict: if the folder holds something else, or a run in which something was trained or evaluated with
-                another task or other settings of models, plug or training.
-            ConfigError: if several processes cannot work together here.
+            RunConflict: if the folder contains other files, or a run that has trained or evaluated parts and another
+                task or other settings of models, plug or training.
+            ConfigError: if the device does not support several processes.
         """
         connect(choose_device(config.model.device))
-        place = Path(vectors).absolute() if vectors else Path(folder, "vectors")
+        vectors_folder = Path(vectors).absolute() if vectors else Path(folder, "vectors")
         return main_first(
             lambda: cls(
-                Path(folder), resolved(dated(config, folder), task), task, place, shared_labels=shared_labels
-            )._planned(has_place=bool(vectors))
+                Path(folder), resolved(dated(config, folder), task), task, vectors_folder, shared_labels=shared_labels
+            )._planned(has_vectors_folder=bool(vectors))
         )
 
-    def _planned(self, *, has_place: bool) -> Run:
+    def _planned(self, *, has_vectors_folder: bool) -> Run:
         run, folder = self, self.folder
         if folder.exists() and not folder.is_dir():
             raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
         if (folder / "run.json").exists():
-            there = Run.open(folder)
+            existing = Run.open(folder)
             if run.shared_labels is None:
-                run = replace(run, shared_labels=there.shared_labels)
-            run = run if has_place else replace(run, vectors=there.vectors, creates_vectors=there.creates_vectors)
-            if there._is_begun:
-                run._check_same(there)
+                run = replace(run, shared_labels=existing.shared_labels)
+            if not has_vectors_folder:
+                run = replace(run, vectors=existing.vectors, creates_vectors=existing.creates_vectors)
+            if existing._is_begun:
+                run._check_same(existing)
         elif folder.exists() and {path.name for path in folder.iterdir()} - {"vectors", "config.yaml"}:
             raise RunConflict(f"{folder} is neither empty nor a run of personaplug. Choose another --out.")
         return run
 
     def start(self) -> None:
-        """Write the run's description.
+        """Write the run's config and description.
 
         Raises:
-            RunConflict: if a process does not see the folder.
+            RunConflict: if a process cannot see the folder.
         """
         main_first(self._start)
 
@@ -160,17 +159,17 @@ class Run:
             self._write()
         elif not (self.folder / "run.json").exists():
             raise RunConflict(
-                f"Not every process sees {self.folder}. On several machines --out must be a folder that all of them "
-                f"share."
+                f"A process cannot see {self.folder}. If the processes run on several machines, --out must be a shared "
+                f"folder."
             )
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """Open a run that exists.
+        """Open an existing run.
 
         Raises:
-            MissingData: if the folder holds none (DamagedFile: one that was changed).
-            ConfigError: if it was made with a setting that there is no more.
+            MissingData: if the folder contains no run (DamagedFile: if the run was changed).
+            ConfigError: if its config contains a setting that no longer exists.
             RunConflict: if a link leads out of the folder.
         """
         folder = Path(folder)
@@ -180,84 +179,84 @@ class Run:
         except (OSError, ValueError, RecursionError) as error:
             if (folder / TASKS_FILE).is_file():
                 raise MissingData(
-                    f"{folder} holds the runs of several tasks, each in a folder of its task's name. Give one of these "
-                    f"folders."
+                    f"{folder} contains the runs of several tasks, in folders with the names of the tasks. Give one of "
+                    f"these folders."
                 ) from error
             raise MissingData(
-                f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
+                f"{folder} is not a run: run.json is missing or broken. `personaplug train --out {folder}` creates one."
             ) from error
         if not isinstance(about, dict) or not isinstance(about.get("task"), dict):
-            raise ConfigError(f"{path} should hold an object with the run's `task`; found something else.")
+            raise ConfigError(f"{path} must contain an object with the run's `task`; found something else.")
         task = parse_task(about["task"], source=str(path))
-        place, labels = about.get("vectors"), about.get("shared_labels")
-        if not isinstance(place, str | None):
-            raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
+        vectors_folder, labels = about.get("vectors"), about.get("shared_labels")
+        if not isinstance(vectors_folder, str | None):
+            raise ConfigError(f"{path}: `vectors` must be a folder or null; found something else.")
         if not isinstance(labels, list | None):
-            raise ConfigError(f"{path}: `shared_labels` should be a list or null; found something else.")
+            raise ConfigError(f"{path}: `shared_labels` must be a list or null; found something else.")
         check_json(about, path, remedy=_REMEDY)
         check_links(folder)
-        vectors = Path(place) if place else folder / "vectors"
+        vectors = Path(vectors_folder) if vectors_folder else folder / "vectors"
         is_inside = vectors.resolve().is_relative_to(folder.resolve())
         config = read_config(folder / "config.yaml", unchecked=_MOVABLE, run=str(about.get("id", "")))
         return cls(folder, config, task, vectors, is_inside, None if labels is None else tuple(labels))
 
     @property
     def item_labels(self) -> tuple[str, ...]:
-        """The labels that answers of items may be: the task's, or those of all tasks that share a plug."""
+        """Possible labels of item answers: the labels of the task, or of all tasks that share a plug."""
         return self.task.labels if self.shared_labels is None else self.shared_labels
 
     @property
     def id(self) -> str:
-        """The name that its files share, so that a file of another run is detected; empty before the start."""
+        """Random name that all files of the run contain, to detect files of another run; empty before the start."""
         path = self.folder / "run.json"
         return str(read_json(path, remedy=_REMEDY).get("id", "")) if path.exists() else ""
 
     def asked(self, task: Task) -> Run:
-        """Return the run for questions of another task, which its plugs can be asked if both are conversations.
+        """Return the run with another task, for evaluation on its data. Both tasks must be conversations.
 
         Raises:
-            ConfigError: if the answers are of another kind.
+            ConfigError: if the tasks have different kinds of answers.
         """
         if task == self.task:
             return self
         if (self.task.kind, task.kind) != ("chat", "chat") or task.field_names != self.task.field_names:
             raise ConfigError(
-                f"{task.name} asks for answers of another kind than {self.task.name}, which the run was trained on. "
-                f"Give data of {self.task.name}, or train a run on {task.name}."
+                f"The run was trained on {self.task.name}, but {task.name} has answers of another kind. Give data of "
+                f"{self.task.name}, or train a run on {task.name}."
             )
         return replace(self, task=task)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
-        """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
+        """Return the folder of a trained part (a plug, its control, LoRA, a retriever) for one seed."""
         return self.folder / name.replace(":", "-") / f"seed-{seed}"
 
     def trained(self, name: str, *, seed: int) -> bool:
-        """Whether the training of that name has ended."""
+        """Return whether the training of a part has finished."""
         return self.training_facts(name, seed=seed) is not None
 
     def training_facts(self, name: str, *, seed: int) -> dict[str, Any] | None:
-        """What the training of that name was; None if it has not ended.
+        """Return the recorded facts of a part's training; None if it has not finished.
 
         Raises:
-            DamagedFile: if the file that says so is damaged, or it or its weights are of another training.
+            DamagedFile: if their file is damaged, or it or the weights belong to another training.
         """
         return read_facts(self.plug_folder(name, seed=seed), owner=self.owner(name, seed=seed))
 
     def owner(self, name: str, *, seed: int) -> str:
-        """A name of one training of this run, for its files."""
+        """Return a unique name of one training of this run, for its files."""
         return f"{self.id} {self.plug_folder(name, seed=seed).parent.name} {seed}"
 
     def check_trained(self, name: str, *, seed: int) -> Path:
-        """The folder of a training that has ended.
+        """Return the folder of a finished training.
 
         Raises:
-            MissingData: if it has not.
+            MissingData: if the training has not finished.
         """
         folder = self.plug_folder(name, seed=seed)
         if not self.trained(name, seed=seed):
             raise MissingData(
-                f"{folder} holds no finished training. Leave {name} out of --methods, or repeat this run's "
-                f"`personaplug train`, with all its settings, and add --methods {name}."
+                f"{folder} contains no finished training. Remove {name} from --methods, or repeat this run's "
+                f"`personaplug train` command with the same settings and --methods {name}."
             )
         return folder
 
@@ -265,22 +264,22 @@ class Run:
         """Load a trained plug.
 
         Raises:
-            MissingData: if its training has not ended.
+            MissingData: if its training has not finished.
         """
         folder = self.check_trained(name, seed=seed)
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.llm.identity)
         return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
 
     def open_vectors(self, encoder: Encoder) -> EmbeddingStore:
-        """The run's table of item vectors.
+        """Open the run's table of item vectors.
 
         Raises:
-            MissingData: if an opened run names a folder outside its own that holds none.
+            MissingData: if the table of an opened run is outside its folder and does not exist.
         """
         if not self.creates_vectors and not (self.vectors / "table.json").is_file():
             raise MissingData(
-                f"{self.folder / 'run.json'} names {self.vectors} for the item vectors, outside the run; it "
-                f"holds none. Restore that folder, or give `personaplug train` another one by --vectors."
+                f"{self.vectors} contains no item vectors, but {self.folder / 'run.json'} names this folder for them. "
+                f"Restore the folder, or repeat `personaplug train` with another --vectors."
             )
         return EmbeddingStore.open(self.vectors, encoder)
 
@@ -294,31 +293,31 @@ class Run:
         plug: PlugConfig | None = None,
         rewrite: Callable[[Sample], Sample] = lambda sample: sample,
     ) -> list[EncodedSample]:
-        """Read a split into samples whose items are rows of the table; texts of histories do not stay in memory.
+        """Read a split into samples whose items are rows of the table. The texts of histories are not kept in memory.
 
         Args:
-            limit: take this many samples, drawn by `seed`; 0 = all.
-            plug: which plug reads the items; None = the run's own.
-            rewrite: gives a sample another prompt while its texts are at hand.
+            limit: maximum samples, drawn by `seed`; 0 = all.
+            plug: config of the plug that reads the items; None = the run's own.
+            rewrite: replaces the prompt of a sample before the texts of its history are dropped.
         """
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
         return encoded(samples, table, plug=plug or self.config.plug, labels=self.item_labels)
 
     def check_unchanged(self, config: Config) -> None:
-        """Check that a config differs from the run's own in nothing that its plugs depend on.
+        """Check that a config has the run's own values for all settings that its plugs depend on.
 
         Raises:
-            RunConflict: naming the settings that differ.
+            RunConflict: lists the settings that differ.
         """
         names = _differing(resolved(dated(config, self.folder), self.task), self.config)
         if names:
             raise RunConflict(
-                f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
-                f"values. Leave them out, or train another run."
+                f"{', '.join(names)} cannot be changed after training; {self.folder} was trained with other "
+                f"values. Remove these settings, or train another run."
             )
 
     def check_models(self, models: Models) -> None:
-        """Check that prompts hold the run's day, if they hold one.
+        """Check that prompts contain the run's date, if the chat template writes a date.
 
         Raises:
             RunConflict: if the models were opened with another `chat_date`.
@@ -326,12 +325,12 @@ class Run:
         day, of_run = models.llm.identity.chat_date, self.config.model.chat_date
         if day not in (None, of_run):
             raise RunConflict(
-                f"The chat template writes the day {of_run} in the prompts of {self.folder}; the models given write "
-                f"{day}. Open them with open_models(run.config)."
+                f"The prompts of {self.folder} contain the date {of_run}, but the given models write {day}. Open the "
+                f"models with open_models(run.config)."
             )
 
     def check_data(self, samples: Sequence[EncodedSample], table: EmbeddingStore) -> None:
-        """Note what the run is trained on, or check that it is what an earlier start noted.
+        """Record a fingerprint of the training data, or compare it with the recorded fingerprint.
 
         Raises:
             RunConflict: if the run was started on other data.
@@ -339,70 +338,70 @@ class Run:
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
         about["wordings"] = list(map(asdict, () if self.task.kind == "chat" else learn_wordings(samples)))
-        before = self._data() or about
-        if before["fingerprint"] != about["fingerprint"]:
+        recorded = self._data() or about
+        if recorded["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
-                f"{self.folder} was started on other training data than what is given now. Give the same data to go "
-                f"on, or choose another --out."
+                f"{self.folder} was started on other training data. Give the same data to resume it, or choose another "
+                f"--out."
             )
         if is_main():
             write_checked_json(self.folder / "data.json", {**about, "run": self.id})
 
     def export(self, folder: Path, names: Sequence[str]) -> None:
-        """Write a run that holds nothing of any user: settings, task, wordings, and what was trained under `names`."""
-        for place in [self.check_trained(name, seed=seed) for seed in self.config.training.seeds for name in names]:
+        """Write a run without any user's data: settings, task, wordings, and the trained parts in `names`."""
+        for part in [self.check_trained(name, seed=seed) for seed in self.config.training.seeds for name in names]:
             unneeded = shutil.ignore_patterns("log.jsonl", "tensorboard", ".*")
-            shutil.copytree(place, folder / place.relative_to(self.folder), ignore=unneeded, dirs_exist_ok=True)
+            shutil.copytree(part, folder / part.relative_to(self.folder), ignore=unneeded, dirs_exist_ok=True)
         shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
         write_checked_json(folder / "data.json", {**self._data(), "users": [], "run": self.id})
         about = read_json(self.folder / "run.json", remedy=_REMEDY)
-        write_checked_json(folder / "run.json", {**about, "vectors": None})  # last: it makes the folder a run
+        write_checked_json(folder / "run.json", {**about, "vectors": None})  # last, because this file marks a run
 
     def _data(self) -> dict[str, Any]:
-        """What is noted of the training data; nothing if nothing has been trained."""
+        """Return the recorded facts about the training data; empty before the first training."""
         path = self.folder / "data.json"
         if not path.exists():
             return {}
         about = read_json(path, remedy=_REMEDY)
         if about.get("run", "") != self.id:
-            raise DamagedFile(path, reason="it is of another run", remedy=_REMEDY)
+            raise DamagedFile(path, reason="it belongs to another run", remedy=_REMEDY)
         return about
 
     @property
     def wordings(self) -> tuple[Wording, ...]:
-        """The wordings of the training prompts; none if nothing has been trained."""
+        """The wordings of the training prompts; empty before the first training."""
         return tuple(Wording(**wording) for wording in self._data().get("wordings", ()))
 
     @property
     def knows_its_data(self) -> bool:
-        """Whether it is noted what the run is trained on."""
+        """Whether the run has recorded its training data."""
         return (self.folder / "data.json").exists()
 
     def users_trained_on(self, users: Iterable[str | None]) -> int:
-        """How many of some users have samples among those that the run is trained on."""
-        known = set(self._data().get("users", ()))
-        return sum(_anonymous(user) in known for user in set(users) if user is not None)
+        """Return how many of `users` have samples in the run's training data."""
+        trained = set(self._data().get("users", ()))
+        return sum(_anonymous(user) in trained for user in set(users) if user is not None)
 
     @property
     def _is_begun(self) -> bool:
-        """Whether something in the folder depends on the settings: a training, an evaluation."""
+        """Whether the folder contains files that depend on the settings, of a training or an evaluation."""
         if any((self.folder / name).exists() for name in ("evaluations", "users", "profiles.jsonl")):
             return True
         files = list(self.folder.glob("*/seed-*/[!.]*"))
-        if self.shared_labels is not None:  # states of the training that it shares lie beside it
+        if self.shared_labels is not None:  # the checkpoints of the shared training are in the parent folder
             files += self.folder.parent.glob(f"{SHARED_TRAINING}/seed-*/[!.]*")
         return any(path.name not in ("log.jsonl", "tensorboard") for path in files)
 
-    def _check_same(self, there: Run) -> None:
-        names = [name for name in _differing(self.config, there.config) if name != "training.seeds"]
-        if self.task != there.task:
+    def _check_same(self, existing: Run) -> None:
+        names = [name for name in _differing(self.config, existing.config) if name != "training.seeds"]
+        if self.task != existing.task:
             names.insert(0, "task")
-        if self.shared_labels != there.shared_labels:
+        if self.shared_labels != existing.shared_labels:
             names.append("set of tasks that share its plug")
         if names:
             raise RunConflict(
-                f"{self.folder} holds a run with another {', '.join(names)}. Repeat that run's settings "
-                f"(they are in its config.yaml) to go on with it, or choose another --out."
+                f"{self.folder} contains a run with another {', '.join(names)}. To resume that run, give the settings "
+                f"in its config.yaml; otherwise choose another --out."
             )
 
     def _write(self) -> None:
@@ -410,19 +409,19 @@ class Run:
             "id": self.id or secrets.token_hex(8),
             "task": asdict(self.task),
             **({} if self.shared_labels is None else {"shared_labels": list(self.shared_labels)}),
-            # Inside the run: nothing, so that the run may be moved.
+            # None for the default folder inside the run, so that users can move the run.
             "vectors": None if self.vectors == self.folder / "vectors" else str(self.vectors),
             "versions": package_versions(),
             "machine": machine_info(),
         }
         if not self._is_begun:
-            (self.folder / "data.json").unlink(missing_ok=True)  # of a start that failed before any training
+            (self.folder / "data.json").unlink(missing_ok=True)  # from an earlier start that failed before training
         write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE, run=str(about["id"]))
         write_checked_json(self.folder / "run.json", about)
 
 
 def dated(config: Config, folder: str | Path) -> Config:
-    """Settle `chat_date=auto`: the day of the run in a folder, or today if there is none yet."""
+    """Resolve `chat_date=auto` to the date of the run in the folder, or to today if there is no run yet."""
     if config.model.chat_date != "auto":
         return config
     is_run = (Path(folder) / "run.json").exists()

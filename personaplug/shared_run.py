@@ -1,8 +1,8 @@
-"""A shared run: an ordinary run for each of several tasks, whose plugs share all but what belongs to a task.
+"""A shared run: one run for each of several tasks. Their plugs share all parameters that do not belong to one task.
 
 OUT/tasks.json    names and sampling weights of the tasks, in order
 OUT/TASK/         the run of a task
-OUT/shared/       the training that they share: log.jsonl and, while it is unfinished, the states to go on from
+OUT/shared/       the shared training: log.jsonl and, until it ends, checkpoints to resume from
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SharedRun:
     """The runs of several tasks, in order.
 
     Attributes:
-        weights: how often an epoch shows each sample of a task, on average; in the order of the runs.
+        weights: average number of times that an epoch repeats the samples of each task, in the order of the runs.
     """
 
     folder: Path
@@ -53,39 +53,40 @@ class SharedRun:
         weights: Sequence[float] = (),
         vectors: str | Path | None = None,
     ) -> SharedRun:
-        """Return a shared run to `start`, without writing anything.
+        """Return a shared run for `start`, without writing files.
 
         Args:
             tasks: two or more.
-            weights: one for each task; none = 1 each.
+            weights: one for each task; empty = 1 each.
         Raises:
-            ConfigError: if tasks have the same name, or a setting has no meaning for several tasks.
-            RunConflict: if the folder holds something else, or a training of other tasks or weights.
+            ConfigError: if tasks have the same name, or a setting does not apply to several tasks.
+            RunConflict: if the folder contains other files, or a training of other tasks or weights.
         """
         folder, names = Path(folder), [task.name for task in tasks]
-        chosen = _checked_weights(weights, names)
+        task_weights = _checked_weights(weights, names)
         _check_names(names)
         config = dated(_shared_config(config, tasks), folder / _folder_name(names[0]))
-        main_first(lambda: _check_folder(folder, names=names, weights=chosen))
+        main_first(lambda: _check_folder(folder, names=names, weights=task_weights))
         labels = tuple(dict.fromkeys(label for task in tasks for label in task.labels))
         runs = [
             Run.plan(folder / _folder_name(task.name), config=config, task=task, vectors=vectors, shared_labels=labels)
             for task in tasks
         ]
-        return cls(folder, tuple(runs), chosen)
+        return cls(folder, tuple(runs), task_weights)
 
     def start(self) -> None:
-        """Write what the folder holds, and the description of each run."""
+        """Write the list of tasks, and the description of each run."""
         on_main(self._write)
         for run in self.runs:
             run.start()
 
     @classmethod
     def open(cls, folder: str | Path) -> SharedRun:
-        """Open a shared run that exists.
+        """Open an existing shared run.
 
         Raises:
-            MissingData, DamagedFile: if the folder or one of its runs is none, or a changed one.
+            MissingData: if the folder is not a shared run, or lacks a run of a task.
+            DamagedFile: if a file was changed.
             RunConflict: if a link leads out of the folder.
         """
         folder = Path(folder)
@@ -101,25 +102,25 @@ class SharedRun:
 
     @property
     def owner(self) -> str:
-        """A name of the training, for its files."""
+        """Unique name of the training, for its files."""
         return f"{_read(self.folder)['id']} {SHARED_TRAINING}"
 
     def training_folder(self, *, seed: int) -> Path:
-        """Where the states and the log of the shared training are, for one seed."""
+        """Return the folder with the checkpoints and the log of the shared training, for one seed."""
         return self.folder / SHARED_TRAINING / f"seed-{seed}"
 
     def find(self, name: str) -> Run:
         """Return the run of a task.
 
         Raises:
-            ConfigError: if there is none; it lists the tasks.
+            ConfigError: if the task has no run; the message lists the tasks.
         """
         for run in self.runs:
             if run.task.name == name:
                 return run
         raise ConfigError(
-            f"{self.folder} was trained on {', '.join(self.names)}; found data of {name}. Give data of one of them, or "
-            f"the run of a task in that folder."
+            f"{self.folder} was trained on {', '.join(self.names)}; found data of {name}. Give data of one of these "
+            f"tasks, or give the run of a single task in that folder."
         )
 
     def _write(self) -> None:
@@ -136,14 +137,14 @@ def holds_shared_run(folder: str | Path) -> bool:
 
 
 def open_runs(folder: str | Path) -> tuple[Run, ...]:
-    """Open the runs of a folder: one for each task of a shared run, else the run that the folder is."""
+    """Open the runs of a folder: one for each task of a shared run, or the single run."""
     return SharedRun.open(folder).runs if holds_shared_run(folder) else (Run.open(folder),)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / TASKS_FILE
     if not path.is_file():
-        raise MissingData(f"{folder} holds no run of several tasks: {TASKS_FILE} is missing.")
+        raise MissingData(f"{folder} is not a run of several tasks: {TASKS_FILE} is missing.")
     about = read_json(path, remedy=_REMEDY)
     names, weights = about.get("tasks"), about.get("weights")
     if not isinstance(names, list) or not isinstance(weights, list) or len(names) != len(weights):
@@ -152,23 +153,23 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _folder_name(task: str) -> str:
-    """Return the name of a task's folder: the task's name, with a hyphen for what no folder should be called."""
+    """Return the name of a task's folder: the task's name, with hyphens for characters that folders should not have."""
     return re.sub(r"[^\w-]+", "-", task).strip("-")
 
 
 def _check_names(names: Sequence[str]) -> None:
     if len(names) < 2:
-        raise ConfigError(f"Tasks share a plug if there are two or more; found {len(names)}.")
-    folders = [_folder_name(name).casefold() for name in names]  # some file systems do not tell case apart
-    if twice := [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]:
+        raise ConfigError(f"A shared plug needs two or more tasks; found {len(names)}.")
+    folders = [_folder_name(name).casefold() for name in names]  # some file systems ignore case
+    if duplicates := [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]:
         raise ConfigError(
-            f"Tasks that share a plug need different names; found {' and '.join(twice)}. Name a task in the task.json "
-            f"of its folder."
+            f"Tasks that share a plug need different names; found {' and '.join(duplicates)}. Change the name in the "
+            f"task.json of a folder."
         )
     for name, folder in zip(names, folders, strict=True):
         if folder in ("", SHARED_TRAINING) or len(folder.encode()) > _MAX_NAME_BYTES:
             raise ConfigError(
-                f"No folder can be named after the task {name[:40]!r}. Give it another name of at most "
+                f"The task name {name[:40]!r} cannot be used for a folder. Give the task another name of at most "
                 f"{_MAX_NAME_BYTES} bytes in the task.json of its folder."
             )
 
@@ -176,20 +177,19 @@ def _check_names(names: Sequence[str]) -> None:
 def _checked_weights(weights: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
     if weights and len(weights) != len(names):
         raise ConfigError(f"Give a weight for each of the {len(names)} tasks, in their order; found {len(weights)}.")
-    if wrong := [weight for weight in weights if not (math.isfinite(weight) and 0 < weight <= _MAX_WEIGHT)]:
-        raise ConfigError(f"A weight is a number above 0, at most {_MAX_WEIGHT:g}; found {wrong[0]:g}.")
+    if invalid := [weight for weight in weights if not (math.isfinite(weight) and 0 < weight <= _MAX_WEIGHT)]:
+        raise ConfigError(f"A weight must be a number above 0, at most {_MAX_WEIGHT:g}; found {invalid[0]:g}.")
     return tuple(map(float, weights)) or (1.0,) * len(names)
 
 
 def _shared_config(config: Config, tasks: Sequence[Task]) -> Config:
-    """Return the config of each run: all encode items in one form, so that one store can serve all."""
+    """Return the config of each run. All tasks encode items in the same way, so that one store can serve all tasks."""
     if config.plug.answer_channel not in ("auto", "all"):
         raise ConfigError(
-            f"Tasks that share a plug encode items in one form, answer_channel=all; found "
-            f"{config.plug.answer_channel}. Leave it out."
+            f"Tasks that share a plug need answer_channel=all; found {config.plug.answer_channel}. Remove this setting."
         )
     if config.plug.label_prior != "none":
-        raise ConfigError("label_prior=own counts the labels of one task; tasks that share a plug need none.")
+        raise ConfigError("label_prior=own works for one task only; tasks that share a plug need label_prior=none.")
     return with_learning_rates(with_values(config, {"plug.answer_channel": "all"}), tasks)
 
 
@@ -204,7 +204,7 @@ def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float
     is_begun = any(folder.glob(f"{SHARED_TRAINING}/seed-*/*"))
     if about["tasks"] != list(names) or (is_begun and about["weights"] != list(weights)):
         pairs = zip(about["tasks"], about["weights"], strict=True)
-        listed = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)
+        tasks = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)
         raise RunConflict(
-            f"{folder} was started on the tasks {listed}. Give the same ones in this order, or choose another --out."
+            f"{folder} was started on the tasks {tasks}. Give the same tasks in this order, or choose another --out."
         )

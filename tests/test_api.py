@@ -99,9 +99,7 @@ CONTAINERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_rows_of_every_kind_make_the_same_data_and_go_on_with_the_same_run(
-    kind: str, plug: Plug, tmp_path: Path
-) -> None:
+def test_all_row_formats_give_the_same_data_and_resume_the_same_run(kind: str, plug: Plug, tmp_path: Path) -> None:
     weights = plug.run.plug_folder("plug", seed=0) / "plug.safetensors"
     written = weights.stat().st_mtime_ns
     again = Plug.train(CONTAINERS[kind](tmp_path), **COLUMNS, out=plug.run.folder.parent, **TOY)
@@ -109,20 +107,20 @@ def test_rows_of_every_kind_make_the_same_data_and_go_on_with_the_same_run(
     assert again.probabilities(QUESTION, user="c1") == plug.probabilities(QUESTION, user="c1")
 
 
-def test_other_rows_in_the_same_folder_are_refused(plug: Plug) -> None:
+def test_different_rows_in_the_same_folder_are_refused(plug: Plug) -> None:
     with pytest.raises(RunConflict, match="holds data of other rows"):
         Plug.train(ROWS[:-1], **COLUMNS, out=plug.run.folder.parent, **TOY)
     assert len(list(plug._split("dev"))) == 8
 
 
-def test_whole_users_are_held_out_and_the_control_is_trained(plug: Plug) -> None:
+def test_training_holds_out_whole_users_and_trains_the_control(plug: Plug) -> None:
     train, dev = ({sample.user_id for sample in plug._split(split)} for split in ("train", "dev"))
     assert (len(train), len(dev), train & dev) == (4, 2, set())
     assert plug.run.trained("instruction-only", seed=0)
     assert plug.run.task.labels == ("1", "2", "3", "4", "5")
 
 
-def test_answers_are_those_of_the_functions_below(plug: Plug) -> None:
+def test_answers_match_those_of_the_lower_level_functions(plug: Plug) -> None:
     data = plug.run.folder.parent / "data"
     items = {sample.user_id: sample.history for sample in open_dataset(data, "histories")}["c2"]
     assert [item.answer for item in items] == ["3", "4", "5", "1", "2"]
@@ -139,7 +137,7 @@ def test_answers_are_those_of_the_functions_below(plug: Plug) -> None:
     )
 
 
-def test_an_explanation_gives_weights_and_what_the_answer_loses_without_each_item(plug: Plug) -> None:
+def test_explain_returns_weights_and_leave_one_out_effects(plug: Plug) -> None:
     items = plug.explain(QUESTION, user="c3", answer="5")
     effects = [item.effect for item in items if item.effect is not None]
     assert len(effects) == 5
@@ -161,7 +159,7 @@ def test_an_explanation_gives_weights_and_what_the_answer_loses_without_each_ite
     assert all(item.effect is None and SECRET in str(item) for item in weights)
 
 
-def test_an_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
+def test_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
     results = plug.evaluate()
     assert [row.name for row in results.rows] == [row.name for row in default_rows(plug.run.task)]
     assert {row.n for row in results.rows} == {8}
@@ -169,9 +167,7 @@ def test_an_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
     assert [row.name for row in plug.evaluate(methods="plain,user-median", limit=2).rows] == ["plain", "user-median"]
 
 
-def test_a_saved_plug_answers_alike_elsewhere_and_holds_no_text_of_a_user(
-    plug: Plug, saved: Path, tmp_path: Path
-) -> None:
+def test_saved_plug_gives_the_same_answers_and_contains_no_user_text(plug: Plug, saved: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(saved, moved)
     code = (
@@ -188,7 +184,7 @@ def test_a_saved_plug_answers_alike_elsewhere_and_holds_no_text_of_a_user(
     assert 'history=[{"product": "…", "stars": "…"}]' in files["README.md"].read_text(encoding="utf-8")
 
 
-def test_a_saved_plug_is_evaluated_on_other_rows_and_stays_as_it_is(plug: Plug, saved: Path) -> None:
+def test_evaluating_a_saved_plug_does_not_change_it(plug: Plug, saved: Path) -> None:
     before = sorted(saved.rglob("*"))
     loaded = Plug.from_pretrained(saved)
     names = [row.name for row in loaded.evaluate(ROWS, methods="plain,plug").rows]
@@ -201,7 +197,7 @@ def test_a_saved_plug_is_evaluated_on_other_rows_and_stays_as_it_is(plug: Plug, 
         loaded.save_pretrained(saved)
 
 
-def test_a_plug_goes_to_the_hub_and_comes_from_it(
+def test_plug_round_trips_through_the_hub(
     plug: Plug, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub's cache is made of links; here a real one stands in for the network."""
@@ -225,7 +221,7 @@ def test_a_plug_goes_to_the_hub_and_comes_from_it(
     assert loaded.probabilities(QUESTION, history=history_of("c1")) == plug.probabilities(QUESTION, user="c1")
 
 
-def test_only_a_new_folder_or_a_saved_plug_is_written_over(plug: Plug, saved: Path, tmp_path: Path) -> None:
+def test_save_overwrites_only_a_saved_plug(plug: Plug, saved: Path, tmp_path: Path) -> None:
     plug.save_pretrained(saved)
     (tmp_path / "notes.txt").touch()
     for folder in (tmp_path, plug.run.folder):
@@ -235,7 +231,7 @@ def test_only_a_new_folder_or_a_saved_plug_is_written_over(plug: Plug, saved: Pa
         Plug.from_pretrained(tmp_path)
 
 
-def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
+def test_conversations_need_no_wording(tmp_path: Path) -> None:
     rows = [
         {"user": f"u{u}", "question": f"How is day {d}?", "answer": f"{SECRET} {'fine ' * (u + d)}for {u} on {d}"}
         for u in range(4)
@@ -256,7 +252,7 @@ def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
     assert all(SECRET.encode() not in path.read_bytes() for path in files)
 
 
-def test_a_folder_in_the_layout_of_lamp_has_its_own_prompts_and_fields(plug: Plug, tmp_path: Path) -> None:
+def test_lamp_folder_defines_prompts_and_fields(plug: Plug, tmp_path: Path) -> None:
     data = plug.run.folder.parent / "data"
     other = Plug.train(str(data), out=tmp_path / "run", **TOY)
     prompt = next(iter(plug._split("train"))).prompt
@@ -269,7 +265,7 @@ def test_a_folder_in_the_layout_of_lamp_has_its_own_prompts_and_fields(plug: Plu
         other.answer(prompt, history=history_of("c1"))
 
 
-def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_short_answers_are_labels_and_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     columns = Columns("u", "q", "a")
     rows = [{"u": n % 3, "q": f"x {n}", "a": ["yes", "No ", "YES"][n % 3]} for n in range(30)]
     with caplog.at_level(logging.INFO, logger="personaplug"):
@@ -300,7 +296,7 @@ def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogC
         (ROWS, {"epoch": 3}, ConfigError, "There is no setting 'epoch'; did you mean 'epochs'"),
     ],
 )
-def test_rows_that_cannot_be_trained_on_say_why_and_leave_nothing(
+def test_invalid_rows_are_refused_and_leave_no_files(
     rows: object, changes: dict[str, Any], error: type[UserError], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message) as raised:
@@ -322,7 +318,7 @@ def test_rows_that_cannot_be_trained_on_say_why_and_leave_nothing(
         ({"history": [{"product": "x", "stars": 1}, HistoryItem("1", ())]}, ConfigError, "a list of something else"),
     ],
 )
-def test_a_history_that_cannot_be_found_or_read_says_why(
+def test_missing_or_invalid_history_is_refused(
     given: dict[str, Any], error: type[UserError], message: str, plug: Plug
 ) -> None:
     with pytest.raises(error, match=message) as raised:
@@ -331,12 +327,12 @@ def test_a_history_that_cannot_be_found_or_read_says_why(
 
 
 @pytest.mark.parametrize("question", ["", " ", None, 3])
-def test_a_question_is_a_text(question: Any, plug: Plug) -> None:
+def test_question_must_be_a_text(question: Any, plug: Plug) -> None:
     with pytest.raises(ConfigError, match="A question is a text"):
         plug.answer(question, user="c1")
 
 
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_on_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     small = "llm='toy', dtype='float32', epochs=1, max_steps=2, resamples=100"

@@ -17,7 +17,7 @@ from personaplug.evaluation.experiment import EXPERIMENTS
 from personaplug.run import Run, _differing
 
 
-def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+def test_words_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {epochs: 7, batch_size: 4}\npersona_tokens: 3\n")
     config = load_config(path, overrides=["epochs=9", "model.llm=toy"])
@@ -25,7 +25,7 @@ def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert (config.plug.persona_tokens, config.model.llm) == (3, "toy")
 
 
-def test_a_config_survives_yaml(tmp_path: Path) -> None:
+def test_config_round_trips_through_yaml(tmp_path: Path) -> None:
     config = load_config(overrides=["seeds=0,1,2", "learning_rate=3e-4", "controls=false", "llm=toy:4"])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
@@ -48,7 +48,7 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("seeds=a", "a whole number"),
         ("seeds=-1", "from 0"),
         ("seeds=99999999999999999999", "from 0 to 4294967295"),
-        ("seeds=0,1,0", "training.seeds names a value twice: 0,1,0"),
+        ("seeds=0,1,0", "training.seeds contains a value twice: 0,1,0"),
         ("sample_temperature=-0.1", "from 0 to 10"),
         ("drop_history_prob=1.5", "from 0 to 1"),
         ("max_tokens_per_microbatch=-1", "from 0"),
@@ -59,18 +59,18 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("epochs=[", "not valid YAML"),
         ("llm=2024-13-45", "value of llm is not valid YAML: month"),
         (f"epochs={'9' * 5000}", "not valid YAML"),
-        (f"llm={'[' * 2000}", "nested too deep"),
+        (f"llm={'[' * 2000}", "nested too deeply"),
         ("seeds=[[0]]", "a whole number"),
         ("seeds={a: 1}", "a whole number"),
         ("preset=[paper]", "preset must be one of"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(word: str, said: str) -> None:
+def test_invalid_setting_is_refused_with_a_message(word: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(overrides=[word])
 
 
-def test_a_missing_or_odd_file_is_refused(tmp_path: Path) -> None:
+def test_missing_or_invalid_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="does not exist"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -78,7 +78,7 @@ def test_a_missing_or_odd_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+def test_error_names_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("llm: modèle\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8"):
         load_config(tmp_path / "latin.yaml")
@@ -94,7 +94,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_config(tmp_path / "empty.yaml") == Config()
 
 
-def test_no_two_sections_share_a_key_and_every_default_is_within_its_range() -> None:
+def test_setting_names_are_unique_and_defaults_are_in_range() -> None:
     names = [option.name for kind in SECTIONS.values() for option in fields(kind)]
     assert len(names) == len(set(names))
     config = Config()
@@ -104,18 +104,18 @@ def test_no_two_sections_share_a_key_and_every_default_is_within_its_range() -> 
     assert with_values(config, values) == config
 
 
-def test_the_help_names_every_setting() -> None:
+def test_help_lists_all_settings() -> None:
     text = describe(tuple(SECTIONS))
     assert all(f"  {option.name}=" in text for kind in SECTIONS.values() for option in fields(kind))
 
 
-def test_what_only_concerns_speed_makes_no_other_run() -> None:
+def test_speed_settings_do_not_change_a_run() -> None:
     quick = load_config(overrides=["encoder_engine=auto", "device=cpu"])
     assert _differing(Config(), quick) == []
     assert _differing(Config(), load_config(overrides=["encoder=hash"])) == ["model.encoder"]
 
 
-def test_preset_replaces_plug_and_training_and_other_values_win(tmp_path: Path) -> None:
+def test_preset_replaces_plug_and_training_and_explicit_values_override_it(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: paper\ntraining: {epochs: 3}\nmodel: {llm: toy}\n")
     config = load_config(tmp_path / "c.yaml", overrides=["persona_tokens=2"])
     assert config.plug == replace(PAPER, persona_tokens=2)
@@ -135,14 +135,14 @@ def test_preset_replaces_plug_and_training_and_other_values_win(tmp_path: Path) 
         ("epochs: 3\ntraining: {epochs: 4}\n", r"gives training\.epochs twice"),
     ],
 )
-def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_config(tmp_path / "c.yaml")
     assert load_config(overrides=["epochs=3", "training.epochs=4"]).training.epochs == 4  # words: the later one wins
 
 
-def test_changed_settings_are_words_that_give_the_config_again() -> None:
+def test_changed_settings_parse_to_the_same_config() -> None:
     for words, said in (
         ([], "the defaults"),
         (["preset=paper"], "preset=paper"),
@@ -156,7 +156,7 @@ def test_changed_settings_are_words_that_give_the_config_again() -> None:
     assert changed_settings(load_config(overrides=["llm=toy", "epochs=2"]), "training") == "epochs=2"
 
 
-def test_settings_have_a_json_schema() -> None:
+def test_json_schema_accepts_valid_settings() -> None:
     schema = json_schema()
     assert schema["$defs"]["PlugConfig"]["properties"]["placement"]["enum"] == ["prefix", "suffix"]
     for file in sorted((EXPERIMENTS.parent / "configs").glob("*.yaml")):
@@ -165,13 +165,13 @@ def test_settings_have_a_json_schema() -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"task": null}', '{"task": {}, "vectors": 5}'])
-def test_a_run_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+def test_invalid_run_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match=r"run\.json"):
         Run.open(tmp_path)
 
 
-def test_a_default_has_the_type_of_its_setting_so_that_a_file_gives_it_back() -> None:
+def test_defaults_have_the_type_of_their_setting() -> None:
     for section, settings in asdict(Config()).items():
         hints = get_type_hints(SECTIONS[section])
         floats = [name for name in settings if hints[name] is float]

@@ -26,7 +26,7 @@ def test_resolved_gives_conversations_higher_learning_rates(task: Task, rates: t
     assert _rates(resolved(load_config(), task)) == rates
 
 
-def test_resolved_keeps_a_learning_rate_that_is_given() -> None:
+def test_resolved_keeps_an_explicit_learning_rate() -> None:
     config = load_config(overrides=["learning_rate=0.02"])
     assert _rates(resolved(config, CHAT)) == (0.02, 1)
 

@@ -20,18 +20,18 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_an_error_survives_pickling_with_its_sentence(error: errors.PersonaPlugError) -> None:
+def test_error_keeps_its_message_after_pickling(error: errors.PersonaPlugError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_the_tree_in_the_docstring_is_the_tree_of_classes() -> None:
+def test_docstring_lists_all_error_classes() -> None:
     named = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert all(name in (errors.__doc__ or "") for name in named)
 
 
-def test_sentences_say_what_was_expected_found_and_to_do() -> None:
+def test_message_says_what_was_expected_found_and_to_do() -> None:
     assert str(EXAMPLES[4]) == (
-        "This plug was made with the encoder A; the encoder given is B. "
-        "Load that encoder, or encode and train again with this one in a new folder."
+        "This plug was made with the encoder A, but the given encoder is B. "
+        "Load the first encoder, or encode and train again with the given one in a new folder."
     )

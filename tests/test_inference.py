@@ -52,7 +52,7 @@ def answer(
 
 
 @pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
-def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: CausalLM, hashing: HashEncoder) -> None:
+def test_generate_answers_a_prompt_with_the_wording_of_the_task(name: str, toy: CausalLM, hashing: HashEncoder) -> None:
     task = LAMP_TASKS[name]
     found = answer(f"Tell me. {task.query_after}a long walk", task, toy, hashing)
     assert found in task.labels or not task.labels
@@ -61,13 +61,13 @@ def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: CausalLM, has
 @pytest.mark.parametrize(
     ("task", "prompt", "wording"),
     [
-        (LAMP_TASKS["LaMP_3"], SECRET, "A prompt of task LaMP_3 must hold 'review: ' and the query after it"),
-        (LAMP_TASKS["LaMP_3"], f"{SECRET} review: ", "must hold 'review: ' and the query after it"),
+        (LAMP_TASKS["LaMP_3"], SECRET, "A prompt of task LaMP_3 must contain 'review: ', then the query"),
+        (LAMP_TASKS["LaMP_3"], f"{SECRET} review: ", "must contain 'review: ', then the query"),
         (LAMP_TASKS["LaMP_1"], SECRET, "task LaMP_1 must match the regular expression 'without explanation"),
         (BLANK, " ", "A prompt of task Own must not be blank"),
     ],
 )
-def test_a_prompt_without_query_says_what_it_must_hold(
+def test_error_for_a_prompt_without_query_names_the_missing_wording(
     task: Task, prompt: str, wording: str, toy: CausalLM, hashing: HashEncoder
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -77,11 +77,11 @@ def test_a_prompt_without_query_says_what_it_must_hold(
     assert "Flaw" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_without_the_plug_no_wording_is_needed(toy: CausalLM, hashing: HashEncoder) -> None:
+def test_plain_generation_needs_no_wording(toy: CausalLM, hashing: HashEncoder) -> None:
     assert answer("anything", LAMP_TASKS["LaMP_3"], toy, hashing, plain=True) in LAMP_TASKS["LaMP_3"].labels
 
 
-def test_phrases_are_mixed_in_beside_a_persona_alone(toy: CausalLM, hashing: HashEncoder) -> None:
+def test_phrases_are_used_only_with_a_persona(toy: CausalLM, hashing: HashEncoder) -> None:
     task, prompt = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk"
     bare = answer(prompt, task, toy, hashing)
     assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
@@ -107,18 +107,18 @@ def test_phrases_are_mixed_in_beside_a_persona_alone(toy: CausalLM, hashing: Has
         ([], Chat((("user", SECRET), ("assistant", SECRET)))),
     ],
 )
-def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
+def test_generate_refuses_invalid_items_and_prompts(
     history: Any, prompt: Any, toy: CausalLM, hashing: HashEncoder
 ) -> None:
     task = LAMP_TASKS["LaMP_3"]
     run = Run(Path("unused"), resolved(load_config(), task), task, Path("unused"))
-    with pytest.raises(ConfigError, match=r"history is no HistoryItem|valid Unicode") as error:
+    with pytest.raises(ConfigError, match=r"history must be a HistoryItem|valid Unicode") as error:
         generate(run, prompt, history=history, models=Models(hashing, toy))
     assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
-def test_items_of_every_kind_belong_to_a_task(name: str) -> None:
+def test_items_of_all_kinds_are_accepted(name: str) -> None:
     task = LAMP_TASKS[name]
     fields = tuple((name, "4") for name in task.field_names)
     rejection = HistoryItem("1", fields, task.answer_field, kind="rejection")
@@ -129,11 +129,11 @@ def test_items_of_every_kind_belong_to_a_task(name: str) -> None:
         HistoryItem("3", fields, task.answer_field, kind="preference"),
         HistoryItem("3", fields, task.answer_field, kind="kept"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ConfigError, match="Item 2 of the history is no HistoryItem"):
+        with pytest.raises(ConfigError, match="Item 2 of the history must be a HistoryItem"):
             _check_items([preference, item], task)
 
 
-def test_another_wording_than_that_of_training_is_warned_about(
+def test_wording_that_differs_from_training_logs_a_warning(
     toy: CausalLM, hashing: HashEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = LAMP_TASKS["LaMP_3"]

@@ -36,7 +36,7 @@ def _shipped() -> set[str]:
     return {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: Path) -> None:
+def test_wheel_contains_exactly_the_files_of_the_package(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == _shipped()
@@ -44,7 +44,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: Path)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_source_archive_holds_what_a_build_needs_and_no_tests(built: Path) -> None:
+def test_source_archive_contains_build_files_and_no_tests(built: Path) -> None:
     [archive] = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {member.name.partition("/")[2] for member in opened if member.isfile()}

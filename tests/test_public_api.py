@@ -10,7 +10,7 @@ import pytest
 import personaplug
 
 
-def test_all_is_sorted_and_true() -> None:
+def test_all_is_sorted_and_complete() -> None:
     assert personaplug.__all__ == sorted(personaplug.__all__)
     assert set(personaplug.__all__) == set(personaplug._HOME)
     assert set(dir(personaplug)) == set(personaplug.__all__)

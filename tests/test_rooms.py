@@ -71,7 +71,7 @@ def test_file_imports_only_rooms_above_its_own(file: Path) -> None:
     assert _imports(file) <= {*GROUND, *above}
 
 
-def test_every_room_is_on_the_map() -> None:
+def test_house_page_lists_every_room() -> None:
     page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
     rooms = {file.parts[0] for file in FILES if file.parts[0][:2] != "__"}
     assert {room.removesuffix(".py") for room in rooms} == {*ROOMS, *GROUND}
@@ -82,18 +82,18 @@ def test_analysis_needs_no_torch() -> None:
     assert _loaded_after(_modules("analysis"), ("torch", "transformers")) == ""
 
 
-def test_serving_knows_no_training() -> None:
+def test_serving_imports_no_training() -> None:
     unwanted = tuple(f"personaplug.{room}" for room in ("training", "methods", "evaluation", "baselines"))
     assert _loaded_after(_modules("serving"), unwanted) == ""
 
 
-def test_the_package_shows_few_files() -> None:
+def test_package_has_few_top_level_files() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 10
     assert len([path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 13
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_file_says_what_lives_in_it_and_is_no_drawer(file: Path) -> None:
+def test_file_has_a_docstring_and_a_specific_name(file: Path) -> None:
     text = (PACKAGE / file).read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text))
     assert len(text.splitlines()) <= MAX_LINES

@@ -50,14 +50,14 @@ def test_a_changed_value_is_detected(run: Run, name: str) -> None:
     assert Run.open(run.folder) == run
 
 
-def test_models_of_a_moved_run_may_be_edited(run: Run) -> None:
+def test_model_settings_of_a_run_may_be_edited(run: Run) -> None:
     path = run.folder / "config.yaml"
     path.write_text(path.read_text().replace("llm: toy", "llm: /elsewhere/toy").replace("device: auto", "device: cpu"))
     config = Run.open(run.folder).config
     assert (config.model.llm, config.model.device) == ("/elsewhere/toy", "cpu")
 
 
-def test_files_without_a_checksum_are_refused(run: Run) -> None:
+def test_file_without_a_checksum_is_refused(run: Run) -> None:
     about = read_json(run.folder / "run.json", remedy="")
     (run.folder / "run.json").write_text(json.dumps(about))
     with pytest.raises(DamagedFile, match="older version"):
@@ -65,7 +65,7 @@ def test_files_without_a_checksum_are_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"steps": 3}', b"\xff"])
-def test_a_broken_fit_json_is_no_finished_training(run: Run, content: bytes) -> None:
+def test_broken_fit_json_is_refused(run: Run, content: bytes) -> None:
     folder = run.plug_folder("plug", seed=0)
     folder.mkdir(parents=True)
     (folder / "fit.json").write_bytes(content)
@@ -75,7 +75,7 @@ def test_a_broken_fit_json_is_no_finished_training(run: Run, content: bytes) -> 
 
 
 @pytest.mark.parametrize("place", ["/{outside}", "../outside", "vectors/../../outside", "~/outside"])
-def test_a_run_from_elsewhere_creates_no_folder_outside(run: Run, tmp_path: Path, place: str) -> None:
+def test_opened_run_creates_no_folder_outside(run: Run, tmp_path: Path, place: str) -> None:
     outside = tmp_path / "outside"
     vectors = str(outside) if place == "/{outside}" else str(run.folder / place)
     _edit(run.folder / "run.json", vectors=vectors)
@@ -83,14 +83,14 @@ def test_a_run_from_elsewhere_creates_no_folder_outside(run: Run, tmp_path: Path
     if "~" in place:  # no path of the user's home: a folder of that name within the run
         assert opened.vectors == run.folder / place
         return
-    with pytest.raises(MissingData, match="outside the run"):
+    with pytest.raises(MissingData, match="contains no item vectors"):
         opened.open_vectors(ENCODER)
     assert not outside.exists()
     assert _create(run.folder).creates_vectors is False
     assert _create(run.folder, vectors=outside).open_vectors(ENCODER).folder == outside
 
 
-def test_vectors_given_by_the_user_are_found_again(tmp_path: Path) -> None:
+def test_opened_run_uses_the_vectors_folder_of_the_user(tmp_path: Path) -> None:
     run = _create(tmp_path / "run", vectors=tmp_path / "shared")
     run.open_vectors(ENCODER).add(["a"])
     assert len(Run.open(tmp_path / "run").open_vectors(ENCODER)) == 1
@@ -142,7 +142,7 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
         (lambda run: _touch(run.folder / "profiles.jsonl"), True),
     ],
 )
-def test_settings_of_a_run_may_change_until_something_depends_on_them(
+def test_settings_of_a_run_may_change_until_training_starts(
     run: Run, begin: Callable[[Run], object], is_bound: bool
 ) -> None:
     begin(run)
@@ -162,9 +162,7 @@ def _touch(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metric", "message"), [("rouge", "no metric 'rouge'"), ("mae", "needs finite numbers")])
-def test_a_metric_that_the_task_cannot_have_is_refused_before_training(
-    tmp_path: Path, metric: str, message: str
-) -> None:
+def test_invalid_metric_is_refused_before_training(tmp_path: Path, metric: str, message: str) -> None:
     task = replace(LAMP_TASKS["LaMP_4"], metrics=(metric,))
     with pytest.raises(ConfigError, match=message):
         Run.create(tmp_path / "run", config=load_config(overrides=["llm=toy"]), task=task)

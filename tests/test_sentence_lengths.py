@@ -6,7 +6,7 @@ import pytest
 from sentence_lengths import percentile_90, sentences, word_counts
 
 
-def test_sentences_end_at_marks_before_a_new_beginning() -> None:
+def test_sentences_end_at_punctuation_before_a_new_sentence() -> None:
     assert sentences("It costs 0.5 s, e.g. on a laptop. Then `a.b()` runs! Why? (Because.)") == [
         "It costs 0.5 s, e.g. on a laptop",
         "Then Code runs",
@@ -27,7 +27,7 @@ def test_each_list_item_is_a_paragraph() -> None:
 @pytest.mark.parametrize(
     "markdown", ["# A heading.", "| a | table. |", "```\nA line. Of code.\n```", "<!-- a. comment\n\nof lines. -->", ""]
 )
-def test_what_is_not_prose_has_no_sentences(markdown: str) -> None:
+def test_non_prose_has_no_sentences(markdown: str) -> None:
     assert sentences(markdown) == []
 
 
@@ -35,6 +35,6 @@ def test_links_count_as_their_words_and_code_as_one_word() -> None:
     assert word_counts("See [the long page](docs/page.md) on `personaplug train --data DIR`.") == [6]
 
 
-def test_percentile_is_the_length_of_a_sentence() -> None:
+def test_percentile_90_is_the_length_of_an_actual_sentence() -> None:
     assert percentile_90([1] * 9 + [40]) == 40
     assert percentile_90([1] * 10 + [40]) == 1

@@ -1,4 +1,4 @@
-"""The commands of the evaluation protocol: experiments, reports, other people's data sets."""
+"""The commands of the evaluation protocol: experiments, reports and published data sets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from personaplug.errors import ConfigError, MissingData
 
 @click.command()
 @click.argument("name")
-@click.option("--data", required=True, type=FILE, help="Folder that holds the sets' folders.")
-@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
-@click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
-@click.option("--experiments", type=FOLDER, help="Folder of YAML files to choose from.  [default: the package's own]")
-@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
+@click.option("--data", required=True, type=FILE, help="Folder with a folder for each data set.")
+@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Folder for the runs.")
+@click.option(
+    "--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True, help="Folder for the results."
+)
+@click.option("--experiments", type=FOLDER, help="Folder with experiment files.  [default: the package's own]")
+@click.option("--sets", default="", help="Only these data sets, comma-separated; run several processes to split them.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
 @methods_option("", "Only these rows, comma-separated.")
-@click.option("--config", "config_file", type=FILE, help="YAML of settings for every table of it.")
+@click.option("--config", "config_file", type=FILE, help="YAML file with settings for all tables.")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 def bench(
     name: str,
@@ -35,9 +37,10 @@ def bench(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Run an experiment, NAME or a YAML file: sets × rows × seeds. Finished trials are never run again.
+    """Run an experiment: data sets × rows × seeds. NAME is its name or a YAML file. Finished trials do not run again.
 
-    Results are written set by set, under --results; `personaplug report` makes tables and figures of them.
+    The command writes the results of each data set to --results. `personaplug report` turns them into tables and
+    figures.
     """
     from personaplug.evaluation.benchmark import Folders, run_benchmark
     from personaplug.evaluation.experiment import find_experiment, load_experiment
@@ -53,11 +56,11 @@ def bench(
         methods=_words(methods),
     )
     click.echo("".join(f"{path}\n" for path in outcome.written), nl=False)
-    for fate, reasons in (("not run", outcome.absent), ("left out", outcome.left_out), ("failed", outcome.failed)):
+    for status, reasons in (("not run", outcome.absent), ("left out", outcome.left_out), ("failed", outcome.failed)):
         for reason in reasons:
-            click.echo(f"{fate}: {reason}", err=True)
+            click.echo(f"{status}: {reason}", err=True)
     if outcome.absent and not outcome.written:
-        raise MissingData("Nothing of this experiment could be run here.")
+        raise MissingData("No part of this experiment could run; the lines above give the reasons.")
     if outcome.failed:
         raise click.exceptions.Exit(1)
 
@@ -68,11 +71,13 @@ def _words(text: str) -> list[str]:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for report.md, report.html and figures.")
 @click.option("--title", default="Results", show_default=True)
-@click.option("--figures/--no-figures", default=True, show_default=True, help="Figures need matplotlib.")
-@click.option("--into", type=FILE, help="Put the overview into this Markdown file too …")
-@click.option("--mark", default="results", show_default=True, help="… from <!-- begin MARK --> to <!-- end MARK -->.")
+@click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures; needs matplotlib.")
+@click.option("--into", type=FILE, help="Also write the overview into this Markdown file …")
+@click.option(
+    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
+)
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
     """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
     from personaplug.analysis.report import insert_between, overview_markdown, write_report
@@ -86,14 +91,14 @@ def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: 
 
 
 @click.command()
-@click.option("--gold", required=True, type=FILE, help="The right answers, in LaMP's format.")
-@click.option("--predictions", required=True, type=FILE, help="What to score, in the same format.")
-@click.option("--json", "json_file", type=FILE, help="Write the results object here too.")
+@click.option("--gold", required=True, type=FILE, help="File of reference answers, in LaMP's format.")
+@click.option("--predictions", required=True, type=FILE, help="File of predictions, in the same format.")
+@click.option("--json", "json_file", type=FILE, help="Also write the results to this file.")
 @with_settings("evaluation")
 def score(
     gold: Path, predictions: Path, json_file: Path | None, config_file: Path | None, settings: tuple[str, ...]
 ) -> None:
-    """Score anyone's predictions, in LaMP's output format, against the right answers."""
+    """Score a file of predictions, in LaMP's output format, against the reference answers."""
     from personaplug.analysis.results_file import write_results
     from personaplug.analysis.score_predictions import score_lamp
     from personaplug.analysis.terminal import terminal_text
@@ -106,13 +111,13 @@ def score(
 
 
 @click.command("split")
-@click.option("--data", required=True, type=FILE, help="Folder of a data set.")
-@click.option("--out", required=True, type=FOLDER, help="Folder for a data set made of its training split.")
-@click.option("--share", default=0.2, show_default=True, help="Share of the users for dev.")
-@click.option("--seed", default=0, show_default=True, help="Determines which users are drawn.")
+@click.option("--data", required=True, type=FILE, help="Folder of the data set to split.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the new data set.")
+@click.option("--share", default=0.2, show_default=True, help="Share of the users that go to dev.")
+@click.option("--seed", default=0, show_default=True, help="Seed that draws the users.")
 @skip_bad_option
 def split_command(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
-    """Split the training set by user into train and dev, to choose settings without the official dev set."""
+    """Split a train split by user into train and dev, to choose settings without the official dev split."""
     from personaplug.data import open_dataset
     from personaplug.data.splits import split_by_user
 
@@ -124,16 +129,19 @@ def split_command(data: Path, out: Path, share: float, seed: int, skip_bad: int)
 
 @click.group()
 def lamp() -> None:
-    """Official files of the LaMP benchmark."""
+    """Get the official files of the LaMP benchmark."""
 
 
 @lamp.command()
 @click.argument("name")
-@click.option("--out", required=True, type=FOLDER, help="Folder for the files; existing ones are only checked.")
-@click.option("--source", help="Another address, or a local folder.  [default: the benchmark's own site]")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the files; existing files are verified only.")
+@click.option("--source", help="URL or local folder to copy from.  [default: the benchmark's site]")
 @click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
 def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
-    """Download a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
+    """Download the official files of a task. NAME is lamp-1 … lamp-7 (not 6) or lamp-2-news.
+
+    Append :time for the split by time, as in lamp-1:time.
+    """
     from personaplug.data.lamp_download import BASE_URL, download_lamp
 
     address, folder = (source, None) if source is None or "://" in source else (None, Path(source))
@@ -145,13 +153,13 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 @click.argument("benchmark")
 @click.argument("source", type=FILE)
 @click.option("--split", default="dev", show_default=True)
-@click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the data set in LaMP's layout.")
 @skip_bad_option
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
-    """Convert a BENCHMARK's file or folder to LaMP's layout.
+    """Convert SOURCE, a file or folder of a published benchmark, to LaMP's layout.
 
-    BENCHMARK is lamp-qa, longlamp, personal-llm, peft-u, prefeval-explicit, prefeval-choice, prefeval-persona or a
-    plugin's.
+    BENCHMARK is lamp-qa, longlamp, personal-llm, peft-u, prefeval-explicit, prefeval-choice, prefeval-persona, or a
+    benchmark from a plugin.
     """
     from personaplug.data import write_lamp
     from personaplug.data.benchmarks import open_benchmark

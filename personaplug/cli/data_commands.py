@@ -1,4 +1,4 @@
-"""The commands that make data sets: from an app's data, and from a data set with few samples."""
+"""The commands that create data sets: `import` from an app's data, `synthesize` from a small data set."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--out", required=True, type=FOLDER, help="New folder for the data set, in LaMP's layout.")
+@click.option("--out", required=True, type=FOLDER, help="New folder for the data set in LaMP's layout.")
 @click.option(
     "--format",
     "format_",
-    help="What all records are: openai-chat, openai-preference, trl-preference, sharegpt, aloe or log.",
+    help="Format of the files: openai-chat, openai-preference, trl-preference, sharegpt, aloe or log.  [default: "
+    "detected]",
 )
-@click.option("--share", type=float, help="Share of the users for dev, of chats.  [default: 0.2]")
+@click.option("--share", type=float, help="Share of the users that go to dev, for conversations.  [default: 0.2]")
 @click.option(
     "--max-samples-per-user",
     type=int,
     metavar="N",
-    help="At most N train samples of a user.  [default: 32 of chats, 4 of a log]",
+    help="Maximum train samples per user.  [default: 32 for conversations, 4 for logs]",
 )
 @skip_bad_option
 @log_options(declares_task=True)
@@ -55,12 +56,13 @@ def import_command(
     skip_bad: int,
     **options: Any,
 ) -> None:
-    """Turn FILES of an app's log or of conversations into a data set with a train and a dev split.
+    """Convert FILES, logs of an app or conversations, to a data set with a train and a dev split.
 
-    A log has a row for each answer of a user: CSV, TSV, JSONL, JSON or Parquet, also .gz. What its columns are is found
-    and printed; options override it. Dev asks the last row of each user, train those before it.
+    A log (CSV, TSV, JSONL, JSON or Parquet, also .gz) has a row for each answer of a user. The command detects the
+    roles of the columns and prints them; options override them. The last row of each user goes to dev, earlier rows go
+    to train.
 
-    Conversations (JSONL, JSON, Parquet) name their user and should have a time. They are split by user.
+    Conversations (JSONL, JSON, Parquet) must name their user and should have a time. They are split by user.
     """
     from personaplug.data.logs.options import LogOptions
 
@@ -72,8 +74,8 @@ def import_command(
         return
     if share is not None or skip_bad:
         raise ConfigError(
-            "--share and --skip-bad are for conversations. A log is split by time within each user, and rows that "
-            "cannot be used are dropped and counted."
+            "--share and --skip-bad are for conversations; remove them for a log. A log is split by time within each "
+            "user, and its unusable rows are dropped and counted."
         )
     _import_log(files, out, chosen, samples_per_user=max_samples_per_user)
 
@@ -119,11 +121,11 @@ def _import_log(files: Sequence[Path], out: Path, options: LogOptions, *, sample
 
 @click.command()
 @data_option
-@click.option("--out", required=True, type=FOLDER, help="New folder for the data set, in LaMP's layout.")
-@click.option("--samples", default=100, show_default=True, metavar="N", help="Inputs that the model writes; 0 = none.")
-@click.option("--examples", default=4, show_default=True, metavar="N", help="Real examples in a request, 3 to 8.")
-@click.option("--real", type=int, metavar="N", help="Keep only N real train samples, whole users first.")
-@click.option("--seed", default=0, show_default=True, help="Draws real samples, histories, examples and words.")
+@click.option("--out", required=True, type=FOLDER, help="New folder for the data set in LaMP's layout.")
+@click.option("--samples", default=100, show_default=True, metavar="N", help="Inputs to generate; 0 = none.")
+@click.option("--examples", default=4, show_default=True, metavar="N", help="Real examples per prompt, 3 to 8.")
+@click.option("--real", type=int, metavar="N", help="Keep only N real train samples, and keep users whole if possible.")
+@click.option("--seed", default=0, show_default=True, help="Seed for real samples, histories, examples and words.")
 @task_option
 @skip_bad_option
 @with_settings("model")
@@ -139,9 +141,10 @@ def synthesize(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Let the frozen model write more train samples where there are few, and filter them. The other splits stay.
+    """Generate more train samples with the frozen model, and filter them. The other splits are copied unchanged.
 
-    The model writes inputs from real examples, then answers each as a real user, whose history the sample gets.
+    The model writes inputs from real examples. It then answers each input as a real user, and the sample gets this
+    user's history.
     """
     from personaplug.data import load_task, open_dataset
     from personaplug.data.lamp_writer import check_new, copy_with_train
@@ -165,8 +168,8 @@ def synthesize(
             click.echo(synthesizer.check_labels())
         if not written:
             raise MissingData(
-                f"The filters leave none of the {samples} samples, so nothing is written. Take a larger model, more "
+                f"The filters dropped all {samples} samples, so no data set was written. Use a larger model, more "
                 f"samples or more real data."
             )
     copy_with_train(data, out, [*train, *written], task=reader.task)
-    click.echo(f"{out}: train {len(train)} real samples and {len(written)} synthetic ones")
+    click.echo(f"{out}: train {len(train)} real samples and {len(written)} synthetic samples")

@@ -1,4 +1,4 @@
-"""The options that say what the columns of a log are, for `import` and `load`."""
+"""The options of `import` and `load` that describe the columns of a log."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COLUMNS = (
-    click.option("--user", metavar="COLUMN", help="Whose row it is."),
-    click.option("--question", "questions", metavar="COLUMN", multiple=True, help="What was asked; may be repeated."),
-    click.option("--answer", metavar="COLUMN", help="The user's answer, rating or text."),
-    click.option("--date", metavar="COLUMN", help="When it was."),
-    click.option("--id", metavar="COLUMN", help="A name of the row that no other row has."),
+    click.option("--user", metavar="COLUMN", help="Column with the user of the row."),
+    click.option(
+        "--question", "questions", metavar="COLUMN", multiple=True, help="Column with the question; may be repeated."
+    ),
+    click.option("--answer", metavar="COLUMN", help="Column with the user's answer, rating or text."),
+    click.option("--date", metavar="COLUMN", help="Column with the date of the row."),
+    click.option("--id", metavar="COLUMN", help="Column with a unique name of the row."),
     click.option(
         "--date-format", "date_formats", multiple=True, help="Format of the dates, such as %d/%m/%Y; may be repeated."
     ),
-    click.option("--no-date", is_flag=True, help="The rows are in order of time; leave their dates out."),
-    click.option("--encoding", help="Encoding of a file like CSV, such as windows-1251."),
-    click.option("--delimiter", help="Delimiter of a file like CSV; tab for a tab."),
+    click.option("--no-date", is_flag=True, help="Ignore dates; the rows are in order of time."),
+    click.option("--encoding", help="Encoding of CSV and TSV files, such as windows-1251."),
+    click.option("--delimiter", help="Delimiter of CSV and TSV files; `tab` for a tab."),
 )
 _TASK = (
-    click.option("--kind", type=click.Choice(["label", "rating", "text", "chat"]), help="What the answers are."),
-    click.option("--label", "labels", metavar="TEXT", multiple=True, help="One of the possible answers; repeated."),
-    click.option("--prompt", help='Wording of the prompt: "… {question column}".'),
-    click.option("--name", help="Name of the task.  [default: the file's]"),
+    click.option("--kind", type=click.Choice(["label", "rating", "text", "chat"]), help="Kind of the answers."),
+    click.option("--label", "labels", metavar="TEXT", multiple=True, help="A possible answer; repeat for each answer."),
+    click.option("--prompt", help='Template of the prompt: "… {question column}".'),
+    click.option("--name", help="Name of the task.  [default: the name of the file]"),
 )
 
 
 def log_options(*, declares_task: bool) -> Callable[[Command], Command]:
-    """Give a command the options of LogOptions, with those that declare a task or without."""
+    """Add the fields of LogOptions as options to a command.
+
+    Args:
+        declares_task: also add the options that declare a task.
+    """
 
     def decorate(command: Command) -> Command:
         for option in reversed((*_COLUMNS, *(_TASK if declares_task else ()))):
@@ -48,7 +54,7 @@ def log_options(*, declares_task: bool) -> Callable[[Command], Command]:
 
 
 def are_conversations(files: Sequence[Path], options: LogOptions, *, format: str | None) -> bool:
-    """Tell conversations from a log; refuse a mixture, and options of a log for conversations."""
+    """Return whether the files hold conversations; refuse a mixture, and log options for conversations."""
     from personaplug.data.conversations import holds_conversations
     from personaplug.data.logs.options import LogOptions
 
@@ -57,8 +63,10 @@ def are_conversations(files: Sequence[Path], options: LogOptions, *, format: str
     kinds = {True} if format else {holds_conversations(path) for path in files}
     if len(kinds) > 1:
         raise ConfigError(
-            "Some files hold conversations, others rows of a log. Import each kind into a folder of its own."
+            "Some files hold conversations, others rows of a log. Import conversations and logs into separate folders."
         )
     if kinds == {True} and options != LogOptions():
-        raise ConfigError("Options about columns, encoding and task are for logs; these files hold conversations.")
+        raise ConfigError(
+            "The files hold conversations, but options for columns, encoding and task apply only to logs. Remove them."
+        )
     return kinds == {True}

@@ -1,4 +1,4 @@
-"""The command line: the group of all commands, its errors, and how it behaves among several processes."""
+"""The command group: error handling, logging and multi-process runs."""
 
 from __future__ import annotations
 
@@ -51,79 +51,81 @@ from personaplug.infra.distributed import (
     world_size,
 )
 
-_AFTER_STOP = {
-    "train": "; the same command goes on from the last checkpoint",
-    "quickstart": "; the same command goes on where it stopped",
-    "bench": "; the same command goes on with the trials that are missing",
-    "encode": "; the same command goes on with the texts that are missing",
-    "evaluate": "; the same command goes on with the rows that are missing",
-    "predict": "; the same command goes on with the rows that are missing",
-    "load": "; the same command goes on with the items that are missing",
-    "refill-store": "; the same command goes on with the users that are missing",
+_RESUME_POINTS = {
+    "train": "the last checkpoint",
+    "quickstart": "this point",
+    "bench": "the first unfinished trial",
+    "encode": "the first text without a vector",
+    "evaluate": "the first unfinished row",
+    "predict": "the first unfinished row",
+    "load": "the first item that is not stored",
+    "refill-store": "the first user that is not copied",
 }
-"""What the same command does after Ctrl-C, for commands that keep what they have done."""
+"""Where a command resumes when the user repeats it after Ctrl-C."""
 
 
 class _Group(click.Group):
-    """Prints the errors of this package without a traceback; a caller's mistake exits with 2, the rest with 1."""
+    """Prints the package's errors without a traceback. The exit code is 2 for a user error, else 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except PersonaPlugError as error:
-            _tell(error, f"error: {error}")
+            _print_error(error, f"error: {error}")
             sys.exit(2 if isinstance(error, UserError) else 1)
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # the reader of our output has gone, which click ends quietly
-            _tell(error, f"error: the system refused a file or device: {error}")
+                raise  # the output pipe is closed; click exits without a message
+            _print_error(error, f"error: the operating system refused access to a file or device: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
             if is_main():
-                click.echo(f"\nstopped{_AFTER_STOP.get(ctx.invoked_subcommand or '', '')}", err=True)
+                point = _RESUME_POINTS.get(ctx.invoked_subcommand or "")
+                advice = f"; run the same command again to resume from {point}" if point else ""
+                click.echo(f"\nstopped{advice}", err=True)
             sys.exit(130)
 
 
-def _tell(error: Exception, sentence: str) -> None:
+def _print_error(error: Exception, message: str) -> None:
     if not is_reporter(error):
-        # The launcher ends all others as soon as one has ended. The main process must not be ended before it has told
-        # this; whoever is still here after a while is the only one that knows.
+        # The launcher kills all processes when one exits. The main process needs time to print this error. If this
+        # process is alive after the wait, no other process has printed the error.
         time.sleep(10)
-    click.echo(sentence, err=True)
+    click.echo(message, err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="personaplug", message="personaplug %(version)s")
-@click.option("--quiet", is_flag=True, help="Say nothing but results and errors.")
+@click.option("--quiet", is_flag=True, help="Print only results and errors.")
 def main(quiet: bool) -> None:
-    """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""
+    """Personalize a frozen language model: train a plug that maps a user's history to a few soft tokens."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
-    # Set here and not on import: a library leaves the environment of its caller alone.
+    # Set here, not on import: a library must not change its caller's environment.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Read when torch loads: threads that wait for each other spin for some microseconds only, then sleep. Spinning on
-    # keeps them from other work; going to sleep at once doubles a step of the many small products behind a prompt.
+    # torch reads this when it loads. Waiting threads spin for some microseconds, then sleep. Longer spinning blocks
+    # other work. Without spinning, the many small matrix products of a step take twice the time.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    _settle_among_processes(click.get_current_context().invoked_subcommand)
+    _set_up_processes(click.get_current_context().invoked_subcommand)
 
 
-def _settle_among_processes(command: str | None) -> None:
-    """Refuse several processes to commands that cannot share their work out; let but one of them speak."""
+def _set_up_processes(command: str | None) -> None:
+    """Refuse several processes for commands other than `train`; silence all processes but the main one."""
     if world_size() > 1 and command != "train":
         raise ConfigError(
-            f"`personaplug {command}` runs in one process; a launcher has started {world_size()}. Only `train` can "
-            f"share its work out: run this without the launcher."
+            f"`personaplug {command}` runs in one process, but a launcher started {world_size()}. Only `train` can "
+            f"use several processes: run this command without the launcher."
         )
     if is_single_cpu_launch():
         click.echo(
-            "warning: `accelerate launch --cpu` starts one process, whatever --num_processes says, and leaves more of "
-            "them to MPI. For N on this machine: accelerate launch --multi_gpu --num_processes N",
+            "warning: `accelerate launch --cpu` ignores --num_processes and starts one process, unless MPI starts "
+            "more. For N processes on this machine: accelerate launch --multi_gpu --num_processes N",
             err=True,
         )
     if not is_main():
         logging.disable()
-        # The hub's client may be loaded already, too late for its environment variable.
+        # The hub's client reads its environment variable on import, and may be imported already.
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         warnings.simplefilter("ignore")

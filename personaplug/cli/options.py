@@ -1,4 +1,4 @@
-"""What several commands share: options, settings and what they say of themselves."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 FILE, FOLDER = click.Path(path_type=Path), click.Path(file_okay=False, path_type=Path)
 FEW_USERS = 100
-"""A plug for fewer users is trained with a warning."""
+"""Training with fewer users prints a warning."""
 
-_SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
+_SETTINGS_HELP = "Give settings as key=value words (learning_rate=3e-4) or in a YAML file. The words override the file."
 
 
 def with_settings(*sections: str) -> Callable[[Command], Command]:
-    """Give a command --config and key=value words, and teach their meaning in its help."""
+    """Add --config and key=value words to a command, and describe the settings in its help."""
 
     def decorate(command: Command) -> Command:
         command.__doc__ = "\n\n".join([cleandoc(command.__doc__ or ""), _SETTINGS_HELP, "\b\n" + describe(sections)])
-        command = click.option("--config", "config_file", type=FILE, help="YAML file of settings.")(command)
+        command = click.option("--config", "config_file", type=FILE, help="YAML file with settings.")(command)
         return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
 
     return decorate
@@ -46,26 +46,28 @@ data_option = click.option(
     "--data",
     required=True,
     type=FILE,
-    help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's.",
+    help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and with task.json if the task is not from LaMP.",
 )
-task_option = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
+task_option = click.option("--task", help="Task, if the folder does not declare it: LaMP_1 … LaMP_7.")
 skip_bad_option = click.option(
     "--skip-bad",
     default=0,
     show_default=True,
     metavar="N",
-    help="Pass over at most N broken records; prints the number.",
+    help="Skip at most N broken records, and print their number.",
 )
-run_option = click.option("--run", "run_folder", required=True, type=FILE, help="A run made by `train`.")
-seed_option = click.option("--seed", type=int, help="Which of the run's training seeds.  [default: the first]")
-secret_option = click.option("--secret", type=FILE, help="File of the store's secret.  [default: beside SQLite's file]")
+run_option = click.option("--run", "run_folder", required=True, type=FILE, help="Folder of a run from `train`.")
+seed_option = click.option("--seed", type=int, help="Training seed of the run.  [default: the run's first seed]")
+secret_option = click.option(
+    "--secret", type=FILE, help="File with the store's secret.  [default: next to the SQLite file]"
+)
 vectors_option = click.option(
-    "--vectors", type=FILE, help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]"
+    "--vectors", type=FILE, help="Folder for the item vectors; several runs can share it.  [default: RUN/vectors]"
 )
 
 
 def methods_option(default: str | None, help: str) -> Callable[[Command], Command]:
-    """Give a command the option that names rows of a table."""
+    """Add --methods, the rows of the results table, to a command."""
     return click.option("--methods", default=default, show_default=bool(default), help=help)
 
 
@@ -76,12 +78,12 @@ def device_of(config: Config) -> str:
 
 
 def show(config: Config, *sections: str) -> None:
-    """Log the settings of some sections that differ from the defaults, in a line."""
+    """Log the settings that differ from the defaults, in one line."""
     logger.info("settings: %s", changed_settings(config, *sections))
 
 
 def check_same_task(data: Path, task: Task) -> None:
-    """Refuse a folder whose answers are of another kind than a task's; warn if only the name is another."""
+    """Refuse a folder if its answers differ in kind or labels from the task; warn if only the names differ."""
     from personaplug.data import load_task
 
     try:
@@ -90,15 +92,18 @@ def check_same_task(data: Path, task: Task) -> None:
         return  # the folder declares no task
     if (declared.kind, declared.labels) != (task.kind, task.labels):
         raise ConfigError(
-            f"{data} holds {declared.name}, whose answers are of another kind than those of {task.name}, which the run "
-            f"was trained on. Give data of {task.name}, or train a run on {declared.name}."
+            f"{data} contains {declared.name}, but the run was trained on {task.name}, which has other answers. Give "
+            f"data of {task.name}, or train a run on {declared.name}."
         )
     if declared.name != task.name:
-        click.echo(f"{data} holds {declared.name}; it is read as {task.name}, which the run was trained on", err=True)
+        click.echo(
+            f"{data} contains {declared.name}; reading it as {task.name}, because the run was trained on that task",
+            err=True,
+        )
 
 
 def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> Reader | None:
-    """Return the training split if some rows are fitted on it when the table is filled."""
+    """Return the training split if a row must be fitted on it, else None."""
     from personaplug.data import open_dataset
 
     if not any(row.needs_train_split for row in rows):
@@ -107,9 +112,9 @@ def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> 
 
 
 def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
-    """Return the rows of a table if none are named.
+    """Return the default rows of the task.
 
-    Rows that are fitted on the training split are among them only if the folder holds that of the run.
+    Rows that are fitted on the training split are included only if the folder has the training split of the run.
     """
     from personaplug.data.splits import drawn
     from personaplug.methods import default_rows
@@ -123,8 +128,8 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
         users = {sample.user_id for sample in drawn(train, limit=run.config.training.train_limit, seed=0)} - {None}
     if users is not None and run.users_trained_on(users) == len(users):
         return rows
-    reason = "has no train split" if users is None else "has another train split than the run was trained on"
-    click.echo(f"{data} {reason}, so the rows that are fitted on it are left out", err=True)
+    reason = "has no train split" if users is None else "does not have the train split that the run was trained on"
+    click.echo(f"{data} {reason}; leaving out the rows that must be fitted on it", err=True)
     return default_rows(run.task, has_train_split=False)
 
 
@@ -136,11 +141,11 @@ def tell_read(reader: Any, split: str) -> None:
 
 
 def warn_of_few_users(count: int) -> None:
-    """Warn if a training has so few users that a plug can hardly learn how they differ; 0 = files name no users."""
+    """Warn if there are too few users to learn how users differ; a count of 0 means that the files name no users."""
     if 0 < count < FEW_USERS:
         click.echo(
-            f"warning: {count} users are few. A plug learns from the differences between users, and those of fewer "
-            f"than {FEW_USERS} may not hold for the next user. `personaplug evaluate` shows whether the row plug is "
-            f"better than wrong-user; if it is not, collect more users.",
+            f"warning: the data has only {count} users. A plug learns how users differ; with fewer than {FEW_USERS} "
+            f"users it may not generalize to new ones. Run `personaplug evaluate` and compare the rows plug and "
+            f"wrong-user. If plug is not better, collect data of more users.",
             err=True,
         )

@@ -1,6 +1,6 @@
-"""The quickstart: simulated users, real models, the whole way from data to a table of controls.
+"""The quickstart: simulate users, train a plug with real models, and compare it with its controls.
 
-Since the simulation knows every user's taste or manners, the table can show the best score that anyone could reach.
+The simulation knows every user's taste or manners, so the table can include the best possible score.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ _CHAT_USERS, _CHAT_PROMPTS = 3, 2
 
 @dataclass(frozen=True)
 class Demo:
-    """What a quickstart shows.
+    """The data and settings of a quickstart.
 
     Attributes:
-        users: who is simulated.
-        settings: key=value words, so that it takes some minutes on two cores.
-        known: what the oracle of the simulation knows.
-        shown: the title of what `show` prints.
-        show: compares users, given the run, its models and the test samples.
+        users: settings of the simulation.
+        settings: key=value words that reduce the time to some minutes on two cores.
+        oracle_knows: user trait that the oracle of the simulation knows.
+        comparison_title: title of the text from `compare`.
+        compare: compares users side by side, from the run, its models and the test samples.
     """
 
     users: SimulationConfig
     settings: tuple[str, ...]
-    known: str
-    shown: str
-    show: Callable[[Run, Models, Sequence[Sample]], str]
+    oracle_knows: str
+    comparison_title: str
+    compare: Callable[[Run, Models, Sequence[Sample]], str]
 
 
 def run_quickstart(
     out: Path, *, demo: Demo | None = None, config_file: Path | None = None, settings: Sequence[str] = ()
 ) -> Results:
-    """Simulate, train, evaluate, print; returns the results. Repeated, it goes on where it stopped.
+    """Simulate, train, evaluate and print; return the results. A repeated call resumes an interrupted one.
 
     Args:
-        out: gets `data/`, `run/` and `results.json`.
-        demo: RATINGS by default, or CHATS.
-        settings: key=value words on top of the demo's own.
+        out: folder for `data/`, `run/` and `results.json`.
+        demo: RATINGS (default) or CHATS.
+        settings: key=value words that override the settings of the demo.
     """
     demo = demo or RATINGS
     base = load_config(overrides=(*PACKAGED_MODELS, *demo.settings))
@@ -69,15 +69,13 @@ def run_quickstart(
     logger.info("settings: %s", changed_settings(config))
     data, users = out / "data", demo.users
     models = open_models(config)  # before anything is written
-    click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
+    click.echo(f"1. simulate {users.users} users for training and {users.dev_users} others for evaluation, in {data}")
     write_simulation(users, data)
     run = Run.create(out / "run", config=config, task=load_task(data))
-    click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
+    click.echo(f"2. train a plug for {config.model.llm}, and its control without history")
     train_split = open_dataset(data, "train", task=run.task)
     train(run, train_split, models=models)
-    click.echo(
-        f"3. the plug, its controls, rivals that cost nothing, and what someone who knew {demo.known} would score"
-    )
+    click.echo(f"3. evaluate the plug, its controls, simple baselines, and an oracle that knows {demo.oracle_knows}")
     reader = open_dataset(data, "dev", task=run.task)
     results = evaluate(
         run,
@@ -91,18 +89,18 @@ def run_quickstart(
     )
     write_results(out / "results.json", results)
     click.echo("\n" + terminal_text(results))
-    click.echo(f"4. {demo.shown}\n")
-    click.echo(demo.show(run, models, list(reader)))
+    click.echo(f"4. {demo.comparison_title}\n")
+    click.echo(demo.compare(run, models, list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
     return results
 
 
 def _films_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
-    """Rate films as the user who prefers musicals most, as the one who prefers westerns most, and as nobody."""
+    """Rate films for the biggest fan of musicals, for the biggest fan of westerns, and with the plain model."""
     by_taste = sorted(samples, key=_preference)
     users = (by_taste[-1], by_taste[0])
-    tastes = [", ".join(f"{genre}s {_mean_given(user, genre):.1f}" for genre in _GENRES) for user in users]
-    lines = [" | ".join([f"{'film, and the mean of the scores that a user gave':<86}", *tastes, "plain"])]
+    tastes = [", ".join(f"{genre}s {_mean_score(user, genre):.1f}" for genre in _GENRES) for user in users]
+    lines = [" | ".join([f"{'film, and the mean score of each user per genre':<86}", *tastes, "plain"])]
     films = [film for genre in _GENRES for film in [s for s in samples if genre in s.query][: _SIDE_BY_SIDE // 2]]
     for sample in films or samples[:_SIDE_BY_SIDE]:
         answers = [
@@ -114,24 +112,24 @@ def _films_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> 
 
 
 def _preference(sample: Sample) -> float:
-    """By how much a user's scores of the first genre are above those of the second."""
-    first, second = (_mean_given(sample, genre) for genre in _GENRES)
+    """Return the user's mean score of the first genre minus the mean score of the second genre."""
+    first, second = (_mean_score(sample, genre) for genre in _GENRES)
     return first - second
 
 
-def _mean_given(sample: Sample, genre: str) -> float:
-    """The mean score that a user gave to films of a genre; to all films if the user saw none of it."""
-    scores = [(int(item.answer), genre in item.text) for item in sample.history if item.answer]
-    given = [score for score, is_of_genre in scores if is_of_genre] or [score for score, _ in scores]
-    return sum(given) / len(given) if given else _MIDDLE_SCORE
+def _mean_score(sample: Sample, genre: str) -> float:
+    """Return the user's mean score of the films of a genre, or of all films if none is of this genre."""
+    rated = [(int(item.answer), genre in item.text) for item in sample.history if item.answer]
+    scores = [score for score, is_of_genre in rated if is_of_genre] or [score for score, _ in rated]
+    return sum(scores) / len(scores) if scores else _MIDDLE_SCORE
 
 
 def _chats_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
-    """Two prompts, each answered for three users with different manners, and by the plain model."""
-    users = _unlike(samples)
-    lines = [f"{sample.user_id} has kept answers such as:\n    {_indented(_last_kept(sample))}" for sample in users]
-    asked = [sample for sample in samples if sample.user_id not in {user.user_id for user in users}]
-    for sample in (asked or list(samples))[:_CHAT_PROMPTS]:
+    """Answer two prompts for three users with different manners, and with the plain model."""
+    users = _dissimilar_users(samples)
+    lines = [f"{user.user_id} accepted answers such as:\n    {_indented(_last_answer(user))}" for user in users]
+    other_users = [sample for sample in samples if sample.user_id not in {user.user_id for user in users}]
+    for sample in (other_users or list(samples))[:_CHAT_PROMPTS]:
         lines.append(f"\n> {sample.prompt}")
         lines.append(f"plain\n    {_indented(generate(run, sample.prompt, models=models, plain=True))}")
         for user in users:
@@ -140,19 +138,19 @@ def _chats_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> 
     return "\n".join(lines)
 
 
-def _unlike(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples of three users whose manners differ most from each other, one after the other."""
+def _dissimilar_users(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples of three users with different manners; each next user is the least similar to those before."""
     chosen = [samples[0]]
     while len(chosen) < min(_CHAT_USERS, len({sample.user_id for sample in samples})):
-        chosen.append(min(samples, key=lambda sample: _likeness(sample, chosen)))
+        chosen.append(min(samples, key=lambda sample: _similarity(sample, chosen)))
     return chosen
 
 
-def _likeness(sample: Sample, others: Sequence[Sample]) -> float:
-    return max(share_met(_last_kept(sample), _last_kept(other)) for other in others)
+def _similarity(sample: Sample, others: Sequence[Sample]) -> float:
+    return max(share_met(_last_answer(sample), _last_answer(other)) for other in others)
 
 
-def _last_kept(sample: Sample) -> str:
+def _last_answer(sample: Sample) -> str:
     return next((item.answer for item in reversed(sample.history) if item.answer), "")
 
 
@@ -163,9 +161,9 @@ def _indented(text: str) -> str:
 RATINGS = Demo(
     SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2, generosity_sd=0.5, taste_sd=1.2),
     ("epochs=2", "validation_limit=64"),
-    known="every taste",
-    shown="the same films for a lover of musicals and a lover of westerns, which no mean tells apart",
-    show=_films_side_by_side,
+    oracle_knows="every user's taste",
+    comparison_title="rate the same films for a fan of musicals and a fan of westerns",
+    compare=_films_side_by_side,
 )
 CHATS = Demo(
     SimulationConfig(
@@ -177,7 +175,7 @@ CHATS = Demo(
         max_items=16,
     ),
     ("epochs=2", "batch_size=8", "validation_limit=24", "num_beams=1", "evaluation_batch_size=12"),
-    known="everybody's manners",
-    shown="the same questions from three users, answered by the plain model and with their personas",
-    show=_chats_side_by_side,
+    oracle_knows="every user's manners",
+    comparison_title="answer the same questions with the plain model and for three users",
+    compare=_chats_side_by_side,
 )

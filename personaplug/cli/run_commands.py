@@ -1,6 +1,6 @@
-"""The commands from data to a table, from `quickstart` to `estimate`; and the settings as a JSON schema.
+"""Commands that encode, train, evaluate and generate; also `quickstart`, `simulate`, `estimate` and `schema`.
 
-A command parses, calls one function and prints. It imports what it needs when it runs, so that `--help` is fast.
+A command parses its arguments, calls one function and prints. It imports modules when it runs, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ if TYPE_CHECKING:
 def _open_run(
     folder: Path, data: Path, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()
 ) -> tuple[Run, Config]:
-    """Return a run, and its config with the command's settings; what its plug depends on must be unchanged.
+    """Return a run, and its config with the command's settings.
 
-    Of several tasks that share a plug, it is the run of the data's task.
+    If several tasks share the plug, the result is the run of the data's task. Settings that the plug depends on must
+    not change.
     """
     from personaplug.data import load_task
     from personaplug.run import Run
@@ -60,7 +61,7 @@ def _open_run(
 
 
 def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
-    """Return a run's config with a command's settings."""
+    """Return a run's config, overridden by `base` and then by the command's settings."""
     config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
     run.check_unchanged(config)
     return config
@@ -69,10 +70,10 @@ def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, b
 def _open_splits(
     run: Run, data: Path, split: str, *, rows: Sequence[Method] | None, skip_bad: int
 ) -> tuple[Run, Reader, Sequence[Method], Reader | None]:
-    """Return the run as it is asked, the reader of a split, the rows, and the training split if a row is fitted on it.
+    """Return the run, the reader of the split, the rows, and the training split if a row must be fitted on it.
 
     Args:
-        rows: None = the default of the task.
+        rows: None = the default rows of the task.
     """
     from personaplug.data import load_task, open_dataset
 
@@ -90,14 +91,14 @@ def _open_splits(
 @click.option(
     "--out",
     type=FOLDER,
-    help="Where data, run and results go.  [default: runs/quickstart, with --chat runs/quickstart-chat]",
+    help="Folder for data, run and results.  [default: runs/quickstart, with --chat runs/quickstart-chat]",
 )
-@click.option("--chat", is_flag=True, help="Conversations in users' manners instead of ratings of films.")
+@click.option("--chat", is_flag=True, help="Simulate conversations in users' manners instead of ratings of films.")
 @with_settings("model", "plug", "training", "evaluation")
 def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
-    """Simulated users, real models: train, compare with the controls, show users side by side. About 10 minutes.
+    """Simulate users, train a plug, compare it with the controls, and show users side by side. Takes about 10 minutes.
 
-    It starts from a few values of its own, to be done in that time; the settings it uses are printed first.
+    The models are real. Some default settings are smaller here, to save time; the command prints its settings first.
     """
     from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 
@@ -106,16 +107,18 @@ def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings:
 
 
 @click.command()
-@click.option("--out", required=True, type=FOLDER, help="Folder for the data set.")
+@click.option("--out", required=True, type=FOLDER, help="Folder to write the data set to.")
 @click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
-@click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
+@click.option(
+    "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
+)
 @click.option("--seed", default=0, show_default=True)
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
-    """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
+    """Write a data set of simulated users, and the best score that is possible if their tastes are known.
 
     rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
-    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner, and
-    OUT-closed asks them questions with known answers.
+    user's manners. Kind manners writes more folders: in OUT-instructed-length, -layout, -emoji and -casing, prompts
+    tell dev users to break with a manner; OUT-closed asks questions with known answers.
     """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 
@@ -126,8 +129,15 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
 
 @click.command()
 @data_option
-@click.option("--vectors", required=True, type=FILE, help="Folder of the item vectors.")
-@click.option("--split", "splits", multiple=True, default=("train", "dev"), show_default=True, help="May be repeated.")
+@click.option("--vectors", required=True, type=FILE, help="Folder for the item vectors.")
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    default=("train", "dev"),
+    show_default=True,
+    help="Split to encode; may be repeated.",
+)
 @task_option
 @skip_bad_option
 @with_settings("model", "plug")
@@ -140,7 +150,7 @@ def encode(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
+    """Encode the items of all histories ahead of time. `train` and `evaluate` otherwise encode missing items."""
     from personaplug.config_resolution import resolved
     from personaplug.data import load_task, open_dataset
     from personaplug.encoders import open_encoder
@@ -170,22 +180,22 @@ def encode(
     required=True,
     multiple=True,
     type=FILE,
-    help="Folder with train_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's. Several, of "
-    "different tasks, share a plug.",
+    help="Folder with train_{questions,outputs}.json[.gz], and with task.json if the task is not from LaMP. Repeat the "
+    "option to train one plug on several tasks.",
 )
 @click.option(
     "--weight",
     "weights",
     multiple=True,
     type=float,
-    help="One for each --data: how often an epoch shows its samples, on average.  [default: 1]",
+    help="Average number of times that an epoch repeats the samples; give one for each --data.  [default: 1]",
 )
-@click.option("--out", required=True, type=FOLDER, help="The run's folder; an unfinished run goes on.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the run; an unfinished run is resumed.")
 @vectors_option
 @task_option
 @skip_bad_option
 @methods_option(
-    None, "Train what these rows of a table need, such as plug+bm25:1,lora.  [default: the plug and instruction-only]"
+    None, "Train the parts for these rows, such as plug+bm25:1,lora.  [default: the plug and instruction-only]"
 )
 @with_settings("model", "plug", "training", "retrieval", "adapter")
 def train(
@@ -199,12 +209,12 @@ def train(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Train a plug, and the control that has no history, on DATA's train split; or whatever rows of a table need.
+    """Train a plug and its control without history on the train split of DATA, or the parts that --methods need.
 
-    Several --data, each of a task of its own, train one encoder of users and an instruction for each task. OUT then
-    holds a run for each task.
+    Several --data, one per task, train one shared user encoder and an instruction for each task. OUT then holds a run
+    for each task.
 
-    Under `accelerate launch --multi_gpu --num_processes N -m personaplug train …` N processes share each batch out.
+    `accelerate launch --multi_gpu --num_processes N -m personaplug train …` splits each batch across N processes.
     """
     from personaplug.data import load_task, open_dataset
     from personaplug.methods import needed_parts, parse_methods
@@ -214,8 +224,8 @@ def train(
     if len(folders) > 1:
         if task or methods is not None:
             raise ConfigError(
-                "--task and --methods are for one --data. Name each task in the task.json of its folder, and train "
-                "what rows need afterwards, in the run of a task."
+                "--task and --methods need exactly one --data. Declare each task in the task.json of its folder. To "
+                "train parts for other rows, run `train` with --methods afterwards, on the run of a task."
             )
         train_together(
             folders,
@@ -227,7 +237,7 @@ def train(
         )
         return
     if weights:
-        raise ConfigError("--weight tells how often each of several tasks is shown; there is one --data.")
+        raise ConfigError("--weight balances several tasks, but there is only one --data. Remove --weight.")
     data, config = folders[0], dated(load_config(config_file, overrides=settings), out)
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if methods else ()))
     parts = None if methods is None else needed_parts(parse_methods(methods))
@@ -238,7 +248,7 @@ def train(
     with synchronized():
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
         models = open_models(config)
-    run.start()  # only now that data and models are found: a failed start leaves nothing
+    run.start()  # after data and models are open, so that a failed start leaves no files
     trained = train_run(run, reader, models=models, parts=parts)
     disconnect()
     if not is_main():
@@ -247,9 +257,9 @@ def train(
     tell_read(reader, "train")
     warn_of_few_users(reader.report.users)
     if config.training.train_limit:
-        click.echo(f"of these samples {config.training.train_limit} were drawn (train_limit)", err=True)
+        click.echo(f"{config.training.train_limit} of these samples were drawn (train_limit)", err=True)
     if parts == []:
-        click.echo("these rows need no training", err=True)
+        click.echo("the rows in --methods need no training", err=True)
 
 
 @click.command()
@@ -257,10 +267,10 @@ def train(
 @data_option
 @click.option("--split", default="dev", show_default=True)
 @methods_option(
-    None, "Rows of the table.  [default: the plug, its controls and the rivals without a model that fit the task]"
+    None, "Rows, comma-separated.  [default: the plug, its controls and the task's baselines without a model]"
 )
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results object here too."
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results to this file."
 )
 @skip_bad_option
 @with_settings("evaluation")
@@ -274,15 +284,15 @@ def evaluate(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Score the rows of a results table on one split, compare them, print a verdict and the table.
+    """Score table rows (methods) on one split, compare them, and print a verdict and the table.
 
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
-    profile, profile+bm25:4; lora, lora-per-user; every personal row has its control, such as
-    bm25:4@wrong-user. Where labels are scored: instruction+labels. Where answers are written: plug+phrases,
-    instruction+phrases, any of them with +phrases.
+    profile, profile+bm25:4; lora, lora-per-user. Every personal row has a control, such as bm25:4@wrong-user.
+    Only if labels are scored: instruction+labels. Only if answers are generated: plug+phrases, instruction+phrases,
+    any other row with +phrases.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
-    user-words:8, copy, copy:10; they are fitted on the train split here.
+    user-words:8, copy, copy:10. The command fits these rows on the train split.
     """
     from personaplug.analysis.results_file import write_results
     from personaplug.analysis.terminal import terminal_text
@@ -319,9 +329,9 @@ def evaluate(
             previous.replace(target)
         raise
     if had_results:
-        click.echo(f"what was in {target} is now {previous}", err=True)
+        click.echo(f"moved the previous results to {previous}", err=True)
     click.echo(terminal_text(results))
-    click.echo(f"\nwritten to {target}; `personaplug report {target} --out DIR` makes the wide tables")
+    click.echo(f"\nwritten to {target}; `personaplug report {target} --out DIR` writes the full tables")
 
 
 @click.command()
@@ -340,18 +350,18 @@ def predict(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Answer a split whose right answers are hidden, in LaMP's output format, to be scored elsewhere."""
+    """Write predictions for a split without reference answers, in LaMP's output format."""
     from personaplug.evaluation.evaluator import predict as predict_run
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
     asked = parse_methods(methods)
-    # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
+    # Predict all samples unless this command sets a limit: scoring a file needs all predictions.
     run, config = _open_run(run_folder, data, config_file, settings, base=("limit=0",))
     run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
-        click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)
+        click.echo(f"predicting only {config.evaluation.limit} samples (limit={config.evaluation.limit})", err=True)
     paths = predict_run(run, reader, split=split, methods=rows, config=config.evaluation, models=models, train=train)
     for path in paths:
         click.echo(str(path))
@@ -359,16 +369,16 @@ def predict(
 
 @click.command()
 @run_option
-@click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
+@click.option("--prompt", required=True, help="Prompt in the wording of the run's task.")
 @click.option(
     "--history",
     type=FILE,
-    help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.",
+    help="File of the user's items: a JSON object per line, with the fields of the run's task.  [default: a new user]",
 )
 @seed_option
-@click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
-@click.option("--phrases", is_flag=True, help="Mix the phrases of the user's own answers into what the model writes.")
-@click.option("--probabilities", is_flag=True, help="Print how probable each label is, as JSON, instead of the answer.")
+@click.option("--plain", is_flag=True, help="Answer without the plug, for comparison.")
+@click.option("--phrases", is_flag=True, help="Mix phrases from the user's own answers into the generated text.")
+@click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
 @with_settings("evaluation")
 def generate(
     run_folder: Path,
@@ -381,14 +391,16 @@ def generate(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Answer one prompt as a user with that history would like it answered."""
+    """Answer one prompt for a user with the given history."""
     from personaplug import inference
     from personaplug.shared_run import open_runs
 
     run = inference.run_for(prompt, open_runs(run_folder))
     config = _config_of(run, config_file, settings)
     if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(f"--probabilities needs labels that are scored; answers of {run.task.name} are written.")
+        raise ConfigError(
+            f"--probabilities needs labels that are scored, but answers of {run.task.name} are generated."
+        )
     response = inference.generate(
         run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )
@@ -400,7 +412,7 @@ def generate(
 
 @click.command()
 def schema() -> None:
-    """Print the JSON schema of a config file (`--config`), for editors that complete and check YAML."""
+    """Print the JSON schema of config files (`--config`), for editors that complete and validate YAML."""
     click.echo(json.dumps(json_schema(), indent=2))
 
 
@@ -409,7 +421,7 @@ def schema() -> None:
 @task_option
 @skip_bad_option
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the estimate here too."
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the estimate to this file."
 )
 @with_settings("model", "plug", "training")
 def estimate(
@@ -420,7 +432,7 @@ def estimate(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Say beforehand what `train` will cost: vectors, disk, memory and time, from a few timed steps."""
+    """Estimate the cost of `train` from a few timed steps: vectors, disk, memory and time."""
     from personaplug.data import load_task, open_dataset
     from personaplug.infra.atomic_io import write_json
     from personaplug.run import open_models

@@ -1,4 +1,4 @@
-"""The commands of a live service: serve, create-key, revoke-key, erase-user, explain, refill-store, verify-receipt."""
+"""The server commands: serve, create-key, revoke-key, erase-user, explain, refill-store, verify-receipt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
 
 _COUNT = click.IntRange(1)
-_STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+_STORE = click.option("--store", required=True, help="Store of histories: a file or a postgresql:// URL.")
 _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
 
 
 class _NumberRange(click.FloatRange):
-    """A range of numbers; NaN, which is below and above nothing, is in none."""
+    """A range of numbers that also rejects NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -33,51 +33,57 @@ class _NumberRange(click.FloatRange):
 
 @click.command(context_settings={"show_default": True})
 @run_option
-@click.option("--store", default="histories.db", help="Histories: a file, or a postgresql:// URL.")
+@click.option("--store", default="histories.db", help="Store of histories: a file or a postgresql:// URL.")
 @secret_option
-@click.option("--engine", default="local", help="local, or the address of a vLLM server: http://…")
-@click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
+@click.option("--engine", default="local", help="`local`, or the address of a vLLM server: http://…")
+@click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="API key for the vLLM server, if it requires one.")
 @click.option(
-    "--model", default="", show_default=False, help="Name by which requests call the model.  [default: the model's own]"
+    "--model", default="", show_default=False, help="Name of the model in requests.  [default: the model's own name]"
 )
 @seed_option
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535))
-@click.option("--keys", type=FILE, help="File of keys (`personaplug create-key`). None: this machine only.")
+@click.option(
+    "--keys", type=FILE, help="File of API keys (`personaplug create-key`). Without it, only this machine can connect."
+)
 @click.option(
     "--allow-origin",
     "allow_origins",
     multiple=True,
     show_default=False,
-    help="Origin of a web page that may call the server from a browser, as https://app.example.org; may be repeated.",
+    help="Origin of web pages that may call the server, such as https://app.example.org; may be repeated.",
 )
 @click.option(
     "--fallback",
     type=click.Choice(["population", "plain"]),
     default="population",
-    help="What users without a history get: what is common to all, or the plain model.",
+    help="Answers for users without a history: the population persona or the plain model.",
 )
 @click.option(
     "--persona-scale",
     default=1.0,
     type=_NumberRange(0, MAX_PERSONA_SCALE),
-    help="Of personas, if a request does not say.",
+    help="Strength of personas if a request does not set it.",
 )
 @click.option(
     "--apply-off-task",
     is_flag=True,
-    help="Use personas also for requests that do not ask what the run was trained for.",
+    help="Also use personas for requests outside the task of the run.",
 )
-@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
+@click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
 @click.option(
-    "--phrases", is_flag=True, help="Mix users' own phrases into the local engine's answers; a new store keeps texts."
+    "--phrases",
+    is_flag=True,
+    help="Mix users' own phrases into answers of the local engine; a new store then stores texts.",
 )
-@click.option("--max-items", type=int, help="Keep this many items of a user, the latest. The store remembers it.")
-@click.option("--max-days", type=int, help="Keep items no older than this. The store remembers it.")
-@click.option("--max-rows", default=16, type=_COUNT, help="Answers that the local engine generates at once.")
-@click.option("--max-new-tokens", default=512, type=_COUNT, help="Longest answer of the local engine.")
-@click.option("--max-requests", default=256, type=_COUNT, help="Requests at once; the next gets a 429.")
-@click.option("--max-body-mb", default=4.0, type=_NumberRange(0, 1024, min_open=True), help="Longest request.")
+@click.option("--max-items", type=int, help="Keep only the latest items of each user. The store saves this limit.")
+@click.option("--max-days", type=int, help="Delete items older than this. The store saves this limit.")
+@click.option("--max-rows", default=16, type=_COUNT, help="Batch size of the local engine.")
+@click.option("--max-new-tokens", default=512, type=_COUNT, help="Maximum tokens of an answer of the local engine.")
+@click.option("--max-requests", default=256, type=_COUNT, help="Maximum concurrent requests; further ones get a 429.")
+@click.option(
+    "--max-body-mb", default=4.0, type=_NumberRange(0, 1024, min_open=True), help="Maximum size of a request body."
+)
 def serve(
     run_folder: Path,
     host: str,
@@ -90,7 +96,7 @@ def serve(
     max_days: int | None,
     **settings: Any,
 ) -> None:
-    """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
+    """Serve a run's plug with an OpenAI-compatible API: personalized chat and completions, and users' histories."""
     check_installed()
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
@@ -109,7 +115,7 @@ def serve(
     config = ServingConfig(retention=retention, **settings)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
     run, *others = open_runs(run_folder)
-    with bind(host, port) as listener:  # before the models are loaded
+    with bind(host, port) as listener:  # fail on a used port before the models load
         service = open_service(run, config, others=others)
         serve_service(
             service,
@@ -124,10 +130,10 @@ def serve(
 
 @click.command("create-key")
 @click.argument("tenant")
-@click.option("--keys", required=True, type=FILE, help="File of keys; made if it does not exist.")
-@click.option("--user", help="Make it the key of this user alone, for programs that can name no user.")
+@click.option("--keys", required=True, type=FILE, help="File of API keys; created if it does not exist.")
+@click.option("--user", help="Create a key for this user only, for clients that cannot send a user name.")
 def create_key(tenant: str, keys: Path, user: str | None) -> None:
-    """Create an API key for a TENANT and print it, once: the file holds its hash alone."""
+    """Create an API key for TENANT and print it. The file stores only its hash, so the key is printed only once."""
     from personaplug.serving import api_keys
 
     click.echo(api_keys.create_key(keys, tenant, user=user))
@@ -135,9 +141,9 @@ def create_key(tenant: str, keys: Path, user: str | None) -> None:
 
 @click.command("revoke-key")
 @click.argument("name", metavar="TENANT_OR_KEY")
-@click.option("--keys", required=True, type=FILE, help="File of keys.")
+@click.option("--keys", required=True, type=FILE, help="File of API keys.")
 def revoke_key(name: str, keys: Path) -> None:
-    """Revoke a key, or all keys of a tenant. A server that runs refuses them within a second."""
+    """Revoke a key, or all keys of a tenant. A running server rejects them within a second."""
     from personaplug.serving import api_keys
 
     click.echo(f"{api_keys.revoke_keys(keys, name)} keys revoked", err=True)
@@ -149,7 +155,7 @@ def revoke_key(name: str, keys: Path) -> None:
 @_TENANT
 @_USER
 def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
-    """Erase a user from a store, files included, and print the receipt."""
+    """Erase a user from a store, down to the bytes in its files, and print the receipt."""
     check_installed()
     from personaplug.store.history_store import HistoryStore
 
@@ -160,17 +166,15 @@ def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
 @click.command()
 @run_option
 @seed_option
-@click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
-@click.option("--answer", help="Whose likelihood is compared, with and without each item.")
+@click.option("--prompt", required=True, help="Prompt in the wording of the run's task.")
+@click.option("--answer", help="Answer whose likelihood to compare with and without each item.")
 @_STORE
 @secret_option
 @_TENANT
 @_USER
-@click.option("--most", default=10, show_default=True, help="Number of items to list.")
-@click.option(
-    "--since", type=click.DateTime(["%Y-%m-%d"]), help="With --until: how far the persona moved between the two days."
-)
-@click.option("--until", type=click.DateTime(["%Y-%m-%d"]))
+@click.option("--most", default=10, show_default=True, help="Maximum items to list.")
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="First day for the drift of the persona.")
+@click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="Last day for the drift of the persona.")
 def explain(
     run_folder: Path,
     seed: int | None,
@@ -184,7 +188,7 @@ def explain(
     since: datetime | None,
     until: datetime | None,
 ) -> None:
-    """Say which items made a user's persona for a prompt, and what an answer owes to each of them."""
+    """Show how much each item contributes to a user's persona for a prompt, and to the likelihood of an answer."""
     check_installed()
     import asyncio
 
@@ -194,7 +198,7 @@ def explain(
     from personaplug.shared_run import open_runs
 
     if (since is None) != (until is None):
-        raise ConfigError("--since and --until go together: a persona moves between two days.")
+        raise ConfigError("--since and --until must be given together: the drift is between two days.")
     run, *others = open_runs(run_folder)
     config = ServingConfig(store=store, secret=secret, seed=seed, create=False)
     service = open_service(run, config, others=others)
@@ -214,13 +218,13 @@ def explain(
 
 
 @click.command("refill-store")
-@click.option("--from", "source", required=True, help="Store to copy; it must keep texts.")
-@click.option("--to", "target", required=True, help="Store to create or to continue.")
+@click.option("--from", "source", required=True, help="Store to copy; it must contain texts.")
+@click.option("--to", "target", required=True, help="Store to create, or to complete after an interruption.")
 @run_option
 @seed_option
 @secret_option
 def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
-    """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
+    """Copy a store of histories to a new store for the encoder of another run. Repeat the command to resume."""
     check_installed()
     from personaplug.infra.progress import Progress
     from personaplug.serving.persona_cache import store_settings
@@ -242,19 +246,19 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
 
 @click.command("verify-receipt")
 @click.argument("receipt", type=click.File(encoding="utf-8"))
-@click.option("--store", required=True, help="Store that issued it: a file, or a postgresql:// URL.")
+@click.option("--store", required=True, help="Store that issued the receipt: a file or a postgresql:// URL.")
 @secret_option
-@click.option("--tenant", help="Check also that the user was of this tenant.")
-@click.option("--user", help="Check also that the receipt is about this user.")
+@click.option("--tenant", help="Also check that the user belonged to this tenant.")
+@click.option("--user", help="Also check that the receipt is for this user.")
 def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:
-    """Check a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is not valid."""
+    """Verify a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is invalid."""
     check_installed()
     from personaplug.store.history_store import HistoryStore, Receipt
 
     try:
         values = json.load(receipt)
     except (ValueError, RecursionError) as error:
-        raise UserError("The receipt is not JSON: give the file as the erasure printed it.") from error
+        raise UserError("The receipt is not JSON. Give the file exactly as `erase-user` printed it.") from error
     with closing(HistoryStore.open(store, secret=secret)) as opened:
         is_valid = opened.has_issued(Receipt.from_dict(values), tenant=tenant, user=user)
     click.echo("valid" if is_valid else "not valid: the store did not issue this receipt, or not for this user")
@@ -264,4 +268,4 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
 def check_installed() -> None:
     if not all(map(find_spec, ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client"))):
-        raise MissingExtra("A live service", extra="serve")
+        raise MissingExtra("This command", extra="serve")

@@ -1,4 +1,4 @@
-"""What `train` does with the data of several tasks, and what it says of trainings."""
+"""`train` for several tasks, and the printed summary of a training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_together(
     vectors: Path | None,
     skip_bad: int,
 ) -> None:
-    """Train the plugs of the tasks in several folders, which share all but their instructions."""
+    """Train a plug for the tasks in several folders; the tasks share all parameters except their instructions."""
     from personaplug.data import load_task, open_dataset
     from personaplug.run import open_models
     from personaplug.shared_run import SharedRun
@@ -38,7 +38,7 @@ def train_together(
             for folder, task in zip(folders, tasks, strict=True)
         ]
         models = open_models(shared.runs[0].config)
-    shared.start()  # only now that data and models are found: a failed start leaves nothing
+    shared.start()  # after data and models are open, so that a failed start leaves no files
     trained = train_shared(shared, readers, models=models)
     disconnect()
     if is_main():
@@ -49,13 +49,13 @@ def train_together(
 
 
 def tell_trained(folders: Sequence[Path]) -> None:
-    """Print what came of trainings, from their files."""
+    """Print steps, time and best loss of trainings, from their files."""
     from personaplug.infra.checksums import read_json
 
     for folder in folders:
         fitted = read_json(folder / "fit.json", remedy=f"Delete {folder} and train again.")
         click.echo(
             f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
-            f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
-            f"a {fitted.get('unit', 'token')}"
+            f"best step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
+            f"per {fitted.get('unit', 'token')}"
         )

@@ -1,4 +1,4 @@
-"""The commands about a store of histories: load, list, back up and restore it; stated preferences."""
+"""The store commands: load, list, back up and restore histories; list and set stated preferences."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
     from personaplug.data.records import HistoryItem
     from personaplug.run import Run
 
-_STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL. It may be in use.")
+_STORE = click.option(
+    "--store", required=True, help="Store of histories: a file or a postgresql:// URL. A server may be using it."
+)
 _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=FILE, metavar="[LOG]...")
+@click.option("--run", "run_folder", required=True, type=FILE, help="Served run; its encoder encodes the items.")
 @click.option(
-    "--run", "run_folder", required=True, type=FILE, help="The run that is served; its encoder reads the items."
+    "--store", required=True, help="Store of histories: a file or a postgresql:// URL; created if it does not exist."
 )
-@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL; made if it does not exist.")
-@click.option("--data", type=FILE, help="Data folder, in place of LOG: the histories of all its samples.")
+@click.option("--data", type=FILE, help="Data folder instead of LOG; the histories of all its samples are loaded.")
 @secret_option
 @_TENANT
 @seed_option
-@click.option("--task", "task_name", help="Of a run of several tasks, the one of LOG.")
-@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
-@click.option("--include-erased", is_flag=True, help="Load users too who were erased from the store.")
+@click.option("--task", "task_name", help="Task of LOG, if the run has several tasks.")
+@click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
+@click.option("--include-erased", is_flag=True, help="Also load users who were erased from the store.")
 @log_options(declares_task=False)
 def load(
     files: tuple[Path, ...],
@@ -53,10 +55,10 @@ def load(
     include_erased: bool,
     **options: Any,
 ) -> None:
-    """Load the histories of an app's LOG, or of a data folder, into a store. It may be in use by a server.
+    """Load the histories of an app's LOG, or of a data folder, into a store. A server may be using the store.
 
-    LOG is what `import` reads. All its usable rows become items, the last row of each user too. The same command again
-    goes on after an interruption and adds what is new; items that are stored already are skipped.
+    LOG has the formats of `import`. All usable rows become items, including the last row of each user. Repeat the
+    command to resume after an interruption or to add new items; stored items are skipped.
     """
     check_installed()
     from personaplug.data.logs.options import LogOptions
@@ -67,7 +69,7 @@ def load(
     from personaplug.store.loading import load_histories
 
     if bool(files) == bool(data):
-        raise ConfigError("Give the files of a log, or a data folder by --data: one of them.")
+        raise ConfigError("Give either log files or --data with a data folder.")
     run = _run_of(run_folder, data, task_name)
     histories = _histories_of_data(data, run) if data else _histories_of_log(files, LogOptions(**options), run)
     encoder, load_plug = open_parts(run, seed=seed)
@@ -82,13 +84,13 @@ def load(
     click.echo(f"{store}: {result.users:,} users; {new:,} items new, {replaced:,} replaced, {same:,} as before")
     if result.erased:
         click.echo(
-            f"{result.erased:,} users were erased from this store and are left out; --include-erased loads them",
+            f"skipped {result.erased:,} users who were erased from this store; --include-erased loads them",
             err=True,
         )
 
 
 def _run_of(folder: Path, data: Path | None, task_name: str | None) -> Run:
-    """Return the run of a task, of the only one if there is one."""
+    """Return the run in `folder`; if it has several tasks, the run of the task of `data` or of `task_name`."""
     from personaplug.data import load_task
     from personaplug.shared_run import SharedRun, holds_shared_run, open_runs
 
@@ -100,7 +102,7 @@ def _run_of(folder: Path, data: Path | None, task_name: str | None) -> Run:
     shared = SharedRun.open(folder)
     name = load_task(data).name if data else task_name
     if name is None:
-        raise ConfigError(f"{folder} has several tasks: {', '.join(shared.names)}. Name the log's by --task.")
+        raise ConfigError(f"{folder} has several tasks: {', '.join(shared.names)}. Choose the task of LOG with --task.")
     return shared.find(name)
 
 
@@ -113,8 +115,8 @@ def _histories_of_data(folder: Path, run: Run) -> Mapping[str, Sequence[HistoryI
 
     splits = splits_in(folder)
     if not splits:
-        raise MissingData(f"{folder} holds no {{train,dev,test}}_questions.json[.gz].")
-    order = sorted(splits, key=lambda split: (split != "train", split))  # histories of train are the earlier ones
+        raise MissingData(f"{folder} contains no {{train,dev,test}}_questions.json[.gz].")
+    order = sorted(splits, key=lambda split: (split != "train", split))  # train has the earlier histories
     readers = [open_dataset(folder, split, task=run.task, max_history=sys.maxsize) for split in order]
     return histories_of(chain.from_iterable(readers))
 
@@ -127,7 +129,10 @@ def _histories_of_log(files: Sequence[Path], options: LogOptions, run: Run) -> M
 
     if are_conversations(files, options, format=None):
         if run.task.kind != "chat" or run.task.field_names != CHAT.field_names:
-            raise ConfigError(f"The files hold conversations, and items of {run.task.name} are of another form.")
+            raise ConfigError(
+                f"The files hold conversations, but the run's task {run.task.name} has other items. Load a log, or "
+                f"give a run that was trained on conversations."
+            )
         return dict(open_conversations(files).histories())
     log = read_log(files, options, task=run.task)
     click.echo("\n".join(describe_columns(log)), err=True)
@@ -163,11 +168,11 @@ def users(store: str, secret: Path | None, tenant: str | None, as_json: bool) ->
 
 
 @click.command()
-@click.option("--store", required=True, help="Histories in a SQLite file; it may be in use.")
-@click.option("--to", "target", required=True, type=FILE, help="File to make.")
+@click.option("--store", required=True, help="SQLite file of the store; a server may be using it.")
+@click.option("--to", "target", required=True, type=FILE, help="Backup file to create.")
 @secret_option
 def backup(store: str, target: Path, secret: Path | None) -> None:
-    """Write a store of histories into one file with a checksum. Keep the store's secret too, in another place."""
+    """Back up a store of histories to one file with a checksum. Back up the store's secret too, in another place."""
     check_installed()
     from personaplug.store.backup import back_up
     from personaplug.store.history_store import HistoryStore
@@ -177,12 +182,12 @@ def backup(store: str, target: Path, secret: Path | None) -> None:
 
 
 @click.command()
-@click.option("--from", "source", required=True, type=FILE, help="File made by `backup`.")
-@click.option("--to", "target", required=True, type=FILE, help="SQLite file to make.")
-@click.option("--current", help="Store in use until now: its erasures since the backup are repeated.")
+@click.option("--from", "source", required=True, type=FILE, help="File from `backup`.")
+@click.option("--to", "target", required=True, type=FILE, help="SQLite file to create.")
+@click.option("--current", help="Store in use until now; its erasures since the backup are replayed.")
 @secret_option
 def restore(source: Path, target: Path, current: str | None, secret: Path | None) -> None:
-    """Make a store of histories from a backup, if the backup is as it was written."""
+    """Restore a store of histories from a backup, after a check that the backup is undamaged."""
     check_installed()
     from personaplug.store import backup as backups
     from personaplug.store.history_store import HistoryStore
@@ -192,18 +197,18 @@ def restore(source: Path, target: Path, current: str | None, secret: Path | None
         backups.restore(source, target, secret=secret, current=in_use)
     if not current:
         click.echo(
-            f"Users erased since the backup are back. If the store in use until now is at hand: "
-            f"personaplug replay-erasures --from STORE --to {target}",
+            f"warning: the restored store contains users who were erased after the backup. To erase them again, run: "
+            f"personaplug replay-erasures --from STORE_IN_USE_UNTIL_NOW --to {target}",
             err=True,
         )
 
 
 @click.command("replay-erasures")
-@click.option("--from", "source", required=True, help="Store in use until now: a file, or a postgresql:// URL.")
+@click.option("--from", "source", required=True, help="Store in use until now: a file or a postgresql:// URL.")
 @click.option("--to", "target", required=True, help="Store restored from a backup.")
 @secret_option
 def replay_erasures(source: str, target: str, secret: Path | None) -> None:
-    """Erase from a restored store the users that were erased from another one since the backup."""
+    """Repeat in a restored store the erasures that another store has made since the backup."""
     check_installed()
     from personaplug.store.history_store import HistoryStore
     from personaplug.store.refill import copy_erasures
@@ -213,7 +218,7 @@ def replay_erasures(source: str, target: str, secret: Path | None) -> None:
         closing(HistoryStore.open(target, secret=secret)) as restored,
     ):
         count = copy_erasures(current, restored)
-    click.echo(f"{count} erasures repeated", err=True)
+    click.echo(f"{count} erasures replayed", err=True)
 
 
 @click.command("list-preferences")
@@ -222,7 +227,7 @@ def replay_erasures(source: str, target: str, secret: Path | None) -> None:
 @_TENANT
 @_USER
 def list_preferences(store: str, secret: Path | None, tenant: str, user: str) -> None:
-    """Print the preferences that a user states, oldest first; their texts only if the store keeps texts."""
+    """Print a user's stated preferences, oldest first. Their texts are printed only if the store keeps texts."""
     check_installed()
     from personaplug.store.history_store import HistoryStore
 
@@ -234,7 +239,7 @@ def list_preferences(store: str, secret: Path | None, tenant: str, user: str) ->
 
 @click.command("set-preferences")
 @click.argument("sentences", nargs=-1)
-@click.option("--run", "run_folder", type=FILE, help="The run that is served; its encoder reads the sentences.")
+@click.option("--run", "run_folder", type=FILE, help="Served run; its encoder encodes the sentences.")
 @_STORE
 @secret_option
 @_TENANT
@@ -242,7 +247,7 @@ def list_preferences(store: str, secret: Path | None, tenant: str, user: str) ->
 def set_preferences(
     sentences: tuple[str, ...], run_folder: Path | None, store: str, secret: Path | None, tenant: str, user: str
 ) -> None:
-    """Make SENTENCES the only preferences that a user states; without any, remove all. A server sees it at once."""
+    """Replace a user's stated preferences by SENTENCES; without any, remove them. A server sees the change at once."""
     check_installed()
     from personaplug.serving.feedback import preference_items
     from personaplug.serving.setup import open_parts
@@ -250,7 +255,7 @@ def set_preferences(
     from personaplug.store.history_store import HistoryStore
 
     if sentences and run_folder is None:
-        raise ConfigError("Sentences are encoded before they are stored: give --run, the run that is served.")
+        raise ConfigError("SENTENCES must be encoded before they are stored. Give the served run with --run.")
     encoder = open_parts(open_runs(run_folder)[0], seed=None)[0] if sentences and run_folder else None
     with closing(HistoryStore.open(store, encoder, secret=secret, create=False)) as opened:
         items = preference_items(sentences, content_id=opened.content_id)

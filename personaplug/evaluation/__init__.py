@@ -1,1 +1,1 @@
-"""Ask the models: methods × seeds → predictions → scores."""
+"""Evaluate methods: methods × seeds → predictions → scores."""

@@ -1,11 +1,11 @@
-"""Run an experiment trial by trial: never a finished one again, and results are written as they come.
+"""Run an experiment trial by trial. Finished trials do not run again, and each trial is saved when it finishes.
 
     OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, predictions; may be deleted at any time
-    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.trials.jsonl, which grows trial by trial; a
-                                      stopped benchmark resumes from it
+    RESULTS/NAME/[VARIANT/]SET.json   the results
+    RESULTS/NAME/[VARIANT/]SET.trials.jsonl   the finished trials, one per line; a stopped benchmark resumes from them
 
-A trial is one (variant, set, row, seed). It is finished if a trial of the same key is in the file. The key covers the
-config, the data files, the row and the seed, and not the code: a change of method wants a new experiment.
+A trial is one (variant, set, row, seed). It is finished if the file contains a trial with the same key. The key covers
+the config, the data files, the row and the seed, but not the code. After a change of the code, use a new experiment.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a benchmark.
+    """The outcome of a benchmark. Each text names a table or row and gives the reason.
 
     Attributes:
         written: results files.
-        absent: tables whose model or set is missing, and why.
-        failed: rows that could not be filled, and why.
-        left_out: rows and variants that have no meaning on a set, and why.
+        absent: tables whose model or data set is missing.
+        failed: rows that failed.
+        left_out: rows and variants that do not apply to a set.
     """
 
     written: list[Path]
@@ -58,12 +58,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a benchmark reads and writes.
+    """The folders of a benchmark.
 
     Attributes:
-        data: folder of the sets' folders.
-        out: gets the runs.
-        results: gets the results.
+        data: folder with a folder for each data set.
+        out: folder for the runs.
+        results: folder for the results.
     """
 
     data: Path
@@ -82,11 +82,11 @@ def run_benchmark(
     """Fill an experiment's tables, one after the other.
 
     Args:
-        sets: only these of the experiment's; several processes may share out the sets among them.
-        seeds: only these; the seeds of a table go together, because they read the same prompts.
+        sets: only these sets; use it to split the sets across processes.
+        seeds: only these seeds. Run all seeds of a table together, because they share cached prompts.
         methods: only these rows.
     Raises:
-        ConfigError: if the experiment has no such set, seed or row.
+        ConfigError: if the experiment does not contain a given set, seed or row.
     """
     _check_selection(experiment, sets=sets, seeds=seeds, methods=methods)
     models = _ModelCache()
@@ -110,15 +110,15 @@ def run_benchmark(
 def _check_selection(
     experiment: Experiment, *, sets: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
 ) -> None:
-    known_seeds = {seed for config in experiment.configs.values() for seed in config.training.seeds}
-    if set(seeds) - known_seeds:
-        raise ConfigError(f"{experiment.name} has the seeds {sorted(known_seeds)}; found {sorted(seeds)}.")
+    valid_seeds = {seed for config in experiment.configs.values() for seed in config.training.seeds}
+    if set(seeds) - valid_seeds:
+        raise ConfigError(f"{experiment.name} has the seeds {sorted(valid_seeds)}; found {sorted(seeds)}.")
     rows = [method.name for method in experiment.methods]
-    for kind, selected, known in (("set", sets, experiment.sets), ("row", methods, rows)):
-        unknown = [name for name in selected if name not in known]
+    for kind, selected, valid in (("set", sets, experiment.sets), ("row", methods, rows)):
+        unknown = [name for name in selected if name not in valid]
         if unknown:
             raise ConfigError(
-                f"{', '.join(unknown)}: no {kind} of {experiment.name}, whose {kind}s are {', '.join(known)}."
+                f"{experiment.name} has no {kind} {', '.join(unknown)}; expected {kind}s from: {', '.join(valid)}."
             )
 
 
@@ -127,22 +127,22 @@ _LATER_SETTINGS = {
     "training.preference_weight": 1.0,
     "evaluation.item_kinds": "all",
 }
-"""Settings that published trials did not have, at the values that change none of their scores."""
+"""Settings that are newer than published trials, with the values that leave the scores of those trials unchanged."""
 
 
 def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint) -> str:
-    """Return a hash of everything that a trial's scores depend on; settings of speed and place are left out."""
+    """Return a hash of everything that affects a trial's scores; settings that affect only speed are excluded."""
     settings = asdict(config)
     settings["evaluation"] |= point.changes
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
-    # Both presets have the same value of `kinds` and `shrinkage`, so what is left still tells all configs apart.
+    # `kinds` equals `shrinkage` in both presets, so the remaining settings still distinguish all configs.
     for name, value in {**_LATER_SETTINGS, "plug.kinds": config.plug.shrinkage}.items():
         section, _, key = name.partition(".")
         if settings[section][key] == value:
             del settings[section][key]
-    if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
+    if settings["model"]["chat_date"] == "auto":  # each run resolves it, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])
 
@@ -151,12 +151,12 @@ def data_hash(folder: Path, split: str) -> str:
     """Return a hash of a data set's files.
 
     Raises:
-        MissingData: if the folder holds no data set.
+        MissingData: if the folder contains no data set.
     """
     digest = hashlib.sha256()
     files = sorted(path for part in ("train", split) for path in folder.glob(f"{part}_*.json*"))
     if not files:
-        raise MissingData(f"{folder} holds no data set; --data is the folder that holds the sets' folders.")
+        raise MissingData(f"{folder} contains no data set. --data must be the parent folder of the data sets.")
     for path in [*files, folder / "task.json"]:
         digest.update(path.name.encode())
         if path.exists():
@@ -184,9 +184,9 @@ class _Table:
         self.absent = ""
 
     def fill(self, methods: Sequence[Method], *, seeds: Sequence[int]) -> None:
-        """Make the missing trials of some rows and seeds, then write the results, even if stopped halfway.
+        """Run the missing trials of some rows and seeds, then write the results, even after an interruption.
 
-        A trial that cannot be made is noted in `absent` or `failed` and does not keep others from being made.
+        If a trial cannot run, record the reason in `absent` or `failed` and run the other trials.
         """
         try:
             methods = self._suitable(methods)
@@ -199,7 +199,7 @@ class _Table:
                 self.write()
 
     def write(self) -> None:
-        """Write the results of the trials that there are."""
+        """Write the results of the finished trials."""
         samples, trials = self._finished(WHOLE)
         if samples is None:
             return
@@ -217,10 +217,10 @@ class _Table:
     def task(self) -> Task:
         return load_task(self.data)
 
-    # ---- which trials
+    # ---- selecting trials
 
     def _suitable(self, methods: Sequence[Method]) -> list[Method]:
-        """Return the rows that have a meaning on this set; none if the variant has none."""
+        """Return the rows that apply to this set; none if the variant does not apply to it."""
         try:
             resolved(self.config, self.task)
         except ConfigError as error:
@@ -241,7 +241,7 @@ class _Table:
     def _missing(
         self, methods: Sequence[Method], seeds: Sequence[int], *, point: SweepPoint, finished: set[str]
     ) -> dict[str, tuple[Method, int]]:
-        """Return the trials that are not finished by key, row by row: the seeds of a row read the same prompts."""
+        """Return the unfinished trials by key, row by row, because the seeds of a row share cached prompts."""
         trials = [(method, seed) for method in methods for seed in self._seeds(method) if seed in seeds]
         return {key: (m, seed) for m, seed in trials if (key := self._key(m, seed, point)) not in finished}
 
@@ -252,7 +252,7 @@ class _Table:
     def _points(self) -> list[SweepPoint]:
         return [point for curve in self.experiment.curves for point in curve if point.changes]
 
-    # ---- making trials
+    # ---- running trials
 
     def _fill(self, methods: Sequence[Method], seeds: Sequence[int], point: SweepPoint) -> None:
         file = self._file(point)
@@ -264,7 +264,7 @@ class _Table:
         trainings, evaluator = self._opened(point)
         if samples is None:
             file.start(replace(evaluator.eval_samples, about=self._about(evaluator), key=self._samples_key))
-        # All trainings first: those with the same prompts read them once, before the split's take their place.
+        # Train everything first: trainings share cached prompts, and the prompts of the split later replace these.
         untrained = self._train(list(missing.values()), trainings)
         for key, (method, seed) in missing.items():
             if untrained.intersection((part, seed) for part in method.requires):
@@ -278,7 +278,7 @@ class _Table:
                 file.append(replace(trial, key=key, made_with=_made_with(trainings.models)))
 
     def _train(self, trials: Sequence[tuple[Method, int]], trainings: Trainings) -> set[tuple[TrainedPart, int]]:
-        """Train what some trials need, and return what could not be trained."""
+        """Train the parts that trials need, and return the parts and seeds whose training failed."""
         untrained: set[tuple[TrainedPart, int]] = set()
         for part in needed_parts([method for method, _ in trials]):
             for seed in dict.fromkeys(seed for method, seed in trials if part in method.requires):
@@ -296,7 +296,7 @@ class _Table:
         run = Run.create(self.folder, config=with_date, task=task)
         train = open_dataset(self.training_data, "train", task=task, max_history=max_history)
         split = open_dataset(self.data, self.experiment.split, task=self.task, max_history=max_history)
-        # The trainings first: they note the training data, which the evaluator reports.
+        # Create the trainings first: they record the training data, which the evaluator reports.
         trainings = Trainings(run, train, models=models)
         run = run.asked(self.task)
         config = replace(self.config.evaluation, **point.changes)
@@ -307,7 +307,7 @@ class _Table:
     # ---- finished trials
 
     def _finished(self, point: SweepPoint) -> tuple[EvalSamples | None, list[Trial]]:
-        """Return the trials of the experiment as it stands, in its order of rows and seeds."""
+        """Return the finished trials that match the current experiment, in its order of rows and seeds."""
         samples, trials = self._file(point).load()
         if samples is None or samples.key != self._samples_key:
             return None, []
@@ -320,7 +320,7 @@ class _Table:
         return (samples if finished else None), finished
 
     def _curve(self, curve: Sequence[SweepPoint], whole: Results, settings: Settings) -> list[Subgroup]:
-        """Return the rows at each point of a curve; those of the table itself at their place in it."""
+        """Return the rows at each point of a curve; `whole` is the point without changes."""
         parts = [(point, self._at(point, settings) if point.changes else whole) for point in curve]
         return [Subgroup(part.rows, part.pairs, point.name) for point, part in parts if part]
 
@@ -344,11 +344,11 @@ class _Table:
         return _hash([self._data_hash, *drawn])
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
-        config = with_learning_rates(self.config, [self.task])  # as trials of an earlier default had them
+        config = with_learning_rates(self.config, [self.task])  # so keys match trials with explicit learning rates
         return trial_key(config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
 
     def _about(self, evaluator: Evaluator) -> Provenance:
-        """Return what the results say of themselves; trainings come and go, so the run describes them."""
+        """Return the provenance without trainings: they change from trial to trial, and the run describes them."""
         return replace(
             evaluator.eval_samples.about,
             experiment=self.experiment.name,
@@ -360,7 +360,7 @@ class _Table:
 
 
 class _ModelCache:
-    """The models of the last config, which the next one may share."""
+    """The loaded models of the last config, for reuse if the next config has the same models."""
 
     def __init__(self) -> None:
         self.config: ModelConfig | None = None
@@ -368,7 +368,7 @@ class _ModelCache:
 
     def get(self, config: Config) -> Models:
         if self.models is None or not self._fits(self.models, config.model):
-            self.models = None  # free the memory before the next models take it
+            self.models = None  # free the memory before the next models load
             self.config, self.models = config.model, open_models(config)
         return self.models
 
@@ -385,7 +385,7 @@ def _logged(title: str, error: PersonaPlugError) -> str:
 
 
 def _made_with(models: Models) -> str:
-    """Return what a trial's numbers may depend on beside its key, in a line."""
+    """Return, in one line, the versions and hardware that may affect a trial's scores in addition to its key."""
     facts = {**package_versions(), "processor": machine_info()["processor"]}
     if models.llm.device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(models.llm.device)

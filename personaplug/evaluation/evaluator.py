@@ -1,7 +1,7 @@
-"""Evaluator: one split of a run, row by row: inputs → predictions (cached) → scores → trial.
+"""Evaluate the rows of a table on one split of a run: inputs → predictions (cached) → scores → trial.
 
-The predictions of a finished (method, seed) are cached in the run and not made again by a repeated command. What a
-results object holds is described in `analysis/results_file.py`.
+The run caches the predictions of each (method, seed), so a repeated command reuses them. `analysis/results_file.py`
+describes the results.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ def evaluate(
     """Fill a results table.
 
     Args:
-        run: with what the methods need trained.
+        run: a run that contains the trained parts of the methods.
         reader: the split to score.
-        oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
-        train: the training split; only needed for rows without a language model that are fitted on it.
+        oracle: file of the oracle's predictions for simulated users, in LaMP's output format.
+        train: the training split; only needed for rows that must be fitted on it.
     Returns:
-        The results; `to_json` gives the object of a results file.
+        The results; `to_json` returns the content of a results file.
     Raises:
-        MissingData: if something that a row needs is not trained, or a sample has no answer to compare with.
-        ConfigError: if labels are to be scored in a task without labels, or a row does not fit the task.
+        MissingData: if a row needs a part that is not trained, or a sample has no reference answer.
+        ConfigError: if the config scores labels and the task has none, or a row does not fit the task.
     """
     _check_rows(methods, run)
     evaluator = Evaluator(run, reader, split=split, config=config, models=models, train=train)
@@ -87,14 +87,14 @@ def predict(
     models: Models,
     train: Reader | None = None,
 ) -> list[Path]:
-    """Predict a split whose answers may be hidden, as LaMP's test split's are.
+    """Predict a split, with or without reference answers; LaMP's test split has none.
 
     Args:
         train: as in `evaluate`.
     Returns:
-        A file for each method and seed, in LaMP's output format.
+        The path of a file for each method and seed, in LaMP's output format.
     Raises:
-        MissingData: if something that a row needs is not trained.
+        MissingData: if a row needs a part that is not trained.
         ConfigError: if a row does not fit the task.
     """
     _check_rows(methods, run)
@@ -103,7 +103,7 @@ def predict(
 
 
 def _check_rows(methods: Sequence[Method], run: Run) -> None:
-    """Check that the rows fit the task and that their parts are trained, before any hour is spent on other rows."""
+    """Check that all rows fit the task and that their parts are trained, before the first row runs."""
     for method in methods:
         method.check(run.task)
     for part in needed_parts(methods):
@@ -112,8 +112,10 @@ def _check_rows(methods: Sequence[Method], run: Run) -> None:
 
 
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
-    """Return how trials of a task become results: the task's metrics, those of likelihoods, and for scored ratings the
-    point estimates that match their errors.
+    """Return the settings that turn trials into results.
+
+    The metrics are those of the task, the likelihood metrics and, for scored ratings, error metrics with matching
+    point estimates.
     """
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
@@ -123,17 +125,17 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
 
 
 def with_remarks(results: Results, methods: Sequence[Method], task: Task) -> Results:
-    """Return results with the notes that the rows have for readers of a table on this task."""
+    """Add the remarks of the rows about this task to the notes of the results."""
     remarks = dict.fromkeys(remark for method in methods if (remark := method.remark(task)))
     return replace(results, about=replace(results.about, notes=[*results.about.notes, *remarks]))
 
 
 class Evaluator:
-    """One split of a run, ready to be asked row by row.
+    """Evaluates rows on one split of a run.
 
     Attributes:
-        eval_samples: what the trials are about.
-        settings: how trials become results.
+        eval_samples: the samples of all trials.
+        settings: settings that turn trials into results.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class Evaluator:
         self.eval_samples = EvalSamples(number_users(self.context.owners), self.context.history_sizes, about)
 
     def seeds_of(self, method: Method) -> tuple[int, ...]:
-        """Return the seeds of a row; one if nothing depends on them."""
+        """Return the seeds of a row; a row without randomness has one seed."""
         seeds = self.run.config.training.seeds
         return seeds if method.info.is_seeded else seeds[:1]
 
@@ -171,7 +173,7 @@ class Evaluator:
         """Predict and score one row with one seed.
 
         Raises:
-            MissingData: if something that the row needs is not trained.
+            MissingData: if the row needs a part that is not trained.
             ConfigError: if the row does not fit the task.
         """
         references = _references(self.context.samples)
@@ -183,26 +185,28 @@ class Evaluator:
         return self._trial(method, inputs, predictions, statistics=statistics, seed=seed)
 
     def predict(self, method: Method, *, seed: int) -> Path:
-        """Predict one row with one seed without the right answers, and return the file of predictions.
+        """Predict one row with one seed without reference answers, and return the path of the predictions.
 
         Raises:
-            MissingData: if something that the row needs is not trained.
+            MissingData: if the row needs a part that is not trained.
             ConfigError: if the row does not fit the task.
         """
         self._predictions(method, self._inputs(method, seed=seed), seed=seed)
         return self._path(method, seed, "json")
 
     def oracle_trial(self, path: Path) -> Trial:
-        """Return what an all-knowing predictor of simulated users scores.
+        """Score the oracle's predictions for simulated users.
 
         Raises:
-            MissingData: if its file lacks some of the samples.
+            MissingData: if the file lacks samples.
         """
         samples = self.context.samples
         outputs = {gold["id"]: gold["output"] for gold in json.loads(path.read_text(encoding="utf-8"))["golds"]}
         missing = sum(sample.id not in outputs for sample in samples)
         if missing:
-            raise MissingData(f"{path} knows nothing of {missing} of {len(samples)} samples; is it of this split?")
+            raise MissingData(
+                f"{path} lacks predictions for {missing} of {len(samples)} samples. Give the oracle file of this split."
+            )
         texts, references = [outputs[sample.id] for sample in samples], _references(samples)
         metrics = [metric for metric in self.settings.metrics if metric.of_answers]
         statistics = {metric.name: metric.statistics(texts, references) for metric in metrics}
@@ -218,7 +222,7 @@ class Evaluator:
         return method.build_inputs(self.context, assignments, seed=seed)
 
     def _predictions(self, method: Method, inputs: ModelInputs, *, seed: int) -> Predictions:
-        """Return the cached predictions of a row, or make and cache them."""
+        """Return the predictions of a row from the cache, or compute and cache them."""
         key = method.cache_key(self.context, inputs, seed=seed)
         path = self._path(method, seed, "predictions.json")
         predictions = None if key is None else load_predictions(path, key=key)
@@ -234,25 +238,25 @@ class Evaluator:
     def _with_likelihoods(
         self, method: Method, inputs: ModelInputs, predictions: Predictions, *, seed: int
     ) -> Predictions:
-        """Return predictions with what metrics of probabilities need: further passes, once predictions are saved.
+        """Add NLL and divergence to predictions. They need more passes of the model, after the predictions are saved.
 
-        If one fails, the row simply has no such column.
+        If a pass fails, the row has no such column.
         """
-        known, name = predictions, method.name
-        if known.nll is None and self.context.decoding != "score":
+        complete, name = predictions, method.name
+        if complete.nll is None and self.context.decoding != "score":
             measure = partial(method.reference_nll, self.context, inputs, seed=seed)
-            known = replace(known, nll=_or_none(measure, f"{name}: no likelihood of the right answers"))
-        if known.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
+            complete = replace(complete, nll=_or_none(measure, f"{name}: no likelihood of the reference answers"))
+        if complete.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
             measure = partial(method.divergence, self.context, inputs, seed=seed)
-            known = replace(known, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
-        if known != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
-            save_predictions(known, self._path(method, seed, "predictions.json"), key=key)
-        return known
+            complete = replace(complete, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
+        if complete != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
+            save_predictions(complete, self._path(method, seed, "predictions.json"), key=key)
+        return complete
 
     # ---- scores → trial
 
     def _statistics(self, predictions: Predictions, references: Sequence[str]) -> dict[str, Array]:
-        """Return what each metric averages, (n, d), for the metrics that the row can have."""
+        """Return the per-sample statistics of each metric that applies to the row, (n, d)."""
         statistics: dict[str, Array] = {}
         for metric in self.settings.metrics:
             if metric.of_answers:
@@ -291,7 +295,7 @@ class Evaluator:
     def _with_prompt_facts(
         self, diagnostics: Diagnostics, method: Method, inputs: ModelInputs, predictions: Predictions
     ) -> Diagnostics:
-        """Return the diagnostics with those of rows that ask a language model."""
+        """Add the diagnostics of rows with a language model."""
         tokens = _mean_tokens(inputs.prompt_lengths) + method.soft_tokens(self.context)
         cost = method.user_cost(self.context, inputs)
         return replace(
@@ -307,13 +311,13 @@ class Evaluator:
         )
 
     def _lost_history_rate(self, method: Method, inputs: ModelInputs, *, seed: int) -> float:
-        """Return the share of the samples with a history that got nothing personal though the row should use it."""
+        """Return the share of the samples with a history whose history a personal row did not use."""
         if method.info.history == "none":
             return 0.0
-        few = method.cold_start_items(self.context, seed=seed)
-        used = zip(inputs.items_used, self.context.history_sizes, strict=True)
-        items_used = [items for items, size in used if size]
-        return float(np.mean([items <= few for items in items_used])) if items_used else 0.0
+        cold_start_items = method.cold_start_items(self.context, seed=seed)
+        pairs = zip(inputs.items_used, self.context.history_sizes, strict=True)
+        items_used = [items for items, size in pairs if size]
+        return float(np.mean([items <= cold_start_items for items in items_used])) if items_used else 0.0
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         task = self.run.task
@@ -325,7 +329,7 @@ class Evaluator:
         return self.folder / f"{method.name.replace(':', '-')}.seed-{seed}.{ending}"
 
     def _write_scores(self, method: Method, statistics: dict[str, Array], *, seed: int) -> None:
-        """Write the scores of each sample, for the metrics that one sample has."""
+        """Write the scores of each sample, for metrics that are defined on a single sample."""
         metrics = [
             metric
             for metric in self.settings.metrics
@@ -340,7 +344,7 @@ class Evaluator:
 
 
 def _or_none(measure: Callable[[], list[list[float]] | None], warning: str) -> list[list[float]] | None:
-    """Return what is measured; None if a text is beyond the model's longest, or there is too little memory."""
+    """Return the measured values; None if a text exceeds the model's maximum length, or memory runs out."""
     try:
         return measure()
     except (IndexError, RuntimeError) as error:
@@ -367,7 +371,7 @@ def _references(samples: Sequence[EncodedSample]) -> list[str]:
     references = [sample.target for sample in samples if sample.target is not None]
     if len(references) < len(samples):
         raise MissingData(
-            f"{len(samples) - len(references)} of {len(samples)} samples have no answer to compare with; "
-            f"a split with hidden answers cannot be scored here. `personaplug predict` answers it all the same."
+            f"{len(samples) - len(references)} of {len(samples)} samples have no reference answer, so this split "
+            f"cannot be scored. Use `personaplug predict` to write predictions for it."
         )
     return references

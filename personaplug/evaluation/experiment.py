@@ -1,19 +1,19 @@
 """An experiment: sets × rows × seeds × variants of a config, as a YAML file.
 
-title: Retrieval beside the plug
+title: Retrieval and the plug
 sets: [Movie_stars, LaMP_7]           folders under the data folder
 split: dev
 methods: [plain, plug, wrong-user, plug+bm25:1]
-base: ../configs/small.yaml           a config to start from, beside this file
+base: ../configs/small.yaml           initial config; the path is relative to this file
 config: {training: {seeds: [0, 1, 2]}, limit: 200}
 per_set: {LaMP_7: {max_new_tokens: 40}}
-variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table for each; without any, one table
-subgroups: history-thirds             the same rows for users with short, medium and long histories
-max_eval_history: [0, 1, 2, 5, 10]    the same rows with this many latest items only (a cold-start curve)
-item_kinds: [answers, preferences]    the same rows with these items of each history only
-persona_scales: [0, 0.5, 1.5]         the same rows at these scales
-runs: main-table                      the experiment whose trained parts are used; its own by default
-trained_on: {Closed: Manners}         a set that is asked what was trained on another one (kind chat)
+variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table per variant; without variants, a single table
+subgroups: history-thirds             also score users with short, medium and long histories separately
+max_eval_history: [0, 1, 2, 5, 10]    also score with only this many latest items (a cold-start curve)
+item_kinds: [answers, preferences]    also score with only these items of each history
+persona_scales: [0, 0.5, 1.5]         also score at these scales
+runs: main-table                      experiment whose trained parts to use; default: this experiment
+trained_on: {Closed: Manners}         evaluate set Closed with the parts trained on set Manners (kind chat)
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from personaplug.methods import Method, parse_methods
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The same trained rows under another setting of the evaluation.
+    """A point of a curve: the same trained rows with changed evaluation settings.
 
     Attributes:
-        name: in results, such as "items=2"; "" for the table itself.
-        changes: settings of the evaluation.
+        name: name in results files, such as "items=2"; "" for the table itself.
+        changes: the changed evaluation settings.
     """
 
     name: str = ""
@@ -45,7 +45,7 @@ class SweepPoint:
 
     @property
     def file_name(self) -> str:
-        """The name in file names."""
+        """The name of the point as a part of file names."""
         return self.name.replace("=", "-")
 
 
@@ -75,21 +75,21 @@ class _ExperimentFile(BaseModel):
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is to be run.
+    """A parsed experiment.
 
     Attributes:
-        name: the file's, without its ending; results are written under it.
-        title: for people.
+        name: name of the YAML file without suffix, and of the results folder.
+        title: title for reports.
         sets: names of data folders.
-        split: which split is scored.
+        split: the split to score.
         methods: the rows.
-        configs: the config by (variant, set); the only variant of a plain experiment is "".
+        configs: the config by (variant, set); the variant is "" if the experiment has no variants.
         subgroups: "history-thirds" or "".
-        max_eval_history: numbers of latest items, for a cold-start curve.
-        item_kinds: kinds of items that are shown, beside all.
-        persona_scales: of personas, for a curve.
-        runs: the experiment whose folder holds the trained parts; "" = its own.
-        trained_on: the set whose training a set uses, if it is not its own.
+        max_eval_history: maximum latest items at each point of a cold-start curve.
+        item_kinds: kinds of items at each point of a curve, in addition to all kinds.
+        persona_scales: persona scales at each point of a curve.
+        runs: the experiment whose trained parts to use; "" = this experiment.
+        trained_on: for a set, another set whose trained parts to use.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Experiment:
 
     @property
     def curves(self) -> list[list[SweepPoint]]:
-        """The points of each curve in order; the table itself is one of them, under its name there."""
+        """The points of each curve in order. The table itself is also a point of each curve, with the curve's name."""
         items = [SweepPoint(f"items={count}", {"max_eval_history": count}) for count in self.max_eval_history]
         kinds = [SweepPoint(f"item_kinds={kind}", {"item_kinds": kind}) for kind in self.item_kinds]
         scales = sorted({1.0, *self.persona_scales}) if self.persona_scales else []
@@ -119,33 +119,34 @@ class Experiment:
 
     @property
     def variants(self) -> list[str]:
-        """The variants' names, in order."""
+        """The names of the variants, in order."""
         return list(dict.fromkeys(variant for variant, _ in self.configs))
 
 
 EXPERIMENTS = Path(__file__).with_name("experiments")
-"""The folder of the experiments that come with the package; their base configs are in `configs` beside it."""
+"""The folder of the package's experiments; their base configs are in `configs` next to it."""
 
 
 def find_experiment(name: str, folder: Path | None = None) -> Path:
-    """Return the file of an experiment: a path, or the name of one in a folder.
+    """Return the file of an experiment.
 
     Args:
-        folder: holds the named experiments; None = EXPERIMENTS.
+        name: a path of a YAML file, or the name of an experiment in `folder`.
+        folder: None = EXPERIMENTS.
 
     Raises:
-        MissingData: if there is none, with the names that there are.
+        MissingData: if the experiment does not exist; the message suggests existing names.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise MissingData(f"There is no file {path}.")
+            raise MissingData(f"The file {path} does not exist.")
         return path
     folder = EXPERIMENTS if folder is None else folder
     files = {file.stem: file for file in folder.glob("*.yaml")}
     if name not in files:
-        hint = nearest(name, files) if files else f"{folder} holds none, or is not there (see --experiments)."
-        raise MissingData(f"There is no experiment {name!r}; {hint} A path to a YAML file is taken as well.")
+        hint = nearest(name, files) if files else f"{folder} contains none or does not exist (see --experiments)."
+        raise MissingData(f"There is no experiment {name!r}; {hint} You can also give the path of a YAML file.")
     return files[name]
 
 
@@ -153,11 +154,12 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
     """Read an experiment.
 
     Args:
-        config_file: settings on top of its base, such as larger models; those for a set or a variant win.
-        settings: key=value words on top of every config in it; only variants win.
+        config_file: settings that override the experiment's base, such as larger models. Settings for a set or a
+            variant override them.
+        settings: key=value words that override all configs of the experiment. Only variants override them.
     Raises:
-        MissingData: if the file is not there.
-        ConfigError: for an unknown key or row, or a wrong setting.
+        MissingData: if the file does not exist.
+        ConfigError: for an unknown key or row, or an invalid setting.
     """
     file = _validated(read_yaml(path), path)
     return Experiment(
@@ -177,18 +179,18 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
 
 
 def _validated(values: Any, path: Path) -> _ExperimentFile:
-    known = tuple(_ExperimentFile.model_fields)
+    valid_keys = tuple(_ExperimentFile.model_fields)
     for key in values if isinstance(values, dict) else ():
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), known)}")
+        if key not in valid_keys:
+            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), valid_keys)}")
     if not isinstance(values, dict) or not {"sets", "methods"} <= values.keys():
-        raise ConfigError(f"{path} should name 'sets' and 'methods'; see `personaplug bench --help`.")
+        raise ConfigError(f"{path} must contain the keys 'sets' and 'methods'; see `personaplug bench --help`.")
     try:
         return _ExperimentFile.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg']}; found {first['input']!r}.") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {key}: {first['msg']}; found {first['input']!r}.") from None
 
 
 def _configs(
@@ -200,21 +202,23 @@ def _configs(
     for kind, names in (("set", sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
         for name in names:
             if name in (".", "..") or "/" in name or "\\" in name or (kind == "set" and not name):
-                raise ConfigError(f"{path}: the {kind} {name!r} names a folder, so it may hold no slash; rename it.")
-    scales = [f"{scale:g}" for scale in file.persona_scales]  # as in the names of results
-    listed = (("max_eval_history", file.max_eval_history), ("item_kinds", file.item_kinds), ("persona_scales", scales))
-    for key, values in (("sets", file.sets), *listed):
+                raise ConfigError(
+                    f"{path}: the {kind} {name!r} is used as a folder name, so it must not contain a slash. Rename it."
+                )
+    scales = [f"{scale:g}" for scale in file.persona_scales]  # the format in the names of results
+    curves = (("max_eval_history", file.max_eval_history), ("item_kinds", file.item_kinds), ("persona_scales", scales))
+    for key, values in (("sets", file.sets), *curves):
         if len(set(values)) < len(values):
-            raise ConfigError(f"{path}: {key} names a value twice: {', '.join(map(str, values))}. Name each once.")
-    for key, named in (("per_set", file.per_set), ("trained_on", file.trained_on)):
-        unknown = [name for name in named if name not in file.sets]
+            raise ConfigError(f"{path}: {key} contains a value twice: {', '.join(map(str, values))}. Give it once.")
+    for key, by_set in (("per_set", file.per_set), ("trained_on", file.trained_on)):
+        unknown = [name for name in by_set if name not in file.sets]
         if unknown:
-            raise ConfigError(f"{path}: {key} names {', '.join(unknown)}, which is not among its sets.")
+            raise ConfigError(f"{path}: {key} contains {', '.join(unknown)}, which is not in `sets`.")
     configs = {}
     for variant, changes in (file.variants or {"": {}}).items():
         for name in file.sets:
             config = load_config(config_file, base=base)
             config = load_config(overrides=settings, base=with_values(config, flatten(file.per_set.get(name))))
-            # Last, or a model named on the command line would make all variants the same.
+            # Apply variants last; otherwise a model on the command line would make all variants equal.
             configs[variant, name] = with_values(config, flatten(changes))
     return configs

@@ -1,4 +1,4 @@
-"""Provenance: what a results object says of where its numbers come from — models, settings, data, trainings, notes."""
+"""Provenance of results: models, settings, versions, data, trainings and notes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def provenance(
     report: ReadReport,
     cut_by_encoder: int,
 ) -> Provenance:
-    """What there is to know of an evaluation beside its rows.
+    """Return the facts about an evaluation that do not depend on a row.
 
     Args:
-        samples: those that are scored, with their own histories.
-        report: what was passed over or cut while they were read.
-        cut_by_encoder: texts of theirs that were too long for the encoder.
+        samples: the scored samples, with their own histories.
+        report: counts of skipped records and dropped history items.
+        cut_by_encoder: number of texts of these samples that the encoder truncated.
     """
     users = len({sample.owner for sample in samples})
     return Provenance(
@@ -60,27 +60,27 @@ def _notes(run: Run, samples: Sequence[EncodedSample], *, users: int, report: Re
     notes = [f"Intervals and p-values: bootstrap over {users} users."]
     if any(sample.user_id is None for sample in samples):
         notes.append(
-            "The data names no users: samples stand for users, so intervals may be too narrow and a wrong user may be "
-            "the same person."
+            "The data names no users, so each sample counts as a user. Intervals may be too narrow, and a wrong user "
+            "may be the same person."
         )
-    known = run.users_trained_on(sample.user_id for sample in samples)
-    if known:
+    trained_users = run.users_trained_on(sample.user_id for sample in samples)
+    if trained_users:
         notes.append(
-            f"{known} of the {users} users have samples in the training split too: for them this measures what is to "
-            f"come of known users."
+            f"{trained_users} of the {users} users also have samples in the training split. Their scores apply to "
+            f"known users, not to new users."
         )
     if report.skipped:
-        notes.append(f"{report.skipped} broken records were passed over.")
+        notes.append(f"{report.skipped} broken records were skipped.")
     if report.own_answers:
         notes.append(
-            f"{report.own_answers} samples have an item with the question's own text and answer in their history: "
-            f"every score that reads histories is too good."
+            f"{report.own_answers} samples have their own question and answer in the history, so scores of rows that "
+            f"use histories are too good."
         )
     return notes
 
 
 def _trainings(run: Run) -> list[dict[str, Any]]:
-    """What each training of the run was, for those that have ended."""
+    """Return the facts of each finished training of the run."""
     paths = sorted(run.folder.glob("*/seed-*/fit.json"))
     trainings = [(path.parent.parent.name, path.parent.name.removeprefix("seed-")) for path in paths]
     return [

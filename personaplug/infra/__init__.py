@@ -1,1 +1,1 @@
-"""Atomic files, distributed runs, memory, progress, model files."""
+"""Infrastructure: atomic files, distributed runs, memory, progress, model files."""

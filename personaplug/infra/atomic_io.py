@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders under a temporary name that is then renamed, and JSON-lines files."""
+"""Write files and folders atomically: write under a temporary name, then rename. Also JSON-lines files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` create a file under a temporary name, then rename it; create missing folders.
 
-    An error leaves no temporary file, and an earlier file of that name unchanged. Like all functions here, raise
-    StorageError if the disk is full or not writable.
+    An error removes the temporary file and leaves an existing file unchanged. Like all functions of this module, this
+    one raises StorageError if the disk is full or not writable.
     """
     with _attempt(path) as temporary:
         write(temporary)
@@ -31,7 +31,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    # JSON may spell half of a surrogate pair, which UTF-8 cannot encode: write its escape.
+    # Text parsed from JSON may contain a lone surrogate, which UTF-8 cannot encode. Write it as an escape.
     encoded = text.encode("utf-8", "backslashreplace")
     atomic_write(path, lambda temporary: temporary.write_bytes(encoded))
 
@@ -42,25 +42,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_checked_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as `write_json` does, with a checksum as its last entry; see `checksums.read_json`."""
+    """Write an object like `write_json`, with a checksum as the last entry; `checksums.read_json` reads it."""
     write_json(path, with_checksum(_finite(values)))
 
 
 class JsonLines:
-    """A growing file of JSON objects, one per line, each with a checksum.
+    """An append-only file of JSON objects, one per line, each with a checksum.
 
-    A killed process loses at most the line that it was writing. Lines that are cut off or damaged are left out, and a
-    warning says how many.
+    A killed process loses at most its current line. Readers skip truncated and damaged lines, and a warning gives
+    their number.
 
     Args:
-        is_strict: leave out lines without a checksum, too.
+        is_strict: also skip lines without a checksum.
     """
 
     def __init__(self, path: Path, *, is_strict: bool = True) -> None:
         self.path, self.is_strict = path, is_strict
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the objects. A missing file holds none."""
+        """Yield the objects; none if the file does not exist."""
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         damaged = 0
         for line in filter(bytes.strip, lines):
@@ -69,16 +69,16 @@ class JsonLines:
             except (ValueError, RecursionError):
                 damaged += 1
         if damaged:
-            logger.warning("%s: lines left out because they are cut off or damaged: %d", self.path, damaged)
+            logger.warning("%s: skipped %d truncated or damaged lines", self.path, damaged)
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Add an object; NaN and infinity become null."""
+        """Append an object; NaN and infinity become null."""
         text = json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         line = line_with_checksum(text.encode("utf-8", "backslashreplace"))
         with storage_errors(self.path), self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                # End a line that was cut off; else the new value would become part of it.
+                # End a truncated line; otherwise the new object would become part of it.
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
             file.write(line + b"\n")
 
@@ -88,13 +88,17 @@ class JsonLines:
             raise ValueError("The line has no checksum.")
         values = json.loads(line if content is None else content)
         if not isinstance(values, dict):
-            raise ValueError("The line holds no object.")  # the caller expects this kind
+            raise ValueError("The line is not an object.")  # `__iter__` catches ValueError
         return values
 
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` if the block succeeds; without `replace`, an old target stays."""
+    """Yield a temporary folder and rename it to `target` if the block succeeds.
+
+    Args:
+        replace: replace an existing target; otherwise keep it and drop the new folder.
+    """
     with _attempt(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -113,23 +117,23 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
-    """Create the folder of a file, and turn an OSError of the block into a StorageError that names the file."""
+    """Create the parent folder of a file, and convert an OSError of the block to a StorageError with its path."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except Exception as error:
-        # safetensors reports a full disk as its own error, with the system's words in it.
+        # safetensors reports a full disk as an error class of its own.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise StorageError(
-            f"{target} could not be written ({error}). Free some space, or correct its permissions, and run the same "
+            f"{target} could not be written ({error}). Free disk space or correct the permissions, then run the same "
             f"command again; completed files are unchanged."
         ) from error
 
 
 @contextmanager
 def _attempt(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; after an error, remove what it holds."""
+    """Yield a temporary path next to `target`; remove the file or folder there after an error."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with storage_errors(target):
         try:
@@ -142,7 +146,7 @@ def _attempt(target: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    # Otherwise a power cut may leave the new name on a file whose content never reached the disk.
+    # Without fsync, a power failure after the rename can leave a file without content.
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

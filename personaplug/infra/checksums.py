@@ -1,7 +1,7 @@
-"""Checksums that reveal damage when a file is read: of JSON objects, of lines of JSON and of bytes.
+"""Checksums of JSON objects, JSON lines and bytes, to detect damaged files.
 
-A CRC-32 detects every change of up to 32 bits in a row. It reveals accidents of disks and transfers and is no
-signature: whoever changes a file on purpose can write a matching checksum.
+CRC-32 detects every change of up to 32 consecutive bits. It detects accidents of disks and transfers. It is not a
+signature: anyone who changes a file on purpose can write a matching checksum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINE_END = re.compile(rb',"checksum":"([0-9a-f]{8})"\}$')
 
 
 def checksum(parts: Iterable[Any]) -> str:
-    """Return 8 hex digits of some buffers, read one after the other."""
+    """Return the checksum of concatenated buffers as 8 hex digits."""
     value = 0
     for part in parts:
         value = zlib.crc32(part, value)
@@ -29,42 +29,44 @@ def checksum(parts: Iterable[Any]) -> str:
 
 
 def json_checksum(value: Any) -> str:
-    """Return the checksum of a JSON value. Indents and the writing of numbers do not count, the order of keys does."""
+    """Return the checksum of a JSON value. It ignores indents and the format of numbers, but not the order of keys."""
     return checksum([json.dumps(value, separators=(",", ":")).encode("ascii")])
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with its checksum as the last entry."""
+    """Return a copy of an object with its checksum as the last entry."""
     return {**values, KEY: json_checksum(values)}
 
 
 def check_json(values: Mapping[str, Any], path: Path, *, remedy: str) -> dict[str, Any]:
-    """Return an object that was read from a file without its checksum.
+    """Verify the checksum of an object from a file, and return the object without it.
 
+    Args:
+        remedy: advice for the error message, as a sentence.
     Raises:
-        DamagedFile: if the checksum is missing or another one; `remedy` says what to do.
+        DamagedFile: if the checksum is missing or differs.
     """
     found, rest = values.get(KEY), {key: value for key, value in values.items() if key != KEY}
     if found is None:
-        raise DamagedFile(path, reason="it has no checksum; an older version may have made it", remedy=remedy)
+        raise DamagedFile(path, reason="it has no checksum; an older version may have written it", remedy=remedy)
     if found != json_checksum(rest):
         raise DamagedFile(path, reason="its content does not match its checksum", remedy=remedy)
     return rest
 
 
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Read an object that `write_checked_json` has written; return it without its checksum.
+    """Read an object from a file of `write_checked_json`, without its checksum.
 
     Raises:
-        DamagedFile: if it is cut off or changed.
-        OSError: if it cannot be read.
+        DamagedFile: if the file is truncated or changed.
+        OSError: if the file cannot be read.
     """
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise DamagedFile(path, reason="it is not valid JSON", remedy=remedy) from None
     if not isinstance(values, dict):
-        raise DamagedFile(path, reason="it holds no object", remedy=remedy)
+        raise DamagedFile(path, reason="it is not a JSON object", remedy=remedy)
     return check_json(values, path, remedy=remedy)
 
 
@@ -75,10 +77,10 @@ def line_with_checksum(line: bytes) -> bytes:
 
 
 def checked_line(line: bytes) -> bytes | None:
-    """Return a line without its checksum; None if it has none.
+    """Verify a line and return it without its checksum; return None if it has no checksum.
 
     Raises:
-        ValueError: if the checksum is another one.
+        ValueError: if the checksum differs.
     """
     end = _LINE_END.search(line)
     if end is None:

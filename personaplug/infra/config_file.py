@@ -1,4 +1,4 @@
-"""The settings of a run as a YAML file for people, with a checksum in a comment on its first line."""
+"""The config of a run as a YAML file, with a checksum in a comment on the first line."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from personaplug.infra.checksums import json_checksum
 
 
 def write_config(path: Path, config: Config, *, unchecked: Sequence[str], run: str = "") -> None:
-    """Write the config of a run atomically; the settings in `unchecked` do not count in its checksum."""
+    """Write the config of a run atomically; its checksum excludes the settings in `unchecked`."""
     write_text(path, f"{_first_line(config, unchecked, run)}\n{to_yaml(config)}")
 
 
 def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Config:
-    """Read a file of `write_config`.
+    """Read a config from a file of `write_config`.
 
     Raises:
-        DamagedFile: if its settings are not as they were written for this run, except those that are not checked.
+        DamagedFile: if a setting that the checksum covers was changed, or the file belongs to another run.
         MissingData, ConfigError: see `load_config`.
     """
     config = load_config(path)
     found, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
     if found != expected:
-        is_of_other = found.split()[:3] == expected.split()[:3]
-        reason = "it is of another run" if is_of_other else "its settings do not match the checksum in its first line"
+        is_from_other_run = found.split()[:3] == expected.split()[:3]
+        mismatch = "its settings do not match the checksum in its first line"
+        reason = "it belongs to another run" if is_from_other_run else mismatch
         raise DamagedFile(path, reason=reason, remedy="Restore it, or train again in a new folder.")
     return config
 

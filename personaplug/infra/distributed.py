@@ -1,7 +1,7 @@
-"""Helpers for data-parallel runs: rank and world size, sharding, sums over ranks, errors passed from one rank to all.
+"""Helpers for data-parallel runs: rank and world size, sharding, all-reduce, and error propagation to all ranks.
 
 A launcher (`accelerate launch`, torchrun) starts one command several times. All ranks must call these functions in the
-same order. In a process that was started alone they do nothing, and torch.distributed is not initialized.
+same order. In a single process, these functions do nothing and torch.distributed is not initialized.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def is_main() -> bool:
 
 
 def is_single_cpu_launch() -> bool:
-    """Return whether `accelerate launch --cpu` was asked for several processes but left starting them to MPI."""
+    """Return whether `accelerate launch --cpu` started only one process, because it leaves other processes to MPI."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     return on_cpu and "MASTER_ADDR" in os.environ and not _is_launched()
 
 
 def connect(device: str) -> None:
-    """Join the process group, unless already joined, with the models on `device`; each process takes its own GPU."""
+    """Join the process group for models on `device`, if this process has not joined yet."""
     if world_size() == 1:
         return
     import torch
@@ -65,13 +65,13 @@ def connect(device: str) -> None:
     local, gpus = local_world_size(), torch.cuda.device_count()
     if index or (kind == "cuda" and gpus < local):
         raise ConfigError(
-            f"Each of several processes needs its own GPU: found {local} processes on this machine, {gpus} GPUs and "
-            f"model.device={device}. Start no more processes than there are GPUs, with device=auto."
+            f"Each process needs its own GPU; found {local} processes on this machine, {gpus} GPUs and "
+            f"model.device={device}. Start at most {max(1, gpus)} processes, with device=auto."
         )
     if PartialState(cpu=kind == "cpu", timeout=_TIMEOUT).num_processes != world_size():
         raise ConfigError(
-            f"{world_size()} processes were started, which work together on cpu or cuda; found model.device={device}. "
-            f"Start one process, or choose another device."
+            f"Several processes need model.device cpu or cuda; found {world_size()} processes and "
+            f"model.device={device}. Start one process, or choose another device."
         )
 
 
@@ -84,12 +84,12 @@ def disconnect() -> None:
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """Return every n-th item, from this rank on; possibly none."""
+    """Return the items of this rank: every n-th item for n ranks; the result may be empty."""
     return list(items[rank() :: world_size()])
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Sum each value over all ranks; the result is the same to the last bit on all."""
+    """Sum each value over all ranks. The result is bit-identical on all ranks."""
     if world_size() == 1:
         return list(values)
     import torch
@@ -98,9 +98,9 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over all ranks; one missing on some ranks counts as zeros there.
+    """Replace each gradient by its sum over all ranks; a missing gradient counts as zeros.
 
-    A gradient that is missing on all ranks stays missing, so that the optimizer skips its parameter as in one process.
+    A gradient that is missing on all ranks stays None, so that the optimizer skips its parameter as in one process.
     """
     if world_size() == 1:
         return
@@ -116,9 +116,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """Run a block on all ranks and wait for all; an error on one rank is raised on all.
+    """Run a block on all ranks and wait for all ranks. An error on one rank is raised on all ranks.
 
-    The block must not wait for other ranks: they would wait forever for one that failed before.
+    The block must not wait for other ranks, because it would wait forever for a rank that has failed.
     """
     if world_size() == 1:
         yield
@@ -137,7 +137,7 @@ def synchronized() -> Iterator[None]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main process and return its result on all; an error is raised on all."""
+    """Run `work` on the main process, and return its result or raise its error on all ranks."""
     if world_size() == 1:
         return work()
     from accelerate.utils import broadcast_object_list
@@ -152,8 +152,11 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on the main process, then on all others, which find its files; an error is raised on all."""
-    # Accelerate's `main_process_first` would leave the others waiting if the main process fails.
+    """Run `work` on the main process, then on all other ranks, so that they can read its files.
+
+    An error is raised on all ranks.
+    """
+    # If the main process fails, Accelerate's `main_process_first` lets the other ranks wait forever.
     with synchronized():
         if is_main():
             result = work()
@@ -164,18 +167,21 @@ def main_first(work: Callable[[], T]) -> T:
 
 
 def mark_shared(error: Error) -> Error:
-    """Mark an error that all ranks raise."""
+    """Mark an error as raised on all ranks."""
     error.__dict__[_SHARED] = True
     return error
 
 
 def is_reporter(error: Exception) -> bool:
-    """Return whether this process reports an error: each rank its own, the main process also those of all ranks."""
+    """Return whether this process prints an error.
+
+    Each rank prints its own errors. The main process also prints errors that all ranks raise.
+    """
     if is_main():
         return True
     import torch
 
-    # Errors before the ranks connect concern settings and arguments, which are the same on all.
+    # Errors before the ranks connect concern settings and arguments, so they are the same on all ranks.
     return torch.distributed.is_initialized() and _SHARED not in error.__dict__
 
 
@@ -184,9 +190,9 @@ def _is_launched() -> bool:
 
 
 def _launch_info() -> tuple[int, int, int]:
-    """Return rank, world size and local world size as the launcher set them."""
+    """Return rank, world size and local world size from the launcher's environment variables."""
     if not _is_launched():
-        return 0, 1, 1  # without loading torch, which takes seconds
+        return 0, 1, 1  # avoids the import of torch, which takes seconds
     from accelerate.utils import get_cpu_distributed_information
 
     info = get_cpu_distributed_information()
@@ -204,10 +210,10 @@ def _sum_over_ranks(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _lost_rank_errors() -> Iterator[None]:
-    """Explain the network error that follows when another rank has ended."""
+    """Convert the network error after the end of another rank to a clear message."""
     try:
         yield
     except RuntimeError as error:
-        reason = "Another process has ended, so all end; its own message says why."
-        hint = "Run the same command again to continue from the last checkpoint."
+        reason = "Another process has ended, so this process stops. See the message of the other process."
+        hint = "Run the same command again to resume from the last checkpoint."
         raise mark_shared(PersonaPlugError(f"{reason} {hint}")) from error

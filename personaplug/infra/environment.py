@@ -1,4 +1,4 @@
-"""Package versions and machine facts that results record, because numbers and times depend on them."""
+"""Package versions and machine facts for results files, because scores and times depend on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("personaplug", "torch", "transformers", "sentence-transformers", "a
 
 
 def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Return the versions of Python and of packages; "not installed" for a missing package."""
+    """Return the versions of Python and of packages, or "not installed" for a missing package."""
     versions = dict.fromkeys(packages, "not installed")
     for name in packages:
         with suppress(PackageNotFoundError):

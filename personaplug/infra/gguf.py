@@ -1,4 +1,4 @@
-"""Convert a GGUF file to safetensors, once; the copy lies in a cache folder."""
+"""Convert a GGUF file to safetensors once, and cache the result."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from personaplug.infra.progress import quiet_unless_terminal
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "PERSONAPLUG_CACHE"
-_CONVERTER_VERSION = b"gguf -> bf16 safetensors, 2"  # increase it if the converted files change
-_PIECE = 2**20
+_CONVERTER_VERSION = b"gguf -> bf16 safetensors, 2"  # increase if the converted files change
+_HASHED_BYTES = 2**20
 
 
 def converted_gguf(gguf: Path) -> Path:
@@ -31,28 +31,28 @@ def converted_gguf(gguf: Path) -> Path:
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
-        raise MissingExtra("reading a GGUF file", extra="gguf")
-    logger.warning("Converting %s to safetensors: about 15 s for 135M parameters, only this once.", gguf.name)
+        raise MissingExtra("The conversion of a GGUF file", extra="gguf")
+    logger.warning("Converting %s to safetensors once; this takes about 15 s per 135M parameters", gguf.name)
     try:
-        # A read-only cache fails before the conversion. If several processes convert, the first copy stays in use.
+        # A read-only cache folder fails before the conversion. If several processes convert, the first copy is kept.
         with atomic_folder(target, replace=False) as folder:
             _convert(gguf, folder)
     except StorageError as error:
-        raise StorageError(f"{error} Or set {CACHE_VARIABLE} to another folder.") from error
+        raise StorageError(f"{error} Alternatively, set {CACHE_VARIABLE} to another folder.") from error
     return target
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be computed again."""
+    """Return the folder for cached files, which can be deleted at any time."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
 
 
 def _file_fingerprint(path: Path) -> str:
-    """Hash the size of a file, its first MiB and its last to 16 hex digits; hashing all of it takes long."""
+    """Hash a file's size, first MiB and last MiB to 16 hex digits; hashing the whole file would take too long."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(_PIECE)
-        file.seek(max(0, size - _PIECE))
+        start = file.read(_HASHED_BYTES)
+        file.seek(max(0, size - _HASHED_BYTES))
         content = _CONVERTER_VERSION + str(size).encode() + start + file.read()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -63,17 +63,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     factory: Any = AutoModelForCausalLM
-    # transformers shows a bare tqdm bar, which only a redirect keeps out of log files.
+    # transformers uses tqdm directly here, so only a redirect keeps its progress bar out of log files.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         try:
             quantized = factory.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:  # readers of a foreign format raise all kinds
+        except Exception as error:  # the readers raise many types of errors
             raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({first_line(error)})"]) from error
-    # transformers 5.17 takes the token that begins a turn for EOS: generation would never end.
+    # transformers 5.17 uses the token that begins a turn as EOS, so generation would never end.
     if field := GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id"):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-    # transformers refuses to save a quantized model, so a plain one gets its values.
+    # transformers refuses to save a quantized model, so copy its values to an unquantized model.
     del quantized.config.quantization_config
     model = factory.from_config(quantized.config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())

@@ -1,4 +1,4 @@
-"""Parse JSON that somebody else wrote: a ValueError with the reason for everything that cannot be read."""
+"""Parse untrusted JSON; every failure is a ValueError with a reason."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from itertools import chain
 from typing import Any
 
 MAX_DEPTH = 64
-"""Levels of lists and objects. Code that walks a value may be recursive."""
+"""Maximum levels of lists and objects, so that code may process a value recursively."""
 
 
 def parse_json(text: bytes) -> Any:
-    """Return the value of a JSON text; raise ValueError with a reason that holds nothing of the text."""
+    """Return the value of a JSON text; raise ValueError with a reason that quotes nothing from the text."""
     try:
         value = json.loads(text, parse_int=_whole_number)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -29,8 +29,8 @@ _TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 def _whole_number(digits: str) -> int:
     try:
         return int(digits)
-    except ValueError:  # Python reads 4,300 digits at most
-        raise ValueError(f"it holds a whole number of {len(digits):,} digits") from None
+    except ValueError:  # Python parses at most 4,300 digits
+        raise ValueError(f"it contains a whole number of {len(digits):,} digits") from None
 
 
 def _check_depth(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Locks between processes, held in SQLite files; the system releases them however a process ends."""
+"""Locks between processes, as SQLite files. The operating system releases them when a process ends, even by a crash."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from personaplug.errors import RunConflict, StorageError
 
 
 def acquire_lock(path: Path, *, wait_s: float = 1) -> sqlite3.Connection:
-    """Return a connection that holds the lock in a file until it is closed.
+    """Acquire the lock in a file, and return a connection that holds the lock until the connection is closed.
 
     Raises:
-        sqlite3.Error: if the file cannot be made, or another process still holds the lock after the wait.
+        sqlite3.Error: if the file cannot be created, or another process still holds the lock after the wait.
     """
     lock = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
     try:
@@ -27,19 +27,19 @@ def acquire_lock(path: Path, *, wait_s: float = 1) -> sqlite3.Connection:
 
 @contextmanager
 def sole_trainer(folder: Path) -> Iterator[None]:
-    """Hold the right to train in a folder: two processes would remove each other's checkpoints.
+    """Hold the lock to train in a folder, because two processes would remove each other's checkpoints.
 
     Raises:
-        RunConflict: if another process holds it.
+        RunConflict: if another process holds the lock.
     """
     try:
         lock = acquire_lock(folder / "training.lock")
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
-            raise StorageError(f"{folder} cannot be written ({error}). Correct its permissions.") from error
+            raise StorageError(f"{folder} is not writable ({error}). Correct its permissions.") from error
         raise RunConflict(
-            f"Another process trains in {folder} ({error}). Run the same command again after it, or choose "
-            f"another --out."
+            f"Another process is training in {folder} ({error}). Wait for its end and run the same command again, or "
+            f"choose another --out."
         ) from error
     with closing(lock):
         yield

@@ -11,7 +11,7 @@ _CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_byte
 
 
 def reset_peak_memory() -> None:
-    """Restart the count of `peak_memory`; outside Linux it always counts from the start of the process."""
+    """Reset `peak_memory`. Outside Linux, RSS cannot be reset and counts from the start of the process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     import torch
@@ -34,7 +34,7 @@ def peak_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the main memory that this process may still take, within the limit of its container."""
+    """Return the main memory that this process can still allocate, within the limit of its container."""
     import psutil
 
     free = int(psutil.virtual_memory().available)

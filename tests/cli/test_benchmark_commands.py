@@ -26,7 +26,7 @@ def _call(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def test_rows_of_a_table_are_trained_on_demand(data: Path, tmp_path: Path) -> None:
+def test_train_with_methods_trains_only_their_parts(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = _call("train", "--data", data, "--out", out, "--methods", "plug+bm25:1,instruction-only", *TOY)
     assert done.exit_code == 0, done.output
@@ -44,7 +44,7 @@ def test_rows_of_a_table_are_trained_on_demand(data: Path, tmp_path: Path) -> No
     assert "--methods plug" in done.output
 
 
-def test_a_bench_and_its_report(data: Path, tmp_path: Path) -> None:
+def test_bench_writes_results_that_report_reads(data: Path, tmp_path: Path) -> None:
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(
         "title: A first look\nsets: [Mine, Absent]\nmethods: [plain, plug, wrong-user, 'bm25:2']\n"
@@ -67,15 +67,15 @@ def test_a_bench_and_its_report(data: Path, tmp_path: Path) -> None:
     assert "stale words" not in page.read_text()
 
 
-def test_a_bench_of_nothing_that_is_here_fails(data: Path, tmp_path: Path) -> None:
+def test_bench_without_any_data_set_fails(data: Path, tmp_path: Path) -> None:
     experiment = tmp_path / "mine.yaml"
     experiment.write_text("sets: [Absent]\nmethods: [plain]\n")
     done = _call("bench", experiment, "--data", data.parent, "--out", tmp_path / "runs", "--results", tmp_path, *TOY)
     assert done.exit_code == 2
-    assert "Nothing of this experiment" in done.output
+    assert "No part of this experiment could run" in done.output
 
 
-def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
+def test_score_scores_a_file_of_predictions(data: Path, tmp_path: Path) -> None:
     golds = json.loads((data / "dev_outputs.json").read_text())
     predicted = tmp_path / "predicted.json"
     predicted.write_text(json.dumps(golds))
@@ -101,7 +101,7 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
         (["score", "--gold", "EMPTY/x.json", "--predictions", "EMPTY/y.json"], "no file"),
         (["bench", "nothing", "--data", "DATA", "--experiments", "EMPTY"], "no experiment 'nothing'"),
         (["bench", "main-table", "--data", "DATA", "--seeds", "one"], "--seeds takes whole numbers"),
-        (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "no set of main-table"),
+        (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "main-table has no set"),
         (["report", "EMPTY/none.json", "--out", "EMPTY"], "none.json"),
         (["lamp", "download", "lamp-6", "--out", "EMPTY"], "not public"),
         (["lamp", "download", "lamp-3", "--out", "EMPTY", "--source", "EMPTY/nowhere"], "nowhere"),
@@ -116,7 +116,7 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, data: P
     assert "Traceback" not in done.output
 
 
-def test_official_files_are_taken_from_a_folder(tmp_path: Path) -> None:
+def test_lamp_download_copies_from_a_folder(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     question = {
@@ -134,7 +134,7 @@ def test_official_files_are_taken_from_a_folder(tmp_path: Path) -> None:
     assert [sample.target for sample in open_dataset(tmp_path / "got", "dev")] == ["4"]
 
 
-def test_files_of_another_task_are_not_taken(tmp_path: Path) -> None:
+def test_lamp_download_refuses_files_of_another_task(tmp_path: Path) -> None:
     (tmp_path / "dev_questions.json").write_text("[]")
     (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": []}))
     done = _call("lamp", "download", "lamp-3", "--source", tmp_path, "--out", tmp_path / "got", "--split", "dev")
@@ -142,7 +142,7 @@ def test_files_of_another_task_are_not_taken(tmp_path: Path) -> None:
     assert "expected LaMP_3 for lamp-3" in done.output
 
 
-def test_another_benchmark_becomes_a_data_set(tmp_path: Path) -> None:
+def test_convert_writes_a_data_set(tmp_path: Path) -> None:
     rows = [
         {
             "id": "q1",

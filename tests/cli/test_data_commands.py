@@ -67,7 +67,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         (["CHATS", "--out", "EMPTY/set", "--format", "aloe"], "line 1: it has an unknown form"),
         (["CHATS", "--out", "EMPTY/set", "--share", "1"], "between 0 and 1"),
         (["CHATS", "--out", "EMPTY/set", "--max-samples-per-user", "0"], "at least 1"),
-        (["CHATS", "--out", "EMPTY/set", "--user", "who"], "are for logs"),
+        (["CHATS", "--out", "EMPTY/set", "--user", "who"], "apply only to logs"),
         (["CHATS", "EMPTY/log.csv", "--out", "EMPTY/set"], "Some files hold conversations"),
         (["CHATS", "--out", "EMPTY/full"], "already holds a data set"),
         (["EMPTY/one.jsonl", "--out", "EMPTY/set"], "2 or more users, found 1"),
@@ -89,7 +89,7 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: 
     assert not (tmp_path / "set").exists() or not list((tmp_path / "set").glob("*_questions.json"))
 
 
-def test_help_names_every_format_and_the_default_maximum() -> None:
+def test_import_help_lists_formats_and_default_limit() -> None:
     text = "".join(call("--help").output.split())
     assert [name for name in FORMATS if name not in text] == []
-    assert f"[default:{MAX_SAMPLES_PER_USER}ofchats" in text
+    assert f"[default:{MAX_SAMPLES_PER_USER}forconversations" in text

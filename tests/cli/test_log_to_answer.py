@@ -43,7 +43,7 @@ def imported(folder: Path, counts: Counts) -> str:
     return call("import", folder / "orders.csv", "--out", folder / "data").stdout
 
 
-def test_import_says_what_it_took_and_what_it_dropped(imported: str, counts: Counts, folder: Path) -> None:
+def test_import_reports_kept_and_dropped_rows(imported: str, counts: Counts, folder: Path) -> None:
     for line in ("'Kunde'", "'Datum'", "'Produkt'", "'Sterne'", "'Nr'"):
         assert line in imported
     dropped = counts.without_user + counts.without_answer + counts.bad_dates + counts.copies
@@ -79,7 +79,7 @@ def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
             assert reply.headers["X-Personaplug-Persona"] == applied
 
 
-def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Path) -> None:
+def test_log_is_imported_trained_loaded_and_served(imported: str, counts: Counts, folder: Path) -> None:
     _go_to_an_answer(folder, TOY)
     store = folder / "histories.db"
     listed = call("users", "--store", store).stdout.splitlines()
@@ -91,22 +91,24 @@ def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Pa
     words = ("load", "--run", folder / "run", "--store", store, "--data", folder / "data")
     done = call(*words)
     assert f"{counts.users - 1} users; 0 items new" in done.stdout
-    assert "1 users were erased from this store" in done.stderr
+    assert "skipped 1 users who were erased from this store" in done.stderr
     assert f"{counts.users} users;" in call(*words, "--include-erased").stdout
 
 
 @pytest.mark.slow
-def test_a_log_becomes_a_served_answer_of_real_models(imported: str, folder: Path, tmp_path: Path) -> None:
+def test_log_is_imported_trained_loaded_and_served_with_real_models(
+    imported: str, folder: Path, tmp_path: Path
+) -> None:
     for name in ("data", "orders.csv"):
         (tmp_path / name).symlink_to(folder / name)
     _go_to_an_answer(tmp_path, (*REAL, "train_limit=24"))
 
 
-def test_few_users_are_warned_of(tmp_path: Path) -> None:
+def test_import_and_train_warn_of_few_users(tmp_path: Path) -> None:
     write_messy_log(tmp_path / "small.csv", users=12)
     done = call("import", tmp_path / "small.csv", "--out", tmp_path / "data")
-    assert "warning: 12 users are few" in done.stderr
+    assert "warning: the data has only 12 users" in done.stderr
     assert (
-        "warning: 12 users are few"
+        "warning: the data has only 12 users"
         in call("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *TOY).stderr
     )

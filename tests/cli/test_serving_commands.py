@@ -139,7 +139,7 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
 
-def test_serve_accepts_the_key_that_create_key_makes_until_ctrl_c(
+def test_serve_accepts_a_created_key_and_stops_on_ctrl_c(
     folder: Path, question: dict[str, Any], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys.json"
@@ -157,13 +157,13 @@ def test_serve_accepts_the_key_that_create_key_makes_until_ctrl_c(
     assert "Traceback" not in errors
 
 
-def test_create_key_without_a_tenant_name_is_refused(tmp_path: Path) -> None:
+def test_create_key_refuses_an_empty_tenant_name(tmp_path: Path) -> None:
     result = _call("create-key", "", "--keys", tmp_path / "keys.json")
     assert (result.exit_code, "name of a tenant" in result.output) == (2, True)
     assert not (tmp_path / "keys.json").exists()
 
 
-def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_serve_refuses_a_public_address_without_keys(folder: Path, tmp_path: Path) -> None:
     result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
     assert (result.exit_code, "personaplug create-key" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
@@ -184,7 +184,7 @@ def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_pat
         (["--run", "RUN", "--engine", "remote"], "An engine is one of local, http, https"),
     ],
 )
-def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_serve_refuses_an_invalid_option(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
     given = [str(folder / "run") if word == "RUN" else word for word in words]
     result = _call("serve", *given, "--store", tmp_path / "h.db", "--port", "0")
     assert result.exit_code == 2
@@ -199,14 +199,14 @@ def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, word
         *(("--engine", address) for address in ("http://[::1", "http://a b", "http://a:99999", "http://", "http:a")),
     ],
 )
-def test_number_or_address_that_is_none_is_refused(folder: Path, tmp_path: Path, words: tuple[str, str]) -> None:
+def test_serve_refuses_nan_and_invalid_addresses(folder: Path, tmp_path: Path, words: tuple[str, str]) -> None:
     result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--port", "0", *words)
     assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
     assert "not a number" in result.output or "such as http://127.0.0.1:8123" in result.output
     assert not (tmp_path / "h.db").exists()
 
 
-def test_serve_on_a_taken_port_is_refused_before_models_are_loaded(
+def test_serve_refuses_a_used_port_before_models_load(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("personaplug.serving.setup.open_service", lambda *_: pytest.fail("models were loaded"))
@@ -227,7 +227,7 @@ def test_bind_refuses_an_address_of_another_machine(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_bind_takes_a_free_port_and_does_not_listen_yet(host: str) -> None:
+def test_bind_reserves_a_free_port_without_listening(host: str) -> None:
     try:
         listener = bind(host, 0)
     except ConfigError:
@@ -236,7 +236,7 @@ def test_bind_takes_a_free_port_and_does_not_listen_yet(host: str) -> None:
         caller.connect(listener.getsockname())
 
 
-def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
+def test_serve_refuses_phrases_with_vllm(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
     given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
     result = _call("serve", *given)
@@ -244,7 +244,7 @@ def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "h.db").exists()
 
 
-def test_serve_without_its_vllm_server_fails_with_a_sentence(
+def test_serve_reports_an_unreachable_vllm_server(
     folder: Path, tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
@@ -284,7 +284,7 @@ def test_registered_engine_answers_requests(
     assert (explained.status_code, explained.json()["error"]["code"]) == (400, "unsupported")
 
 
-def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_serve_refuses_a_store_of_another_encoder(folder: Path, tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", HashEncoder(64)).close()
     done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
     assert done.exit_code == 2
@@ -306,7 +306,7 @@ def test_refill_store_copies_histories_for_another_run(folder: Path, question: d
     assert (done.exit_code, "encoder" in done.output) == (2, True)
 
 
-def test_refill_store_without_texts_fails_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+def test_refill_store_refuses_a_store_without_texts(folder: Path, tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "old.db", HashEncoder(64)).close()
     done = _call("refill-store", "--from", tmp_path / "old.db", "--to", tmp_path / "new.db", "--run", folder / "run")
     assert (done.exit_code, "keeps no texts" in done.output) == (2, True)

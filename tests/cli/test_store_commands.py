@@ -19,7 +19,7 @@ def call(*words: object) -> Result:
     return CliRunner().invoke(main, list(map(str, words)))
 
 
-def test_backup_restore_and_replay(tmp_path: Path) -> None:
+def test_erased_user_stays_erased_after_backup_and_restore(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "h.db", ENCODER)
     for user in ("ann", "bob"):
         add(store, "default", user, [item("1")])
@@ -36,14 +36,14 @@ def test_backup_restore_and_replay(tmp_path: Path) -> None:
     assert (done.exit_code, "replay-erasures" in done.output) == (0, True)
     assert HistoryStore.open(tmp_path / "late.db").count("default", "ann") == 1
     done = call("replay-erasures", "--from", tmp_path / "h.db", "--to", tmp_path / "late.db")
-    assert (done.exit_code, done.output) == (0, "1 erasures repeated\n")
+    assert (done.exit_code, done.output) == (0, "1 erasures replayed\n")
     restored = HistoryStore.open(tmp_path / "late.db")
     assert [restored.count("default", user) for user in ("ann", "bob")] == [0, 1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run whose encoder is that of the stores here."""
+    """A trained run with the encoder of the stores in this file."""
     folder = tmp_path_factory.mktemp("run")
     config = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)
     write_simulation(config, folder / "data")
@@ -73,15 +73,13 @@ def test_preferences_are_set_listed_and_removed(tmp_path: Path, run: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["No horror."], "give --run"),
+        (["No horror."], "with --run"),
         ([" ", "--run", "RUN"], "'preference' is empty"),
         (["a\udcff", "--run", "RUN"], "not valid Unicode"),
         (["No horror.", "--run", "RUN", "--store", "nowhere.db"], "There is no history store"),
     ],
 )
-def test_preferences_that_cannot_be_set_fail_with_a_sentence(
-    tmp_path: Path, run: Path, words: list[str], message: str
-) -> None:
+def test_set_preferences_refuses_invalid_input(tmp_path: Path, run: Path, words: list[str], message: str) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
     given = [{"RUN": str(run), "nowhere.db": str(tmp_path / "nowhere.db")}.get(word, word) for word in words]
     done = call("set-preferences", "--store", tmp_path / "h.db", "--user", "ann", *given)
@@ -89,7 +87,7 @@ def test_preferences_that_cannot_be_set_fail_with_a_sentence(
     assert not (tmp_path / "nowhere.db").exists()
 
 
-def test_backup_that_cannot_be_used_fails_with_a_sentence(tmp_path: Path) -> None:
+def test_restore_refuses_an_invalid_backup(tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
     (tmp_path / "backup").write_text("something else")
     done = call("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db")

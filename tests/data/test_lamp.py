@@ -250,7 +250,7 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"item_template": 3}, "'item_template' should be a valid string, found 3"),
         ({"item_template": "words"}, "shows no field of an item"),
         ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
-        ({"item_template": "{text} {}"}, "names {}; known are: score, text"),
+        ({"item_template": "{text} {}"}, "names {}; expected one of: score, text"),
         ({"item_joint": None}, "'item_joint' should be a valid string, found None"),
         ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
         ({"history_template": "{history} {history} {input}"}, "each once"),

@@ -42,7 +42,7 @@ def _speed_stage(folder: Path, *settings: str) -> tuple[Run, Models, list[Encode
     return run, models, samples
 
 
-def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_lower_bound_counts_only_used_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, models, samples = _speed_stage(tmp_path)
     plug = build_plug(run, models, seed=0)
     model = models.llm.model.config
@@ -70,7 +70,7 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
     assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * head_of(plug).projector.inner.weight.numel())
 
 
-def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_step_has_the_same_loss_as_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
     monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
     table = run.open_vectors(models.encoder)
@@ -103,7 +103,7 @@ def _few(folder: Path) -> None:
         assert result.exit_code == 0, result.output
 
 
-def test_rows_with_synthetic_samples_stand_beside_those_without(tmp_path: Path) -> None:
+def test_joined_table_has_rows_with_and_without_synthetic_samples(tmp_path: Path) -> None:
     _few(tmp_path)
     words = ("llm=toy", "encoder=hash:32", "dtype=float32", "epochs=1", "seeds=0,1", "resamples=100")
     experiment = load_experiment(synthetic.EXPERIMENT, settings=words)

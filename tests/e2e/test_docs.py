@@ -24,14 +24,14 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_shipped_config_is_valid(path: Path) -> None:
+def test_packaged_config_is_valid(path: Path) -> None:
     assert len(load_config(path).training.seeds) >= 1
 
 
 @pytest.mark.parametrize(
     "path", [p for p in RESULTS if "rows" in json.loads(p.read_text())], ids=lambda path: path.name
 )
-def test_a_shipped_result_has_the_promised_fields(path: Path) -> None:
+def test_published_results_have_the_documented_fields(path: Path) -> None:
     told = json.loads(path.read_text(encoding="utf-8"))
     assert {
         "task",
@@ -49,9 +49,7 @@ def test_a_shipped_result_has_the_promised_fields(path: Path) -> None:
         assert {"method", "n", "metrics", "intervals"} <= row.keys()
 
 
-def test_the_log_of_an_app_becomes_a_data_set_as_the_page_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_event_log_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
@@ -71,7 +69,7 @@ def test_the_log_of_an_app_becomes_a_data_set_as_the_page_shows(
     assert samples[0].history[0].text == "title: thing 0-0 stars: 1"
 
 
-def test_the_task_declared_on_the_page_is_read(tmp_path: Path) -> None:
+def test_task_declared_on_the_page_is_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
     declared = re.search(r"```json\n(.*?)```", page, flags=re.DOTALL)
     assert declared is not None
@@ -95,7 +93,7 @@ def test_readme_trains_on_the_reviews_of_the_example(tmp_path: Path, monkeypatch
     assert {str(answer) for answer in answers} <= set("12345")
 
 
-def test_the_page_on_the_protocol_names_every_row_and_control() -> None:
+def test_protocol_page_lists_all_rows_and_controls() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     for name in known_methods():
         assert f"`{name}`" in page, name
@@ -103,7 +101,7 @@ def test_the_page_on_the_protocol_names_every_row_and_control() -> None:
         assert f"`{retriever}:4`" in page
 
 
-def test_the_rows_that_documents_name_exist() -> None:
+def test_rows_in_documents_exist() -> None:
     for path in (ROOT / "README.md", ROOT / "docs" / "protocol.md"):
         for name in re.findall(
             r"`((?:[a-z-]+\+)?(?:bm25|recency|dense|random|ropg):\d(?:@[a-z-]+)?)`", path.read_text()

@@ -52,7 +52,7 @@ def copy(folders: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_a_copied_run_is_the_same_run(copy: Path) -> None:
+def test_copied_run_works_like_the_original(copy: Path) -> None:
     done = _evaluate(copy)
     assert done.exit_code == 0, done.output
 
@@ -76,7 +76,7 @@ def test_a_file_of_another_run_is_refused(copy: Path, folders: tuple[Path, Path]
     assert (done.exit_code, "is damaged" in done.output) == (2, True), done.output
 
 
-def test_item_vectors_of_another_run_serve_as_a_whole(copy: Path, folders: tuple[Path, Path]) -> None:
+def test_item_vectors_of_another_run_are_accepted(copy: Path, folders: tuple[Path, Path]) -> None:
     before = _metrics(copy)
     shutil.rmtree(copy / "run" / "vectors")
     shutil.copytree(folders[1] / "run" / "vectors", copy / "run" / "vectors")
@@ -84,10 +84,10 @@ def test_item_vectors_of_another_run_serve_as_a_whole(copy: Path, folders: tuple
     assert _metrics(copy) == before
 
 
-def test_two_processes_do_not_train_in_one_folder(copy: Path) -> None:
+def test_second_process_refuses_to_train_in_the_same_folder(copy: Path) -> None:
     with closing(sqlite3.connect(copy / "run" / "training.lock", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         words = ("train", "--data", copy / "data", "--out", copy / "run", *TOY)
         done = _call(*words)
-        assert (done.exit_code, "Another process trains in" in done.output) == (2, True), done.output
+        assert (done.exit_code, "Another process is training in" in done.output) == (2, True), done.output
     assert _call(*words).exit_code == 0

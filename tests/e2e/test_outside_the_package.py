@@ -144,7 +144,7 @@ def _results(data: Path, folder: Path, rows: str, *, encoder: str = "hash:32", t
     return evaluate(run, dev, split="dev", methods=parse_methods(rows), config=config.evaluation, models=models)
 
 
-def test_row_from_outside_stands_in_a_table_with_its_control(data: Path, tmp_path: Path) -> None:
+def test_plugin_row_and_its_control_are_in_the_table(data: Path, tmp_path: Path) -> None:
     results = _results(data, tmp_path / "run", "plain,latest-answer,latest-answer@wrong-user")
     assert [row.name for row in results.rows] == ["plain", "latest-answer", "latest-answer@wrong-user"]
     samples = list(open_dataset(data, "dev", task=load_task(data)))
@@ -153,7 +153,7 @@ def test_row_from_outside_stands_in_a_table_with_its_control(data: Path, tmp_pat
     assert "latest-answer" in results.personal_gains("mae")
 
 
-def test_reader_from_outside_is_converted_by_the_command(tmp_path: Path) -> None:
+def test_convert_uses_a_plugin_reader(tmp_path: Path) -> None:
     table = tmp_path / "reviews.csv"
     table.write_text("user,text,score\nann,good,5\nbob,bad,1\nann,fine,4\nann,what now,3\n", encoding="utf-8")
     done = CliRunner().invoke(
@@ -165,13 +165,13 @@ def test_reader_from_outside_is_converted_by_the_command(tmp_path: Path) -> None
     assert (bob.history, bob.target) == ((), "1")
 
 
-def test_encoder_from_outside_serves_a_plug(data: Path, tmp_path: Path) -> None:
+def test_plug_works_with_a_plugin_encoder(data: Path, tmp_path: Path) -> None:
     results = _results(data, tmp_path / "run", "plug", encoder="length", trained=True)
     assert np.isfinite(results.by_name["plug"].metrics["mae"])
     assert "length" in results.about.encoder
 
 
-def test_metric_from_outside_is_a_column(data: Path, tmp_path: Path) -> None:
+def test_plugin_metric_is_a_column(data: Path, tmp_path: Path) -> None:
     task = data / "task.json"
     task.write_text(task.read_text(encoding="utf-8").replace('"mae"', '"too_high"'), encoding="utf-8")
     results = _results(data, tmp_path / "run", "latest-answer")
@@ -180,7 +180,7 @@ def test_metric_from_outside_is_a_column(data: Path, tmp_path: Path) -> None:
     assert results.by_name["latest-answer"].metrics["too_high"] == pytest.approx(np.mean(too_high))
 
 
-def test_name_that_is_taken_is_refused() -> None:
+def test_duplicate_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="The row 'plug' exists already"):
         register_method("plug", lambda _: LatestAnswer(info=MethodInfo("plug")))
     with pytest.raises(ConfigError, match="The metric 'too_high' exists already"):

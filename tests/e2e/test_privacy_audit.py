@@ -33,7 +33,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_area_and_the_ranks_are_those_of_their_definitions() -> None:
+def test_auc_and_ranks_match_their_definitions() -> None:
     random = np.random.default_rng(0)
     positive, negative = np.round(random.normal(0.5, 1, 40), 1), np.round(random.normal(0, 1, 60), 1)  # with ties
     expected = roc_auc_score([1] * 40 + [0] * 60, np.concatenate([positive, negative]))
@@ -43,7 +43,7 @@ def test_the_area_and_the_ranks_are_those_of_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("rows", [20, 80])  # fewer and more than columns
-def test_the_ridge_is_scikit_learns(rows: int) -> None:
+def test_ridge_matches_scikit_learn(rows: int) -> None:
     random = np.random.default_rng(1)
     x, y = random.normal(3, 2, (rows, 40)), random.normal(size=(rows, 3))
     standard = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -51,7 +51,7 @@ def test_the_ridge_is_scikit_learns(rows: int) -> None:
     np.testing.assert_allclose(attacks.fit_ridge(x, y, 0.1)(x), expected, atol=1e-8)
 
 
-def test_users_are_linked_through_what_varies_little_within_each() -> None:
+def test_linking_uses_features_that_vary_little_within_a_user() -> None:
     random = np.random.default_rng(2)
     own = np.concatenate([random.normal(size=(60, 4)), np.zeros((60, 16))], axis=1)
     noise = np.concatenate([np.full(4, 0.1), np.full(16, 2.0)])
@@ -63,7 +63,7 @@ def test_users_are_linked_through_what_varies_little_within_each() -> None:
     assert found["top_1"].value > raw["top_1"].value + 0.5
 
 
-def test_names_are_told_from_words_that_begin_sentences() -> None:
+def test_names_differ_from_capitalized_first_words() -> None:
     texts = [
         "Great fun with Uma Thurman. Tarantino at his best!",
         "The best of tarantino's films? I saw Pulp.",
@@ -76,7 +76,7 @@ def test_names_are_told_from_words_that_begin_sentences() -> None:
     assert attacks.f1(hits) == pytest.approx(2 * 2 / (3 + 4))
 
 
-def test_an_interval_counts_users_and_not_rows() -> None:
+def test_interval_resamples_users_not_rows() -> None:
     users = np.repeat(np.arange(10), 50)
     by_user = attacks.mean_over_users(np.repeat(np.arange(10) % 2, 50), users)
     by_row = attacks.mean_over_users(np.repeat(np.arange(10) % 2, 50), np.arange(500))
@@ -84,13 +84,13 @@ def test_an_interval_counts_users_and_not_rows() -> None:
     assert by_user.high - by_user.low > 3 * (by_row.high - by_row.low)
 
 
-def test_explained_variance_is_nothing_for_the_mean_and_one_for_the_truth() -> None:
+def test_explained_variance_is_0_for_the_mean_and_1_for_the_truth() -> None:
     true, users = np.array([1.0, 2.0, 4.0, 5.0]), np.arange(4)
     assert attacks.explained(true, np.full(4, 3.0), users).value == 0
     assert attacks.explained(true, true, users).value == 1
 
 
-def test_an_option_adds_noise_of_its_length() -> None:
+def test_noise_option_adds_noise_of_the_given_norm() -> None:
     option = subjects.Option
     vectors = np.random.default_rng(3).normal(size=(50, 400))
     stored = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
@@ -101,9 +101,7 @@ def test_an_option_adds_noise_of_its_length() -> None:
     assert cosines.mean() == pytest.approx(1 / 2**0.5, abs=0.02)  # noise as long as the vector
 
 
-def test_the_audit_finds_what_is_there_and_nothing_in_shuffled_vectors(
-    toy_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_audit_detects_real_leaks_and_none_in_shuffled_vectors(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacks, "RESAMPLES", 20)
     monkeypatch.setattr(personas, "HISTORIES", 60)
     people = subjects.open_subjects(toy_run / "run", toy_run / "data", users=9, seed=0)
@@ -123,7 +121,7 @@ def test_the_audit_finds_what_is_there_and_nothing_in_shuffled_vectors(
     assert "no history" in tables
 
 
-def test_users_who_trained_the_plug_are_refused(toy_run: Path) -> None:
+def test_audit_refuses_users_of_the_training_data(toy_run: Path) -> None:
     data = toy_run / "data"
     for kind in ("questions", "outputs"):
         (toy_run / "seen").mkdir(exist_ok=True)

@@ -41,7 +41,7 @@ def minilm() -> Encoder:
     return open_encoder(MINILM)
 
 
-def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: CausalLM) -> None:
+def test_parts_around_the_text_tokenize_like_the_whole_template(smollm: CausalLM) -> None:
     tokenizer = smollm.prompt_tokenizer.tokenizer
     for prompt in PROMPTS[1:]:
         whole = tokenizer.apply_chat_template(
@@ -50,7 +50,7 @@ def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: C
         assert list(smollm.prompt_tokenizer.encode_prompt(prompt).ids) == list(whole)
 
 
-def test_spelled_soft_tokens_are_the_text(smollm: CausalLM) -> None:
+def test_soft_tokens_from_word_embeddings_equal_the_text(smollm: CausalLM) -> None:
     ids = torch.tensor(smollm.prompt_tokenizer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
     soft = SoftPrompt(smollm.embed(ids).expand(3, -1, -1))
     targets = ["5", "yes, a city", "4"]
@@ -65,7 +65,7 @@ def test_spelled_soft_tokens_are_the_text(smollm: CausalLM) -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_second_load_reads_the_converted_copy(smollm: CausalLM) -> None:
+def test_second_load_uses_the_converted_copy(smollm: CausalLM) -> None:
     from personaplug.infra.model_hub import find_model
 
     folder = find_model(SMOLLM)
@@ -89,7 +89,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
 
 
 @pytest.mark.slow
-def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: CausalLM) -> None:
+def test_prompt_cache_is_as_exact_as_a_full_pass_in_bfloat16(smollm: CausalLM) -> None:
     rough = load_hf(SMOLLM, dtype="bfloat16")
     assert isinstance(rough, CausalLM)
     targets = ["5", "three words here", "1"]

@@ -26,7 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_attack_does_no_harm(lab: Lab, name: str) -> None:
+def test_attack_causes_no_fault(lab: Lab, name: str) -> None:
     row = robustness.run_case(lab, CASES[name])
     robustness.print_row(row)
     assert row["tried"]
@@ -34,7 +34,7 @@ def test_attack_does_no_harm(lab: Lab, name: str) -> None:
     assert (row["health_gap_s"] or 0) < 10 * GOAL_S  # a shared machine may halt for a while
 
 
-def test_fault_and_broken_attack_are_rows_with_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_and_broken_attacks_are_reported_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(lab: Lab, verdict: Verdict) -> None:
         verdict.expect(True, "never seen")
         verdict.expect(False, "two users are one")
@@ -46,7 +46,7 @@ def test_fault_and_broken_attack_are_rows_with_faults(tmp_path: Path, capsys: py
     assert "two users are one" in capsys.readouterr().out
 
 
-def test_outcome_of_damage_tells_silence_from_an_error() -> None:
+def test_damage_outcome_distinguishes_silence_from_an_error() -> None:
     def refuse() -> int:
         raise UserError("damaged")
 
@@ -56,7 +56,7 @@ def test_outcome_of_damage_tells_silence_from_an_error() -> None:
     assert outcome(lambda: int("x"), 1) == "raw (ValueError)"
 
 
-def test_probe_sees_a_server_that_halts(tmp_path: Path) -> None:
+def test_probe_detects_a_halted_server(tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-c", _HEALTHY_SERVER, str(port)]
     with subprocess.Popen(command) as process:

@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
     return told
 
 
-def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
+def test_benchmark_runs_every_row(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("peft")
     experiment = _experiment(tmp_path, EVERY_ROW, sets="[One]")
     outcome = run_benchmark(experiment, _folders(tmp_path, data))
@@ -119,7 +119,7 @@ def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
     assert costs["lora-per-user"]["seconds_per_user"] > 0
 
 
-def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_trials_do_not_run_again(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["plain", "instruction-only", "plug", "wrong-user", "bm25:2"]
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, rows[:4]), folders, seeds=[0])
@@ -144,7 +144,7 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
     assert [row["method"] for row in _read(written[0])["rows"]] == rows
 
 
-def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_path: Path, data: Path) -> None:
+def test_benchmark_resumes_from_published_trials_on_a_new_machine(tmp_path: Path, data: Path) -> None:
     rows = ["plain", "instruction-only", "plug", "wrong-user"]
     experiment = _experiment(tmp_path, rows, sets="[One]")
     unbroken = run_benchmark(experiment, Folders(data, tmp_path / "a", tmp_path / "ra")).written
@@ -155,7 +155,9 @@ def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_p
     assert _read(resumed[0])["pairs"] == _read(unbroken[0])["pairs"]
 
 
-def test_rows_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_note_trials_from_different_machines(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = _folders(tmp_path, data)
     first = run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders).written
     assert not any("set-ups" in note for note in _read(first[0])["notes"])
@@ -166,7 +168,7 @@ def test_rows_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monk
     assert told.count("plain") == 1
 
 
-def test_a_cell_names_the_gpu_it_was_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_records_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     on = SimpleNamespace(llm=SimpleNamespace(device=torch.device("cuda", 1)))
     assert _made_with(cast(Models, on)).endswith(", gpu card 1")
@@ -174,7 +176,7 @@ def test_a_cell_names_the_gpu_it_was_made_on(monkeypatch: pytest.MonkeyPatch) ->
     assert "gpu" not in _made_with(cast(Models, on))
 
 
-def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:
+def test_changed_settings_change_the_trial_keys(tmp_path: Path, data: Path) -> None:
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders)
     changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
@@ -188,7 +190,7 @@ def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:
     assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and taken back
 
 
-def test_variants_are_tables_of_their_own_and_a_model_that_is_not_here_is_said(tmp_path: Path, data: Path) -> None:
+def test_variants_have_separate_tables_and_missing_models_are_reported(tmp_path: Path, data: Path) -> None:
     more = "variants: {mean: {state_tokens: 4}, big: {encoder: ./nowhere-at-all}}"
     outcome = run_benchmark(_experiment(tmp_path, ["plug"], more, sets="[One]"), _folders(tmp_path, data))
     assert [path.parent.name for path in outcome.written] == ["mean"]
@@ -198,7 +200,7 @@ def test_variants_are_tables_of_their_own_and_a_model_that_is_not_here_is_said(t
     assert "nowhere-at-all" in outcome.absent[0]
 
 
-def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
+def test_missing_set_does_not_stop_the_other_sets(tmp_path: Path, data: Path) -> None:
     outcome = run_benchmark(_experiment(tmp_path, ["plain"], sets="[Three, One]"), _folders(tmp_path, data))
     assert [path.name for path in outcome.written] == ["One.json"]
     assert "Three" in outcome.absent[0]
@@ -208,7 +210,7 @@ def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: 
     )  # what lies there is of before
 
 
-def test_a_row_that_cannot_be_filled_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
+def test_failed_row_does_not_stop_the_other_rows(tmp_path: Path, data: Path) -> None:
     alone = tmp_path / "data" / "Alone"
     write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=1, min_items=2, max_items=4), alone)
     (tmp_path / "data" / "One").symlink_to(data / "One")
@@ -232,16 +234,16 @@ def test_seeds_can_be_added_later(tmp_path: Path, data: Path) -> None:
     assert [row["seeds"] for row in _read(written[0])["rows"]] == [[0], [0, 1]]
 
 
-def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match="no set of mine"):
+def test_unknown_set_or_row_is_refused(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="mine has no set"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), sets=["Three"])
-    with pytest.raises(ConfigError, match="plug: no row of mine, whose rows are plain"):
+    with pytest.raises(ConfigError, match="mine has no row plug; expected rows from: plain"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), methods=["plug"])
     with pytest.raises(ConfigError, match=r"seeds \[0, 1\]; found \[9\]"):
         run_benchmark(_experiment(tmp_path, ["plain"]), _folders(tmp_path, data), seeds=[9])
 
 
-def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> None:
+def test_cold_start_curve_limits_the_items(tmp_path: Path, data: Path) -> None:
     more = "max_eval_history: [0, 2]"
     written = run_benchmark(
         _experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _folders(tmp_path, data)
@@ -255,7 +257,7 @@ def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> N
     assert results["rows"][1]["costs"]["extra_prompt_tokens"] > 0
 
 
-def test_a_curve_of_strengths_ends_at_the_plain_model(tmp_path: Path, data: Path) -> None:
+def test_persona_scale_curve_includes_the_plain_model(tmp_path: Path, data: Path) -> None:
     rows = ["plain", "plug"]
     written = run_benchmark(
         _experiment(tmp_path, rows, "persona_scales: [0, 2]", sets="[One]"), _folders(tmp_path, data)
@@ -267,7 +269,9 @@ def test_a_curve_of_strengths_ends_at_the_plain_model(tmp_path: Path, data: Path
     assert whole == {row["method"]: row["metrics"] for row in results["rows"]}
 
 
-def test_trained_parts_of_another_experiment_serve(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_parts_of_another_experiment_are_reused(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, ["plug"], sets="[One]"), folders)
     monkeypatch.setattr(personaplug.training.parts, "fit", lambda *_, **__: pytest.fail("trained again"))
@@ -277,7 +281,7 @@ def test_trained_parts_of_another_experiment_serve(tmp_path: Path, data: Path, m
     assert [part["name"] for part in _read(written[0])["subgroups"]] == ["items=1", "items=all"]
 
 
-def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
+def test_results_have_subgroups_by_history_length(tmp_path: Path, data: Path) -> None:
     written = run_benchmark(
         _experiment(tmp_path, ["plain"], "subgroups: history-thirds", sets="[One]"), _folders(tmp_path, data)
     ).written
@@ -286,7 +290,7 @@ def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
     assert parts[0]["name"].startswith("short")
 
 
-def test_a_shipped_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> None:
+def test_packaged_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> None:
     settings = ("seeds=0", "train_limit=8", "limit=6", "resamples=100", "eval_steps=2", "history_tokens=60")
     experiment = load_experiment(EXPERIMENTS / "personal-texts-curves.yaml", settings=settings)
     (tmp_path / "data").mkdir()
@@ -301,7 +305,7 @@ def test_a_shipped_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> Non
     assert len(results["subgroups"]) == 5 + 1 + 4
 
 
-def test_published_trials_are_those_of_the_shipped_experiment(
+def test_published_trials_match_the_packaged_experiment(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = PUBLISHED / "main-table"
@@ -319,7 +323,7 @@ def test_published_trials_are_those_of_the_shipped_experiment(
     assert not outcome.failed
 
 
-def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, data: Path) -> None:
+def test_row_that_does_not_apply_to_a_set_is_left_out(tmp_path: Path, data: Path) -> None:
     rows = ["plain", "user-median", "user-words:4"]
     outcome = run_benchmark(_experiment(tmp_path, rows, sets="[One, Texts]"), _folders(tmp_path, data))
     assert (outcome.absent, outcome.failed) == ([], [])
@@ -332,12 +336,12 @@ def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, d
     assert [row["method"] for row in texts["rows"]] == ["plain", "user-words:4"]
 
 
-def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, data: Path) -> None:
+def test_variant_that_does_not_apply_to_a_set_is_left_out(tmp_path: Path, data: Path) -> None:
     variants = "variants: {default: {}, counted: {label_prior: own}}"
     outcome = run_benchmark(_experiment(tmp_path, ["plain"], variants, sets="[One, Texts]"), _folders(tmp_path, data))
     assert (outcome.absent, outcome.failed) == ([], [])
     (reason,) = outcome.left_out
-    assert reason.startswith("mine counted Texts: label_prior=own counts the answers")
+    assert reason.startswith("mine counted Texts: label_prior=own needs history items")
     assert [f"{path.parent.name}/{path.stem}" for path in outcome.written] == [
         "default/One",
         "default/Texts",
@@ -345,14 +349,14 @@ def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path
     ]
 
 
-def test_a_setting_that_an_experiment_without_variants_cannot_have_is_refused(tmp_path: Path, data: Path) -> None:
+def test_invalid_setting_is_refused_without_variants(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plain"], sets="[Texts]")
     configs = {key: with_values(config, {"label_prior": "own"}) for key, config in experiment.configs.items()}
     with pytest.raises(ConfigError, match="label_prior=own"):
         run_benchmark(replace(experiment, configs=configs), _folders(tmp_path, data))
 
 
-def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
+def test_set_can_be_evaluated_with_the_run_of_another_set(tmp_path: Path) -> None:
     shape = SimulationConfig(task="manners", users=4, queries_per_user=1, dev_users=3, min_items=2, max_items=4)
     write_simulation(shape, tmp_path / "data" / "Manners")
     short = "{num_beams: 1, max_new_tokens: 4}"
@@ -368,7 +372,7 @@ def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
     assert [row["metrics"]["divergence"] > 0 for row in closed["rows"]] == [False, True, True]
 
 
-def test_trials_of_conversations_know_the_rate_that_their_task_settles(tmp_path: Path) -> None:
+def test_trial_keys_of_conversations_include_resolved_learning_rates(tmp_path: Path) -> None:
     shape = SimulationConfig(task="manners", users=4, queries_per_user=1, dev_users=3, min_items=2, max_items=4)
     write_simulation(shape, tmp_path / "data" / "Manners")
     trials: list[int] = []
@@ -382,7 +386,7 @@ def test_trials_of_conversations_know_the_rate_that_their_task_settles(tmp_path:
     assert trials[0] == trials[1] < trials[2]
 
 
-def test_run_of_labels_is_not_asked_another_set(tmp_path: Path, data: Path) -> None:
+def test_run_of_labels_refuses_another_set(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plug"], "trained_on: {Texts: One}", sets="[Texts]")
-    with pytest.raises(ConfigError, match="answers of another kind than Simulated_rating"):
+    with pytest.raises(ConfigError, match="trained on Simulated_rating, but"):
         run_benchmark(experiment, _folders(tmp_path, data))

@@ -120,7 +120,7 @@ def _source(inputs: ModelInputs, index: int) -> str:
 
 
 @pytest.mark.parametrize("row", ["stated", "stated@wrong-user"])
-def test_stated_shows_preferences_and_nothing_else(stage: Stage, row: str) -> None:
+def test_stated_row_adds_only_preferences_to_the_prompt(stage: Stage, row: str) -> None:
     inputs, plain = stage.inputs(row), stage.inputs("plain")
     for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
         user = _source(inputs, index)
@@ -134,7 +134,7 @@ def test_stated_shows_preferences_and_nothing_else(stage: Stage, row: str) -> No
 
 
 @pytest.mark.parametrize("row", ["bm25:2", "bm25:2@wrong-user"])
-def test_retrieved_exchanges_are_kept_answers_and_stand_before_the_context(stage: Stage, row: str) -> None:
+def test_retrieved_exchanges_are_accepted_answers_before_the_context(stage: Stage, row: str) -> None:
     inputs, plain = stage.inputs(row), stage.inputs("plain")
     for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
         user, asked = _source(inputs, index), sample.id.split("-")[1]
@@ -150,7 +150,7 @@ def test_retrieved_exchanges_are_kept_answers_and_stand_before_the_context(stage
         assert _system(sample.prompt) == _system(bare.prompt)
 
 
-def test_stated_and_retrieved_texts_stand_together(stage: Stage) -> None:
+def test_stated_and_retrieved_texts_are_combined(stage: Stage) -> None:
     inputs = stage.inputs("stated+bm25:1")
     sample = inputs.samples[0]
     assert sample.id == "ann-tea"
@@ -171,7 +171,7 @@ def test_profile_is_written_into_the_system_message(stage: Stage) -> None:
         assert "About this user: " in _system(sample.prompt) or not _system(sample.prompt).removeprefix("Be kind.")
 
 
-def test_training_prompts_with_exchanges_keep_their_context(stage: Stage) -> None:
+def test_training_prompts_with_exchanges_include_their_context(stage: Stage) -> None:
     from personaplug.training.parts import Trainings
 
     trainings = Trainings(stage.run, open_dataset(stage.data, "train"), models=stage.models)
@@ -187,7 +187,9 @@ def test_training_prompts_with_exchanges_keep_their_context(stage: Stage) -> Non
 @pytest.mark.parametrize(
     ("kinds", "items", "stated", "retrieved"), [("answers", 5, 0, 2), ("preferences", 2, 2, 0), ("all", 7, 2, 2)]
 )
-def test_item_kinds_hold_for_every_row(stage: Stage, kinds: str, items: int, stated: int, retrieved: int) -> None:
+def test_item_kinds_setting_applies_to_every_row(
+    stage: Stage, kinds: str, items: int, stated: int, retrieved: int
+) -> None:
     setting = f"item_kinds={kinds}"
     count = len(stage.context().samples)
     assert stage.inputs("plug", setting).items_used == [items] * count
@@ -197,7 +199,7 @@ def test_item_kinds_hold_for_every_row(stage: Stage, kinds: str, items: int, sta
     assert stage.inputs("user-words", setting).items_used == [items] * count
 
 
-def test_choice_and_margin_are_those_of_the_models_own_losses(stage: Stage) -> None:
+def test_choice_and_margin_match_the_losses_of_the_model(stage: Stage) -> None:
     results = stage.evaluate(ROWS)
     llm = stage.models.llm
     for name in ("plain", "stated", "bm25:2@wrong-user"):
@@ -238,7 +240,7 @@ def _divergences(stage: Stage, rows: str, *settings: str) -> dict[str, float]:
     return {row.method.name: row.metrics["divergence"] for row in results.rows}
 
 
-def test_plain_model_and_scale_0_have_no_divergence_and_all_other_rows_have(neutral: Stage) -> None:
+def test_divergence_is_zero_only_for_the_plain_model_and_scale_0(neutral: Stage) -> None:
     rows = "plain,stated,bm25:2,plug,wrong-user,plug+bm25:1"
     found = _divergences(neutral, rows)
     assert list(found) == rows.split(",")
@@ -249,7 +251,7 @@ def test_plain_model_and_scale_0_have_no_divergence_and_all_other_rows_have(neut
     assert 0 < scaled[1] != found["plug"]
 
 
-def test_divergence_is_kept_and_rows_that_have_none_are_named(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_is_cached_and_rows_without_it_are_reported(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     results = neutral.evaluate("plain,plug,plug+phrases")
     assert "divergence" not in results.by_name["plug+phrases"].metrics
     assert "divergence: missing for plug+phrases." in results.about.notes
@@ -263,9 +265,7 @@ def test_divergence_is_kept_and_rows_that_have_none_are_named(neutral: Stage, mo
     assert again.by_name["plug"].metrics == results.by_name["plug"].metrics
 
 
-def test_likelihoods_are_kept_for_each_sample_and_not_measured_again(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_likelihoods_of_each_sample_are_cached(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = stage.evaluate("stated")
     path = stage.run.folder / "evaluations" / "dev" / "stated.seed-0"
     scores = json.loads(Path(f"{path}.scores.json").read_text())
@@ -278,12 +278,12 @@ def test_likelihoods_are_kept_for_each_sample_and_not_measured_again(
     assert again.by_name["stated"].metrics == first.by_name["stated"].metrics
 
 
-def test_results_name_the_kinds_of_items_that_are_shown(stage: Stage) -> None:
+def test_results_record_the_item_kinds_setting(stage: Stage) -> None:
     assert "items shown preferences" in results_table(stage.evaluate("plain,stated", "item_kinds=preferences"))
     assert "items shown" not in results_table(stage.evaluate("plain,stated"))
 
 
-def test_rows_behind_soft_tokens_read_each_conversation_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_with_a_suffix_plug_compute_each_conversation_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     states, read = stage.models.llm.prompt_states, list[tuple[int, ...]]()
     states.clear()
     real = states.compute

@@ -97,7 +97,7 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
 
 
-def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
+def test_results_have_the_documented_fields(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
     assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
     names = [row.name for row in default_rows(rating.run.task)]
@@ -127,9 +127,7 @@ def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
     json.dumps(results)
 
 
-def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_a_suffix_plug_share_the_prompt_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
     read: list[tuple[int, ...]] = []
     states = stage.models.llm.prompt_states
@@ -146,7 +144,7 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
     assert {row["method"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
 
 
-def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
+def test_instruction_labels_row_adds_label_counts_to_the_instruction(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("seeds=0", "max_steps=3"))
     train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, parts=[LABEL_COUNTS])
     results = stage.evaluate("instruction+labels,instruction+labels@wrong-user")
@@ -168,7 +166,7 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
     np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
 
 
-def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
+def test_instruction_labels_row_refuses_generated_labels(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("train_eos=always", "seeds=0", "max_steps=1", "controls=false"))
     with pytest.raises(ConfigError, match="train_eos=auto"):
         train(
@@ -176,7 +174,7 @@ def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
         )
 
 
-def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
+def test_pair_differences_are_advantages_that_match_the_rows(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
     metrics = {row["method"]: row["metrics"] for row in results["rows"]}
     for pair in results["pairs"]:
@@ -190,7 +188,7 @@ def _loss(label: str, line: list[float], *, power: int) -> float:
     return sum(share * abs(float(label) - star) ** power for star, share in enumerate(line, start=1))
 
 
-def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: Stage) -> None:
+def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> None:
     results = rating.evaluate("plain,instruction-only,wrong-user,plug", oracle=True)
     columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # and "nll", for who has probabilities
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
@@ -222,7 +220,7 @@ def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: 
     assert {"mae@median", "rmse@mean"} <= scores[0].keys()
 
 
-def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(rating: Stage, style: Stage) -> None:
+def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage, style: Stage) -> None:
     written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert list(written["metrics"]) == ["mae", "rmse", "accuracy", "nll"]
     assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
@@ -248,7 +246,7 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
     ]
 
 
-def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Stage, style: Stage) -> None:
+def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style: Stage) -> None:
     """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     rows = {row["method"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
@@ -294,14 +292,14 @@ def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
     assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 8
 
 
-def test_the_seeds_are_averaged_and_their_spread_is_told(rating: Stage) -> None:
+def test_results_report_mean_and_spread_of_seeds(rating: Stage) -> None:
     row = next(r for r in rating.evaluate()["rows"] if r["method"] == "plug")
     alone = [one["accuracy"] for one in row["per_seed"]]
     assert row["metrics"]["accuracy"] == pytest.approx(np.mean(alone))
     assert row["seed_spread"]["accuracy"] == pytest.approx(np.std(alone, ddof=1))
 
 
-def test_predictions_are_written_in_lamps_format_with_scores_per_sample(rating: Stage) -> None:
+def test_predictions_have_lamps_format_and_scores_per_sample(rating: Stage) -> None:
     rating.evaluate()
     folder = rating.run.folder / "evaluations" / "dev"
     told = json.loads((folder / "plug.seed-1.json").read_text())
@@ -314,7 +312,7 @@ def test_predictions_are_written_in_lamps_format_with_scores_per_sample(rating: 
     assert {"user_id", "accuracy", "mae", "history_items"} <= scores[0].keys()
 
 
-def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_cached_until_something_changes(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     rating.evaluate()
     calls: list[int] = []
     plain = rating.models.llm.score
@@ -330,7 +328,7 @@ def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monk
     assert calls
 
 
-def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None:
+def test_batch_size_does_not_change_predictions(rating: Stage, tmp_path: Path) -> None:
     names = "plain,plug"
     first = rating.evaluate(names)
     alone = _moved(rating, tmp_path, names, settings=("evaluation_batch_size=1",))
@@ -338,12 +336,12 @@ def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None
         assert row["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
 
 
-def test_shuffling_changes_nothing_for_a_plug_without_order(rating: Stage) -> None:
+def test_shuffled_histories_do_not_change_an_order_free_plug(rating: Stage) -> None:
     rows = {row["method"]: row["metrics"] for row in rating.evaluate("shuffled,plug")["rows"]}
     assert rows["shuffled"] == pytest.approx(rows["plug"], abs=1e-5)
 
 
-def test_labels_may_be_generated_too_and_the_row_says_so(rating: Stage) -> None:
+def test_generated_labels_are_recorded_in_the_row(rating: Stage) -> None:
     row = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert row["decoding"] == "generated"
     assert row["invalid_rate"] > 0.5  # an untrained toy does not write digits
@@ -365,10 +363,10 @@ def test_a_limit_draws_the_same_samples_for_every_row(rating: Stage) -> None:
     assert [row["n"] for row in results["rows"]] == [4, 4]
 
 
-def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
+def test_split_without_reference_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
     (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
-    with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
+    with pytest.raises(MissingData, match="10 of 10 samples have no reference answer"):
         _evaluate(
             rating.run,
             open_dataset(tmp_path, "test", task=rating.run.task),
@@ -379,7 +377,7 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
         )
 
 
-def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
+def test_untrained_plug_error_names_the_row(rating: Stage, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="--methods instruction-only"):
         _evaluate(
             replace(rating.run, folder=tmp_path),
@@ -391,7 +389,7 @@ def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> N
         )
 
 
-def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> None:
+def test_results_note_that_the_data_names_no_users(rating: Stage, tmp_path: Path) -> None:
     questions = json.loads((rating.data / "dev_questions.json").read_text())
     for question in questions:
         del question["user_id"]
@@ -425,7 +423,7 @@ def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: 
     _check_personas(rating.run, rating.models, open_dataset(rating.data, "dev", task=rating.run.task))
 
 
-def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: Stage, tmp_path: Path) -> None:
+def test_settings_that_the_task_does_not_support_are_refused_before_training(rating: Stage, tmp_path: Path) -> None:
     for task, word, reason in (
         (rating.run.task, "options=compare", "declares none"),
         (LAMP_TASKS["LaMP_1"], "answer_channel=label", "hold none"),
@@ -436,7 +434,7 @@ def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: St
         assert not (tmp_path / "run").exists()
 
 
-def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Path) -> None:
+def test_options_are_compared_if_the_task_has_options(tmp_path: Path) -> None:
     asked = (
         'For an author who has written the paper with the title "{}", which reference is related? '
         'Just answer with [1] or [2] without explanation. [1]: "{}" [2]: "{}"'
@@ -471,7 +469,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
 
 
-def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
+def test_changed_histories_with_the_same_ids_are_predicted_again(rating: Stage, tmp_path: Path) -> None:
     before = rating.evaluate("plug")["rows"][0]["metrics"]
     questions = json.loads((rating.data / "dev_questions.json").read_text())
     for question in questions:
@@ -495,7 +493,7 @@ def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp
 
 
 @pytest.mark.parametrize(("kind", "soft"), [("rating", 8), ("style", 2)])
-def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytest.FixtureRequest) -> None:
+def test_persona_scale_0_equals_the_plain_model(kind: str, soft: int, request: pytest.FixtureRequest) -> None:
     stage: Stage = request.getfixturevalue(kind)
     folder = stage.run.folder / "evaluations" / "dev"
 
@@ -511,7 +509,7 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytes
     assert tokens[2] == tokens[1] + soft
 
 
-def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
+def test_the_task_determines_the_answer_channel(tmp_path: Path) -> None:
     settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
     for kind, channel in (("rating", "label"), ("style", "style")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
@@ -521,7 +519,7 @@ def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
         _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
 
 
-def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
+def test_paper_plug_is_a_row_in_the_same_run(tmp_path: Path) -> None:
     settings = (
         "answer_channel=label",
         "persona_tokens=3",
@@ -550,9 +548,9 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
     assert not {row for sample in ours for row in sample.rows} & {row for sample in papers for row in sample.rows}
 
 
-def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
+def test_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
-    with pytest.raises(MissingData, match="knows nothing of 10 of 10"):
+    with pytest.raises(MissingData, match="lacks predictions for 10 of 10"):
         _evaluate(
             rating.run,
             open_dataset(rating.data, "dev", task=rating.run.task),
@@ -564,7 +562,7 @@ def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) ->
         )
 
 
-def test_the_answers_of_a_killed_evaluation_still_become_predictions(rating: Stage) -> None:
+def test_cached_answers_of_a_killed_evaluation_are_written_as_predictions(rating: Stage) -> None:
     rating.evaluate("plug")
     path = rating.run.folder / "evaluations" / "dev" / "plug.seed-0.json"
     path.unlink()
@@ -572,7 +570,7 @@ def test_the_answers_of_a_killed_evaluation_still_become_predictions(rating: Sta
     assert path.exists()
 
 
-def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp_path: Path) -> None:
+def test_predict_works_without_reference_answers(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
     (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
     paths = predict(
@@ -591,7 +589,7 @@ def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp
 
 
 def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
-    assert not any("training split too" in note for note in rating.evaluate("plain")["notes"])
+    assert not any("samples in the training split" in note for note in rating.evaluate("plain")["notes"])
     for name in ("questions", "outputs"):
         (tmp_path / f"dev_{name}.json").write_text((rating.data / f"train_{name}.json").read_text())
     results = _evaluate(
@@ -602,7 +600,7 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
         methods=[find_method("plain")],
         models=rating.models,
     )
-    assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
+    assert any(note.startswith("8 of the 8 users also have samples in the training split") for note in results["notes"])
     about = json.loads((rating.run.folder / "data.json").read_text())
     assert all(len(user) == 16 and set(user) <= set("0123456789abcdef") for user in about["users"])  # no ids
     (wording,) = rating.run.wordings
@@ -612,7 +610,7 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
     )
 
 
-def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
+def test_random_vectors_row_reads_no_answers(tmp_path: Path) -> None:
     stage = Stage(
         tmp_path, kind="rating", settings=("answer_channel=label", "controls=false", "seeds=0", "max_steps=1")
     )
@@ -626,7 +624,7 @@ def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
     )
 
 
-def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
+def test_failed_likelihood_drops_the_column_but_keeps_the_predictions(
     style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def too_long(*_: Any, **__: Any) -> Any:
@@ -636,7 +634,7 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
         patched.setattr(style.models.llm, "loss", too_long)
         first = _moved(style, tmp_path, "plain,plug")
     assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
-    assert "no likelihood of the right answers (IndexError)" in caplog.text
+    assert "no likelihood of the reference answers (IndexError)" in caplog.text
     # The answers are kept; only what was missing is asked for.
     monkeypatch.setattr(style.models.llm, "generate", None)
     second = _moved(style, tmp_path, "plain,plug")
@@ -647,7 +645,9 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
     assert [row["metrics"] for row in third["rows"]] == [row["metrics"] for row in second["rows"]]
 
 
-def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_do_not_depend_on_reference_answers(
+    style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = replace(style.run, folder=tmp_path)
     for name in ("plug", "run.json"):
         (tmp_path / name).symlink_to(style.run.folder / name)
@@ -658,12 +658,12 @@ def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monke
     assert all(path.exists() for path in files)
 
 
-def test_users_count_alike_in_likelihood_too(style: Stage) -> None:
+def test_users_have_equal_weight_in_nll(style: Stage) -> None:
     row = style.evaluate("plain")["rows"][0]
     assert np.isfinite(row["per_user"]["nll"])
 
 
-def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> None:
+def test_phrases_come_from_the_history_of_the_row(style: Stage) -> None:
     names = "plug,plug+phrases,plug+phrases@wrong-user,instruction-only,instruction+phrases"
     rows = {row["method"]: row for row in style.evaluate(names)["rows"]}
     likely = {name: row["metrics"]["nll"] for name, row in rows.items()}
@@ -674,12 +674,12 @@ def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> No
     assert rows["plug+phrases"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
 
 
-def test_phrases_are_for_written_answers(rating: Stage) -> None:
+def test_phrases_need_generated_answers(rating: Stage) -> None:
     with pytest.raises(ConfigError, match="closed set of labels"):
         rating.evaluate("plug+phrases")
 
 
-def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -> None:
+def test_history_below_the_cold_start_threshold_counts_as_lost(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("controls=false", "seeds=0", "max_steps=1"))
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     lengths = [len(sample.history) for sample in reader if sample.history]

@@ -19,7 +19,7 @@ def _written(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_experiment_is_valid_and_carries_the_controls(path: Path) -> None:
+def test_packaged_experiment_is_valid_and_includes_controls(path: Path) -> None:
     experiment = load_experiment(path)
     names = {method.name for method in experiment.methods}
     assert {"instruction-only", "plug", "wrong-user"} <= names
@@ -54,28 +54,28 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         ("sets: [A]\nmethods: [plain]\nconfigs: {}", "did you mean 'config'"),
         ("sets: [A]\nmethods: [plian]", "plain"),
         ("sets: A\nmethods: [plain]", "sets: .*list; found"),
-        ("sets: [A]\nmethods: [plain]\nper_set: {B: {limit: 1}}", "not among its sets"),
+        ("sets: [A]\nmethods: [plain]\nper_set: {B: {limit: 1}}", "not in `sets`"),
         ("sets: [A]\nmethods: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
         ("sets: [A]\nmethods: [plain]\nsubgroups: quarters", "history-thirds"),
         ("sets: [A]\nmethods: [plain]\nmax_eval_history: [-1]", "max_eval_history.0: .*greater than or equal to 0"),
         ("sets: [A]\nmethods: [plain]\nitem_kinds: [all]", "item_kinds.0: .*'answers' or 'preferences'"),
-        ("sets: [A]\nmethods: [plain]\nitem_kinds: [answers, answers]", "item_kinds names a value twice"),
+        ("sets: [A]\nmethods: [plain]\nitem_kinds: [answers, answers]", "item_kinds contains a value twice"),
         ("sets: [A]\nmethods: [plain]\npersona_scales: [11]", "persona_scales.0: .*less than or equal to 10"),
-        ("sets: [../A]\nmethods: [plain]", "set '../A' names a folder"),
-        ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' names a folder"),
-        ("sets: [A]\nmethods: [plain]\nruns: ..", "'..' names a folder"),
-        ("sets: [A, A]\nmethods: [plain]", "sets names a value twice"),
-        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [2, 2]", "max_eval_history names a value twice"),
-        ("sets: [A]\nmethods: [plain]\npersona_scales: [0.3333333, 0.3333334]", "persona_scales names a value twice"),
+        ("sets: [../A]\nmethods: [plain]", "set '../A' is used as a folder name"),
+        ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' is used as a folder name"),
+        ("sets: [A]\nmethods: [plain]\nruns: ..", "'..' is used as a folder name"),
+        ("sets: [A, A]\nmethods: [plain]", "sets contains a value twice"),
+        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [2, 2]", "max_eval_history contains a value twice"),
+        ("sets: [A]\nmethods: [plain]\npersona_scales: [0.3333333, 0.3333334]", "persona_scales contains a"),
         ("sets: [A]\nmethods: [plain]\nbase: nowhere.yaml", "does not exist"),
     ],
 )
-def test_mistakes_are_said(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_experiment_is_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises((ConfigError, MissingData), match=said):
         load_experiment(_written(tmp_path, text))
 
 
-def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
+def test_curves_include_the_table_itself(tmp_path: Path) -> None:
     told = "sets: [A]\nmethods: [plain]\nmax_eval_history: [0, 2]\npersona_scales: [1.5, 0, 0.5]\n"
     items, persona_scales = load_experiment(_written(tmp_path, told)).curves
     assert [probe.name for probe in items] == ["items=0", "items=2", "items=all"]
@@ -94,7 +94,7 @@ def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
     assert load_experiment(_written(tmp_path, "sets: [A]\nmethods: [plain]")).curves == []
 
 
-def test_kinds_of_items_are_points_beside_all_of_them(tmp_path: Path) -> None:
+def test_item_kinds_are_points_of_a_curve(tmp_path: Path) -> None:
     told = "sets: [A]\nmethods: [plain]\nitem_kinds: [answers, preferences]\n"
     (kinds,) = load_experiment(_written(tmp_path, told)).curves
     assert [(point.name, point.changes) for point in kinds] == [
@@ -104,11 +104,11 @@ def test_kinds_of_items_are_points_beside_all_of_them(tmp_path: Path) -> None:
     ]
 
 
-def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:
+def test_find_experiment_accepts_a_name_or_a_path(tmp_path: Path) -> None:
     path = _written(tmp_path, "sets: [A]\nmethods: [plain]")
     assert find_experiment("mine", tmp_path) == path
     assert find_experiment(str(path), Path("nowhere")) == path
     with pytest.raises(MissingData, match="did you mean 'mine'"):
         find_experiment("mime", tmp_path)
-    with pytest.raises(MissingData, match="holds none"):
+    with pytest.raises(MissingData, match="contains none"):
         find_experiment("mine", tmp_path / "empty")

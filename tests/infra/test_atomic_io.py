@@ -28,7 +28,7 @@ def test_write_json_turns_nan_and_infinity_into_null(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_write_json_keeps_half_a_surrogate_pair_as_an_escape(tmp_path: Path) -> None:
+def test_write_json_escapes_a_lone_surrogate(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"text": "a\ud83d"})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"text": "a\ud83d"}
 
@@ -48,13 +48,13 @@ def test_write_text_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
-def test_write_text_into_a_file_raises_storage_error(tmp_path: Path) -> None:
+def test_write_text_below_a_file_raises_storage_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_text(tmp_path / "f" / "x.txt", "new")
 
 
-def test_atomic_folder_replaces_the_old_one_only_if_the_block_succeeds(tmp_path: Path) -> None:
+def test_atomic_folder_replaces_the_target_only_if_the_block_succeeds(tmp_path: Path) -> None:
     target = tmp_path / "t"
     with atomic_folder(target) as folder:
         (folder / "a").write_text("1")
@@ -109,7 +109,7 @@ def test_atomic_write_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "x").exists()
 
 
-def test_json_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
+def test_json_lines_survive_a_kill_and_contain_no_nan(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "deep" / "x.jsonl")
     assert list(lines) == []
     lines.append({"a": float("nan"), "b": "é\u2028"})
@@ -125,7 +125,7 @@ def test_json_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
         JsonLines(tmp_path).append({})
 
 
-def test_json_lines_leave_out_a_line_with_a_flipped_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_json_lines_skip_a_line_with_a_flipped_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = JsonLines(tmp_path / "x.jsonl")
     lines.append({"text": "é", "value": 0.25})
     lines.append({"text": "b", "value": 3})
@@ -137,7 +137,7 @@ def test_json_lines_leave_out_a_line_with_a_flipped_bit(tmp_path: Path, caplog: 
         lines.path.write_bytes(damaged)
         caplog.clear()
         assert list(lines) == [first]
-        assert "cut off or damaged" in caplog.text
+        assert "truncated or damaged lines" in caplog.text
 
 
 def test_json_lines_without_checksums_are_read_only_if_allowed(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_json_lines_without_checksums_are_read_only_if_allowed(tmp_path: Path) -
     assert list(JsonLines(path, is_strict=False)) == [{"a": 1}]
 
 
-def test_checked_json_reveals_a_flipped_bit(tmp_path: Path) -> None:
+def test_read_json_detects_a_flipped_bit(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     values = {"n": 12, "share": 0.5, "text": "é 🙂", "none": float("nan"), "list": [1, [True]]}
     write_checked_json(path, values)
@@ -162,7 +162,7 @@ def test_checked_json_reveals_a_flipped_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"a": 1}', "[" * 100_000])
-def test_a_file_that_is_no_checked_json_is_refused(tmp_path: Path, content: str) -> None:
+def test_read_json_refuses_a_file_without_a_checked_object(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(DamagedFile, match=r"x\.json is damaged"):
         read_json(tmp_path / "x.json", remedy="Restore it.")

@@ -85,7 +85,7 @@ def _distance(file: Path, other_file: Path) -> float:
     return max(float((b - a).norm() / a.norm().clamp_min(1e-6)) for a, b in pairs)
 
 
-def test_two_processes_resumed_after_a_kill_train_the_plug_of_one(tmp_path: Path, data: Path) -> None:
+def test_two_resumed_processes_train_the_same_plug_as_one(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "one", data, *ODD)
     words = ("-m", "personaplug", "train", "--data", data, "--out", tmp_path / "two", *ODD)
     folder = tmp_path / "two" / "plug" / "seed-0"
@@ -217,7 +217,7 @@ def test_other_commands_refuse_several_processes(command: str, monkeypatch: pyte
         result = CliRunner().invoke(main, [command])
         assert result.exit_code == (2, 143)[int(rank_index)]
         outputs.append(result.output)
-    assert f"`personaplug {command}` runs in one process; a launcher has started 2" in outputs[0]
+    assert f"`personaplug {command}` runs in one process, but a launcher started 2" in outputs[0]
     assert outputs[1] == ""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from personaplug.infra.environment import machine_info, package_versions
 
 
-def test_package_versions_hold_python_and_name_missing_packages() -> None:
+def test_package_versions_include_python_and_mark_missing_packages() -> None:
     versions = package_versions(("numpy", "no-such-package"))
     assert versions == {
         "python": platform.python_version(),
@@ -20,7 +20,7 @@ def test_package_versions_hold_python_and_name_missing_packages() -> None:
     assert {"personaplug", "torch", "transformers", "accelerate"} <= package_versions().keys()
 
 
-def test_machine_info_names_processor_and_cores() -> None:
+def test_machine_info_includes_processor_and_cores() -> None:
     info = machine_info()
     assert info["processor"]
     assert info["cores"] == os.cpu_count()

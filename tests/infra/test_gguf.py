@@ -79,7 +79,7 @@ def test_smollm_is_converted_once_and_loads(
 
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     folder = find_model(SMOLLM)
-    assert "only this once" in caplog.text
+    assert "to safetensors once" in caplog.text
     assert "Converting and de-quantizing" not in capsys.readouterr().err
     assert folder.parent == tmp_path / "models"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -88,7 +88,7 @@ def test_smollm_is_converted_once_and_loads(
     started = time.perf_counter()
     assert find_model(SMOLLM) == folder
     assert time.perf_counter() - started < 1
-    assert "only this once" not in caplog.text
+    assert "to safetensors once" not in caplog.text
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
@@ -106,7 +106,7 @@ def test_smollm_is_converted_once_and_loads(
     assert fingerprint(model.float()) == half
 
 
-def test_concurrent_conversions_end_with_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_conversions_create_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_gguf(tmp_path / "tiny.gguf")
     cache = tmp_path / "cache"
     monkeypatch.setenv(CACHE_VARIABLE, str(cache))
@@ -124,7 +124,7 @@ def test_folder_with_one_gguf_file_is_converted(tmp_path: Path, monkeypatch: pyt
     assert (folder / "model.safetensors").is_file()
 
 
-def test_eos_token_is_the_one_the_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_token_comes_from_the_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
     factory: Any = AutoTokenizer
@@ -142,7 +142,9 @@ def test_eos_token_is_the_one_the_file_names(tmp_path: Path, monkeypatch: pytest
     assert read(folder).eos_token_id == 1
 
 
-def test_eos_token_missing_in_the_file_stays_the_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_token_comes_from_the_tokenizer_if_the_file_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
     path = tiny_gguf(tmp_path / "tiny.gguf", end=None)
@@ -152,7 +154,7 @@ def test_eos_token_missing_in_the_file_stays_the_tokenizers(tmp_path: Path, monk
     assert factory.from_pretrained(find_model(str(path))).eos_token_id == before
 
 
-def test_gguf_package_missing_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gguf_package_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(gguf_module, "find_spec", lambda _: None)
@@ -160,7 +162,7 @@ def test_gguf_package_missing_names_the_extra(tmp_path: Path, monkeypatch: pytes
         find_model(str(tmp_path))
 
 
-def test_broken_gguf_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_gguf_file_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "model.gguf").write_bytes(b"nothing of the sort")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))

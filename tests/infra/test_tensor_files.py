@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "new" / "x.safetensors"
 
 
-def test_tensors_survive_the_file(path: Path) -> None:
+def test_saved_tensors_load_unchanged(path: Path) -> None:
     loaded = load_tensors(path, remedy="Restore it.", shapes=SHAPES)
     assert loaded.keys() == TENSORS.keys()
     assert all(
@@ -33,7 +33,7 @@ def test_tensors_survive_the_file(path: Path) -> None:
     )
 
 
-def test_a_flipped_bit_is_refused(path: Path) -> None:
+def test_load_tensors_refuses_a_flipped_bit(path: Path) -> None:
     whole = path.read_bytes()
     for position in range(len(whole)):
         damaged = bytearray(whole)
@@ -44,13 +44,13 @@ def test_a_flipped_bit_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_cut_off_file_is_refused(path: Path, length: int) -> None:
+def test_load_tensors_refuses_a_truncated_file(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DamagedFile, match="is damaged"):
         load_tensors(path, remedy="Restore it.")
 
 
-def test_other_shapes_are_refused(path: Path) -> None:
+def test_load_tensors_refuses_other_shapes(path: Path) -> None:
     for change, reason in (
         ({"count": (1,)}, r"count should have shape \[1\]; found \[\]"),
         ({"more": (2,)}, "more is missing"),
@@ -66,7 +66,7 @@ def test_other_shapes_are_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_refused(tmp_path: Path, value: float) -> None:
+def test_load_tensors_refuses_nan_and_infinity(tmp_path: Path, value: float) -> None:
     save_tensors(tmp_path / "x.safetensors", {"a": torch.tensor([0.0, value])})
     with pytest.raises(DamagedFile, match="a holds NaN or infinite values"):
         load_tensors(tmp_path / "x.safetensors", remedy="Restore it.")

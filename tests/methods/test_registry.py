@@ -24,7 +24,7 @@ from personaplug.training.parts import INSTRUCTION, PLUG
 
 @pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])
 def test_bad_list_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"instruction-only|did you mean|known are"):
+    with pytest.raises(ConfigError, match=r"instruction-only|did you mean|expected one of"):
         parse_methods(text)
 
 

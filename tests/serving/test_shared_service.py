@@ -264,15 +264,15 @@ def test_commands_find_the_run_by_the_data_and_by_the_prompt(folder: Path, tmp_p
     assert _call("generate", "--run", run, "--prompt", "Hi", "num_beams=1", "max_new_tokens=2").exit_code == 0
     refused = _call("generate", "--run", folder / "written", "--prompt", "Hi")
     assert refused.exit_code == 2
-    assert "has the wording of no task" in refused.output
+    assert "matches the wording of no task" in refused.output
 
 
 def test_train_refuses_what_is_for_one_data_set(folder: Path, tmp_path: Path) -> None:
     both = ("--data", folder / "rating", "--data", folder / "manners", "--out", tmp_path / "run", *TOY)
     for more in (("--methods", "lora"), ("--task", "LaMP_3")):
-        assert "are for one --data" in _call("train", *both, *more).output
+        assert "need exactly one --data" in _call("train", *both, *more).output
     alone = _call("train", "--data", folder / "rating", "--weight", "2", "--out", tmp_path / "run", *TOY)
-    assert "there is one --data" in alone.output
+    assert "there is only one --data" in alone.output
     assert not (tmp_path / "run").exists()
 
 

@@ -362,8 +362,8 @@ def test_a_task_without_train_users_is_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "weights", "message"),
     [
-        (("answer_channel=label",), (), "in one form, answer_channel=all"),
-        (("label_prior=own",), (), "label_prior=own counts the labels of one task"),
+        (("answer_channel=label",), (), "need answer_channel=all"),
+        (("label_prior=own",), (), "label_prior=own works for one task only"),
         ((), (1.0,), "a weight for each of the 2 tasks"),
         ((), (1.0, 0.0), "above 0, at most 1000; found 0"),
         ((), (1.0, math.nan), "above 0"),
@@ -385,7 +385,7 @@ def test_tasks_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["shared", "Shared", "..", "n" * 300])
 def test_a_name_that_no_folder_can_have_is_refused(data: Path, tmp_path: Path, name: str) -> None:
     tasks = [load_task(data / "rating"), replace(load_task(data / "manners"), name=name)]
-    with pytest.raises(ConfigError, match="No folder can be named after the task"):
+    with pytest.raises(ConfigError, match="cannot be used for a folder"):
         SharedRun.plan(tmp_path / "run", config=_config(), tasks=tasks)
 
 
@@ -408,7 +408,7 @@ def test_a_started_run_keeps_its_tasks_weights_and_settings(
 
 
 def test_a_run_of_one_task_and_one_of_several_never_mix(data: Path, trained: SharedRun, tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="runs of several tasks, each in a folder"):
+    with pytest.raises(MissingData, match="runs of several tasks, in folders"):
         Run.open(trained.folder)
     with pytest.raises(RunConflict, match="nor a run of personaplug"):
         Run.plan(trained.folder, config=_config(), task=load_task(data / "rating"))

@@ -307,7 +307,7 @@ def test_the_toy_model_writes_nothing_of_use_and_the_command_says_so(data: Path,
     done = _call("--data", data, "--out", tmp_path / "more", "--samples", 8)
     assert done.exit_code == 2, done.output
     assert "kept: 0 of 8" in done.output
-    assert "nothing is written" in done.output
+    assert "no data set was written" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
@@ -317,7 +317,7 @@ def test_the_command_writes_real_and_synthetic_samples_and_leaves_dev_as_it_is(
     monkeypatch.setattr("personaplug.run.open_llm", lambda config: writer)
     done = _call("--data", data, "--out", tmp_path / "more", "--samples", 10, "--real", 9)
     assert done.exit_code == 0, done.output
-    assert "9 real samples and 10 synthetic ones" in done.output
+    assert "9 real samples and 10 synthetic samples" in done.output
     train = list(open_dataset(tmp_path / "more", "train"))
     whole = {sample.id: sample for sample in _real()}
     assert [whole[sample.id] for sample in train[:9]] == train[:9]

@@ -47,7 +47,7 @@ def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | N
     try:
         moment = datetime.strptime(_short(text), date_format) if date_format else _parse(_short(text))
     except _NoSuchDay:
-        reason = "but year, month and day in this order are no day of the calendar. For another order, set date_format"
+        reason = "but is not a valid date in the order year, month, day. If the order differs, set date_format"
         raise Flaw(f"{what} has the form {shape_of(text)}, {reason}") from None
     except (ValueError, OverflowError):
         raise Flaw(_defect(what, text, date_format)) from None
@@ -64,11 +64,11 @@ def check_date_format(date_format: str) -> str:
     for directive, needed in _NEEDED.items():
         if parsed and directive in date_format and not any(one in date_format for one in needed):
             raise ConfigError(
-                f"date_format {date_format[:40]!r}: {directive} says nothing without {' or '.join(needed)}. Add it."
+                f"date_format {date_format[:40]!r}: {directive} has no effect without {' or '.join(needed)}. Add it."
             )
     if parsed is None or not _YEAR_DIRECTIVES.search(date_format):
         raise ConfigError(
-            f"date_format should be a format of Python's strptime with the year, such as '%d.%m.%Y'; "
+            f"date_format should be a format of Python's strptime that includes the year, such as '%d.%m.%Y'; "
             f"found {date_format[:40]!r}."
         )
     return date_format
@@ -134,8 +134,8 @@ def _from_epoch(units: str, fraction: str) -> datetime:
 
 def _defect(what: str, text: str, date_format: str | None) -> str:
     if date_format:
-        return f"{what} has the form {shape_of(text)}, which is not that of date_format {date_format!r}"
+        return f"{what} has the form {shape_of(text)}, which does not match date_format {date_format!r}"
     return (
-        f"{what} has the form {shape_of(text)}, which is not one of {_EXPECTED}. "
-        f"For another form of a log's dates, set date_format, such as '%d.%m.%Y'"
+        f"{what} has the form {shape_of(text)}, expected {_EXPECTED}. "
+        f"If the dates of a log have another form, set date_format, for example '%d.%m.%Y'"
     )

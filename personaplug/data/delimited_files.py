@@ -57,7 +57,7 @@ def delimited_records(
         if values:  # a blank line holds none
             number += 1
             if isinstance(values, list) and [name.strip("\ufeff ") for name in values] == header:
-                values = Flaw("it is the header again; files may have been joined")
+                values = Flaw("it repeats the header; files may have been joined")
             yield f"line {lines.record_start}", number, _record(header, values, lines)
 
 
@@ -118,7 +118,9 @@ def _next_row(rows: Iterator[list[str]], lines: _Lines) -> list[str] | Flaw | No
         if "unexpected end" in str(error):
             raise lines.quote_error("a quote is opened in this line and never closed") from None
         if lines.has_many:
-            raise lines.quote_error(f"a quote is opened in this line and line {lines.number} breaks it off") from None
+            raise lines.quote_error(
+                f"a quote is opened in this line, and line {lines.number} is not valid CSV"
+            ) from None
         return Flaw("it is not valid CSV")
 
 
@@ -127,9 +129,9 @@ def _record(header: Sequence[str], values: list[str] | Flaw, lines: _Lines) -> d
         return values
     if len(values) == len(header):
         return dict(zip(header, values, strict=True))
-    defect = f"it has {len(values)} values, the header {len(header)}"
+    defect = f"it has {len(values)} values, but the header has {len(header)}"
     if lines.has_many:
-        raise lines.quote_error(f"{defect}, up to line {lines.number}; a quote may be missing or too many")
+        raise lines.quote_error(f"{defect}, up to line {lines.number}; a quote may be missing or superfluous")
     return Flaw(defect)
 
 
@@ -140,7 +142,7 @@ def _is_numbered(names: Sequence[str], columns: Sequence[str]) -> bool:
 
 def _checked(delimiter: str) -> str:
     if set(delimiter) & set('"\r\n'):
-        raise ConfigError(f"The delimiter should hold no quote and no line break; found {delimiter!r}.")
+        raise ConfigError(f"The delimiter should contain no quote and no line break; found {delimiter!r}.")
     return delimiter
 
 
@@ -170,9 +172,9 @@ def _delimiter_of(line: str, columns: Sequence[str]) -> str:
 def _check_header(path: Path, header: Sequence[str], columns: Sequence[str], delimiter: str) -> None:
     if columns and set(columns).isdisjoint(header):
         raise ConfigError(
-            f"{path}: its first line, split at {delimiter!r}, has {len(header)} values, and none is one of the columns "
-            f"{', '.join(map(repr, columns))}. If the file has no header, name its columns by their numbers: '1', '2'. "
-            f"If another delimiter separates them, give it by `delimiter`."
+            f"{path}: the first line, split at {delimiter!r}, has {len(header)} values, but none of the columns "
+            f"{', '.join(map(repr, columns))}. If the file has no header, give the numbers of the columns: '1', '2'. "
+            f"If the file has another delimiter, set `delimiter`."
         )
     check_columns(path, header, columns, found=f", split at {delimiter!r},")
 
@@ -184,4 +186,5 @@ def check_columns(name: object, header: Sequence[str], columns: Sequence[str], *
             shown = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
             close = difflib.get_close_matches(column, header, n=1)
             hint = f"; did you mean {close[0]!r}?" if close and not count else "."
-            raise ConfigError(f"{name} has {count} columns {column!r}{hint} Its columns{found} are: {shown}.")
+            amount = f"{count} columns" if count else "no column"
+            raise ConfigError(f"{name} has {amount} {column!r}{hint} Its columns{found} are: {shown}.")

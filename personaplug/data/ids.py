@@ -27,15 +27,17 @@ def as_id(value: object, what: str) -> str:
     """
     value = plain_value(value)
     if isinstance(value, float) and MAX_EXACT_FLOAT <= abs(value) < math.inf:
-        raise Flaw(f"{what} is a floating-point number that is not exact above 2^53; give it as text or whole number")
+        raise Flaw(
+            f"{what} is a floating-point number above 2^53, which is not exact; write it as text or a whole number"
+        )
     text = as_text(value, what)
     if not text.strip():
         raise Flaw(f"{what} is empty")
     if len(text) > MAX_ID_LENGTH:
-        raise Flaw(f"{what} has {len(text):,} characters, and an id at most {MAX_ID_LENGTH}")
+        raise Flaw(f"{what} has {len(text):,} characters; an id has at most {MAX_ID_LENGTH}")
     if match := _FORBIDDEN.search(text):
         kind = _KINDS.get(match[0], "control character")
-        raise Flaw(f"{what} holds the {kind} U+{ord(match[0]):04X}, which no id may hold")
+        raise Flaw(f"{what} contains the {kind} U+{ord(match[0]):04X}, which is not allowed in an id")
     return text
 
 

@@ -24,7 +24,7 @@ _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _GZIP_MARK = b"\x1f\x8b"
 _BROKEN_GZIP = "the gzip data is broken or cut short"
 _NOT_JSON = "the file is not valid JSON from here on"
-_BIG_NUMBER = "the file is not valid JSON from here on, or holds a number of more than 4,300 digits or above 1e308"
+_BIG_NUMBER = "the file is not valid JSON from here on, or contains a number with more than 4,300 digits or above 1e308"
 _DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
 
@@ -69,7 +69,7 @@ def open_plain(path: Path, *, encoding: str | None = None) -> Iterator[gzip.Gzip
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         head = stream.peek(4)[:4]
         if head.startswith(_GZIP_MARK):
-            packed = "packed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
+            packed = "compressed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
             raise RecordError(path, "at the start", reason=f"the file is {packed}")
         if head.startswith(codecs.BOM_UTF8):
             stream.read(3)
@@ -136,7 +136,7 @@ def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator
         first = next(events)
         event, shape = _SHAPES[opening]
         if first[0] != event:
-            raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
+            raise Flaw(f"the file should contain {shape} and begin with {opening.decode()!r}")
         yield from _values_at(prefix.split(".") if prefix else [], first, events)
         next(events, None)  # fails if anything follows the outermost value
 
@@ -167,7 +167,9 @@ def _broken_after_line(path: Path) -> Iterator[list[int]]:
     except _GZIP_ERRORS:
         raise RecordError(path, f"after line {numbers[0]}", reason=_BROKEN_GZIP) from None
     except UnicodeDecodeError:
-        raise RecordError(path, f"after line {numbers[0]}", reason="the bytes are no text of its encoding") from None
+        raise RecordError(
+            path, f"after line {numbers[0]}", reason="the bytes are not valid text in the encoding of the file"
+        ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:

@@ -47,9 +47,8 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
     folder, name = existing_folder(folder), f"{split}_questions.json"
     questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
     if questions is None:
-        splits = splits_in(folder)
-        there = ", ".join(splits) or "none"
-        raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
+        splits = ", ".join(splits_in(folder)) or "none"
+        raise MissingData(f"{folder} has neither {name} nor {name}.gz. Splits in the folder: {splits}.")
     task = task if isinstance(task, Task) else load_task(folder, task=task)
     return _LampReader(questions, outputs, task, **limits)
 

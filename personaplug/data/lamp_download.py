@@ -33,10 +33,10 @@ _RETRIES = 4
 _CHUNK = 1 << 16  # bytes
 _BUSY = {408, 425, 429}  # beside 5xx: statuses for which a retry may succeed
 _TERMS = (
-    "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have their own "
-    "terms: for research use. LaMP-6 is not public, so it is not available."
+    "%s: LaMP's data is licensed under CC BY-NC-SA 4.0 (non-commercial, share alike). Its sources have their own "
+    "terms: for research use. LaMP-6 is not public, so it cannot be downloaded."
 )
-_HINT = "Or give a local folder with the files as `source`."
+_HINT = "Or set `source` to a local folder with the files."
 
 # The labels and the marker are LaMP's. LaMP gives an item's fields in no order; this order follows LaMP_4.
 _NEWS = Task(
@@ -112,7 +112,7 @@ def download_lamp(
 def _find_data_set(name: str) -> _DataSet:
     key = name.strip().lower().replace("_", "-").replace(":news", "-news")
     if re.fullmatch(r"lamp-6(:.*)?", key):
-        raise ConfigError("LaMP-6 is made of the Avocado mails, which are not public, so it cannot be downloaded.")
+        raise ConfigError("LaMP-6 cannot be downloaded: it contains the Avocado emails, which are not public.")
     if key not in _DATA_SETS:
         raise ConfigError(f"There is no LaMP data set {name!r}; {nearest(key, _DATA_SETS)}")
     return _DATA_SETS[key]
@@ -129,7 +129,7 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                conflict = f"{folder} holds {line[2:]}, whose files have the names of {name}"
+                conflict = f"{folder} holds {line[2:]}, whose files have the same names as those of {name}"
                 raise RunConflict(f"{conflict}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")
@@ -145,7 +145,7 @@ class _Checksums:
                 "Choose a new folder, or delete the file."
             )
         if pooch.file_hash(str(path)) != self.digests[file]:
-            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete it to download it again"
+            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete the file to download it again"
             raise RecordError(path, "the whole file", reason=reason)
         return True
 
@@ -203,7 +203,7 @@ def _check_json(path: Path, source: str, *, is_list: bool) -> None:
         reason = f"expected JSON that begins with {opening.decode()}, found something else (a web page?). {_HINT}"
         raise RecordError(source, "at the start", reason=reason)
     if not end.rstrip().endswith(closing):
-        reason = f"it breaks off: JSON would end with {closing.decode()}; try again"
+        reason = f"the file is truncated: expected {closing.decode()} at the end; try again"
         raise RecordError(source, "at the end", reason=reason)
 
 
@@ -211,7 +211,7 @@ def _find_local(origin: Path, file: str, *, folders: Sequence[str]) -> Path:
     for name in ("", *folders):
         if path := plain_or_gz(origin / name, file):
             return path
-    raise MissingData(f"Neither {file} nor {file}.gz is in {origin}, nor in its {' or '.join(folders)}.")
+    raise MissingData(f"Neither {file} nor {file}.gz is in {origin} or its folders {' and '.join(folders)}.")
 
 
 def _check_named_task(path: Path, data_set: _DataSet) -> None:

@@ -101,11 +101,11 @@ def query_of(task: Task, prompt: str) -> str:
             raise Flaw("its input does not match the task's 'query_pattern', so the query cannot be found")
         query = " ".join(group or "" for group in match.groups())
     elif task.query_after not in prompt:
-        raise Flaw(f"its input does not hold the marker {task.query_after!r} of task {task.name}")
+        raise Flaw(f"its input does not contain the marker {task.query_after!r} of task {task.name}")
     else:
         query = prompt.split(task.query_after, 1)[1] if task.query_after else prompt
     if not query.strip():
-        raise Flaw("its input holds no query: there are only blanks after the marker or in the groups of the pattern")
+        raise Flaw("its input holds no query: only blanks follow the marker or match the groups of the pattern")
     return query
 
 
@@ -123,7 +123,9 @@ def target_of(task: Task, answer: str) -> str:
         return answer
     label = _label(task, answer)
     if label is None:
-        defect = "is empty" if not answer.strip() else f"is none of the {len(task.labels)} labels of task {task.name}"
+        defect = (
+            "is empty" if not answer.strip() else f"is not one of the {len(task.labels)} labels of task {task.name}"
+        )
         raise Flaw(f"its answer {defect}")
     return label
 
@@ -142,7 +144,7 @@ def item_of(
     kind, fields = _fields_of(task, values)
     stated = None if "kind" in task.field_names else values.get("kind")
     if stated in ITEM_KINDS and stated != kind:
-        raise Flaw(f"its 'kind' is {stated!r}, and its fields are those of the kind {kind!r}")
+        raise Flaw(f"its 'kind' is {stated!r}, but its fields belong to the kind {kind!r}")
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     answer_name = None if kind == "preference" else task.answer_field
     day = moment.date() if moment else None
@@ -164,7 +166,7 @@ def context_of(value: object) -> tuple[Turn, ...]:
         try:
             record = as_record(message)
             if (role := name_of(record, "role")) not in _ROLES:
-                raise Flaw(f"its 'role' is none of {', '.join(_ROLES)}")
+                raise Flaw(f"its 'role' is not one of {', '.join(_ROLES)}")
             turns.append((role, text_of(record, "content")))
         except Flaw as flaw:
             raise Flaw(f"message {number} of its context: {flaw}") from None
@@ -175,14 +177,14 @@ def _fields_of(task: Task, values: Mapping[str, Any]) -> tuple[ItemKind, tuple[t
     """Return the kind of a record's item, and the item's fields."""
     if PREFERENCE in values:
         if REJECTED in values or any(name in values for name in task.field_names):
-            raise Flaw(f"it holds a {PREFERENCE!r} beside fields of an answer; make it two items")
+            raise Flaw(f"it has both a {PREFERENCE!r} and fields of an answer; split it into two items")
         return "preference", ((PREFERENCE, name_of(values, PREFERENCE).strip()),)
     if REJECTED not in values:
         return "answer", tuple((name, field_of(task, values, name)) for name in task.field_names)
     if task.answer_field is None:
-        raise Flaw(f"it holds a {REJECTED!r} answer, and items of task {task.name} have no answers")
+        raise Flaw(f"it has a {REJECTED!r} answer, but items of task {task.name} have no answers")
     if task.answer_field in values:
-        raise Flaw(f"it holds a {task.answer_field!r} and a {REJECTED!r}; make it two items")
+        raise Flaw(f"it has both a {task.answer_field!r} and a {REJECTED!r}; split it into two items")
     keys = {task.answer_field: REJECTED}
     fields = ((name, field_of(task, values, name, key=keys.get(name, name))) for name in task.field_names)
     return "rejection", tuple(fields)

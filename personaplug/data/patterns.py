@@ -28,19 +28,19 @@ def search(pattern: str, text: str) -> Any:
     """Return the first match of a pattern, where `.` matches line breaks, or None."""
     if len(text) > MAX_MATCHED_LENGTH:
         raise Flaw(
-            f"its input has {len(text):,} characters, and a 'query_pattern' is searched in at most "
+            f"its input has {len(text):,} characters; a task with a 'query_pattern' accepts at most "
             f"{MAX_MATCHED_LENGTH:,}"
         )
     try:
         return _compiled(pattern).search(text)
     except UnicodeError:
-        raise Flaw("its input is not valid Unicode, or its 'query_pattern' finds a part of a character") from None
+        raise Flaw("its input is not valid Unicode, or the 'query_pattern' matches a part of a character") from None
 
 
 @lru_cache(64)
 def _compiled(pattern: str) -> Any:
     if len(pattern) > MAX_PATTERN_LENGTH:
-        raise ValueError(f"it has {len(pattern):,} characters, at most {MAX_PATTERN_LENGTH:,} are allowed")
+        raise ValueError(f"it has {len(pattern):,} characters; at most {MAX_PATTERN_LENGTH:,} are allowed")
     options = re2.Options()
     options.dot_nl, options.log_errors, options.max_mem = True, False, _MAX_BYTES
     try:
@@ -52,5 +52,5 @@ def _compiled(pattern: str) -> Any:
     except UnicodeEncodeError:
         raise ValueError("it is not valid Unicode") from None
     if compiled.groups > _MAX_GROUPS:
-        raise ValueError(f"it has {compiled.groups} groups, at most {_MAX_GROUPS} are allowed")
+        raise ValueError(f"it has {compiled.groups} groups; at most {_MAX_GROUPS} are allowed")
     return compiled

@@ -51,7 +51,7 @@ def record_source(
     path = Path(source)
     kind = kind_of(path)
     if kind not in kinds:
-        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; all also *.gz.")
+        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; each may also end in .gz.")
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
     if kind == ".parquet":

@@ -65,12 +65,12 @@ class RecordReader(ABC):
                 report.users = max(report.users, len(users))
             yield sample
         if not report.samples:
-            raise MissingData(f"{self._origin} gives no sample. {self._reason_for_nothing()}")
+            raise MissingData(f"{self._origin} yields no samples. {self._reason_for_nothing()}")
         if report.own_answers and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "WARNING: %s: in %s of %s samples, an item of the history has the text and the answer of the question. "
-                "Copying answers them, so every score is too good. Remove these items from the data.",
+                "A model can copy the answer, so scores are too high. Remove these items from the data.",
                 self._origin, f"{report.own_answers:,}", f"{report.samples:,}",
             )  # fmt: skip
 

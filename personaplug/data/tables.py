@@ -19,7 +19,7 @@ class Table:
         if isinstance(source, Mapping):
             keys = ", ".join(sorted(map(str, source))[:10])
             raise ConfigError(
-                f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}. Give one of them."
+                f"Rows should be an iterable of mappings, or a DataFrame; found one mapping with the keys {keys}."
             )
         if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
             raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")

@@ -112,9 +112,9 @@ class ReadReport:
         users = f" of {self.users:,} users" if self.users else ""
         losses = (
             (self.copies, "copies of earlier events left out"),
-            (self.too_early, "rows with too short a history not asked"),
-            (self.unclear, "rows not asked whose copies have several answers"),
-            (self.cut_items, "items beyond the longest history left out"),
+            (self.too_early, "rows left out because their history is too short"),
+            (self.unclear, "rows left out because their copies have different answers"),
+            (self.cut_items, "items beyond max_history left out"),
             *((count, f"{reason} left out") for reason, count in self.left_out.items()),
         )
         return "; ".join((

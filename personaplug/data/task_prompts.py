@@ -64,12 +64,12 @@ class TaskPrompts:
     def _parse(self, prompt: str) -> TaskQuery:
         wordings = [wording for wording in self.wordings if wording.opens(prompt)]
         if self.wordings and not wordings:  # seen before a pattern is searched
-            raise Flaw("its beginning is not that of the task's prompts")
+            raise Flaw("it does not begin like the task's prompts")
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
         before = text_before(prompt, query=query, options=options)
         matching = next((wording for wording in wordings if wording.matches(prompt, before=before)), None)
         if self.wordings and matching is None:
-            raise Flaw("it has not the wording of the task's prompts")
+            raise Flaw("it does not have the wording of the task's prompts")
         item_text = query if matching is None else matching.without_closing(query)
         if not item_text.strip():
             raise Flaw("it holds no query")

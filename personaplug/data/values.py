@@ -64,7 +64,7 @@ def _encodable(value: str, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
-        raise Flaw(f"{what} is not valid Unicode; it should be UTF-8") from None
+        raise Flaw(f"{what} is not valid Unicode; encode it as UTF-8") from None
     return str(value)
 
 
@@ -72,7 +72,7 @@ def _decoded(value: bytes, what: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise Flaw(f"{what} is {len(value)} bytes that are no UTF-8 text") from None
+        raise Flaw(f"{what} is {len(value)} bytes that are not valid UTF-8") from None
 
 
 def _number_text(value: float | Decimal, what: str) -> str:
@@ -81,7 +81,7 @@ def _number_text(value: float | Decimal, what: str) -> str:
         raise Flaw(f"{what} is not a finite number")
     if isinstance(value, Decimal):
         if abs(value.adjusted()) > _MAX_DIGITS:
-            raise Flaw(f"{what} is a number of more than {_MAX_DIGITS:,} digits")
+            raise Flaw(f"{what} is a number with more than {_MAX_DIGITS:,} digits")
         if value != value.to_integral_value():
             return f"{value:f}".rstrip("0")
         value = int(value)
@@ -89,5 +89,5 @@ def _number_text(value: float | Decimal, what: str) -> str:
         try:
             return str(int(value))
         except ValueError:
-            raise Flaw(f"{what} is a number of more than {_MAX_DIGITS:,} digits") from None
+            raise Flaw(f"{what} is a number with more than {_MAX_DIGITS:,} digits") from None
     return repr(float(value))

@@ -271,7 +271,7 @@ def test_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None
 
 def test_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
-        RecordError, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
+        RecordError, match=r"gold\.json, the gold with id 2: its answer is not one of the 5 labels"
     ) as caught:
         score(tmp_path, ["1", "1"], ["1", SECRET])
     assert SECRET not in str(caught.value)

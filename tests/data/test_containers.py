@@ -124,7 +124,7 @@ def test_dataframe_of_pandas_gives_equal_samples(expected: list[Sample]) -> None
     assert read(frame.set_index("who", drop=False)) == expected
     by_number = ColumnMapping("0", {"text": "1", "more": "2"}, "3", "Stars? title: {text}", date="4")
     assert read(frame[list(COLUMNS)].set_axis(range(5), axis=1), by_number) == expected
-    with pytest.raises(ConfigError, match="the DataFrame has 0 columns 'star'; did you mean 'stars'"):
+    with pytest.raises(ConfigError, match="the DataFrame has no column 'star'; did you mean 'stars'"):
         read(frame, replace(MAPPING, answer="star"))
 
 
@@ -203,11 +203,11 @@ def test_parquet_ids_are_uuids_and_large_numbers(tmp_path: Path) -> None:
     [
         ("title", [["x"]], "its 'title' is a list"),
         ("title", [{"a": 1}], "its 'title' is an object"),
-        ("title", [b"\xff\xfe"], "its 'title' is 2 bytes that are no UTF-8 text"),
+        ("title", [b"\xff\xfe"], "its 'title' is 2 bytes that are not valid UTF-8"),
         ("stars", [True], "its 'stars' is true or false"),
         ("when", [None], "its 'when' is null"),
         ("who", [None], "its 'who' is null"),
-        ("who", [1.5e300], "its 'who' is a floating-point number that is not exact"),
+        ("who", [1.5e300], "its 'who' is a floating-point number above 2.53, which is not exact"),
     ],
 )
 def test_parquet_value_that_cannot_be_read_is_named(
@@ -262,7 +262,7 @@ def test_error_of_a_missing_column_shows_columns_and_delimiter(tmp_path: Path) -
     (tmp_path / "log.csv").write_text(delimited(ROWS, ";"))
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "log.csv", replace(MAPPING, answer="star"))
-    assert "0 columns 'star'; did you mean 'stars'? Its columns, split at ';', are: who, title, note" in str(
+    assert "no column 'star'; did you mean 'stars'? Its columns, split at ';', are: who, title, note" in str(
         caught.value
     )
 
@@ -271,7 +271,7 @@ def test_error_of_a_missing_header_shows_no_value(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(delimited(ROWS, ";").partition("\n")[2])
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "log.csv")
-    assert "its first line, split at ';', has 5 values, and none is one of the columns 'who'" in str(caught.value)
+    assert "the first line, split at ';', has 5 values, but none of the columns 'who'" in str(caught.value)
     assert "no header" in str(caught.value)
     assert SECRET not in str(caught.value)
 
@@ -321,7 +321,7 @@ def test_rows_of_several_lines_are_numbered_by_their_first(tmp_path: Path) -> No
     rows = [{**row, "title": "one\ntwo\nthree"} for row in quoted_rows(3)]
     rows[2]["stars"] = SECRET
     (tmp_path / "log.csv").write_text(delimited(rows, ",", end="\n"))
-    with pytest.raises(RecordError, match="line 8: its answer is none of the 6 labels"):
+    with pytest.raises(RecordError, match="line 8: its answer is not one of the 6 labels"):
         read(tmp_path / "log.csv")
 
 
@@ -365,7 +365,7 @@ def test_value_beyond_all_bounds_is_a_clear_error(tmp_path: Path, name: str, val
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"who": ["a"], "title": ["b"]}, "found a mapping of title, who"),
+        ({"who": ["a"], "title": ["b"]}, "found one mapping with the keys title, who"),
         (7, "found the int"),
         (b"log.csv", "found the bytes"),
     ],

@@ -84,7 +84,7 @@ def test_pair_of_equal_answers_is_an_exchange_alone() -> None:
     reader = reader_of(EARLIER, equal | {"user": "ann", "time": LATER})
     (sample,) = reader
     assert (sample.target, sample.rejected) == ("No.", ())
-    assert reader.report.left_out == {"rejected answers that equal the kept one": 1}
+    assert reader.report.left_out == {"rejected answers that equal the chosen answer": 1}
 
 
 def test_sharegpt_with_a_system_text_is_read() -> None:
@@ -148,7 +148,7 @@ def test_stated_preference_is_an_item_and_no_sample() -> None:
 def test_formats_may_be_mixed_and_one_may_be_demanded() -> None:
     pair = PAIR["openai-preference"] | {"user": "ann", "time": LATER}
     assert histories(read(EARLIER, pair)) == {"Lettuce laugh.": ["Drink water."]}
-    with pytest.raises(RecordError, match="row 2: it has an unknown form"):
+    with pytest.raises(RecordError, match="row 2: its format is unknown"):
         read(EARLIER, pair, format="openai-chat")
     with pytest.raises(ConfigError, match="openai-chat"):
         read(EARLIER, format="openai-chats")
@@ -180,11 +180,11 @@ LEFT_OUT: dict[str, tuple[list[dict[str, Any]], str]] = {
         ],
         "turns with tool calls",
     ),
-    "picture": ([user(PICTURE), assistant("A cat.")], "turns with images or other parts that are no text"),  # type: ignore[arg-type]
+    "picture": ([user(PICTURE), assistant("A cat.")], "turns with images or other parts that are not text"),  # type: ignore[arg-type]
     "empty reply": ([user("Hm"), assistant(" ")], "turns with an empty message"),
     "empty question": ([user(""), assistant("Yes?")], "turns with an empty message"),
-    "weight 0": ([user("Hm"), assistant("Bad.", weight=0)], "replies of weight 0"),
-    "greeting": ([assistant("How can I help?")], "replies without a message of the user before them"),
+    "weight 0": ([user("Hm"), assistant("Bad.", weight=0)], "replies with weight 0"),
+    "greeting": ([assistant("How can I help?")], "replies without a preceding message of the user"),
 }
 
 
@@ -256,7 +256,7 @@ def test_sharegpt_turn_with_a_place_of_a_picture_or_a_tool_is_left_out() -> None
     reader = reader_of(EARLIER, {"user": "ann", "time": LATER, "conversations": turns})
     assert [sample.target for sample in reader] == ["Ciao."]
     assert reader.report.left_out == {
-        "turns with images or other parts that are no text": 1,
+        "turns with images or other parts that are not text": 1,
         "turns with tool calls": 1,
     }
 
@@ -265,14 +265,14 @@ def test_sharegpt_turn_with_a_place_of_a_picture_or_a_tool_is_left_out() -> None
 
 TURN = {"user": SECRET, "assistant": {"preferred": "Yes", "rejected": ["No"]}, "chosen": "preferred"}
 BROKEN: dict[str, tuple[Any, str]] = {
-    "unknown form": ({"user": "ann", "text": SECRET}, "it has an unknown form; expected the keys"),
-    "half a pair": ({"user": "ann", "chosen": [user(SECRET)]}, "it has an unknown form"),
+    "unknown form": ({"user": "ann", "text": SECRET}, "its format is unknown; expected the keys"),
+    "half a pair": ({"user": "ann", "chosen": [user(SECRET)]}, "its format is unknown"),
     "no object": ([SECRET], "it is not a JSON object"),
     "no user": ({"messages": [user(SECRET)]}, "its 'user' or 'user_id' is missing"),
     "null user": (chat(SECRET, "Yes", user=None), "its 'user' or 'user_id' is missing"),
     "odd role": (
         {"user": "ann", "messages": [user("Hi"), {"role": SECRET, "content": "Yes"}]},
-        "message 2 of its 'messages': its 'role' is none of system, developer, user, assistant, tool, function",
+        "message 2 of its 'messages': its 'role' is not one of system, developer, user, assistant, tool, function",
     ),
     "no role": (
         {"user": "ann", "messages": [{"content": SECRET}]},
@@ -296,14 +296,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "pair without an answer": (
         {"user": "ann", "prompt": [user(SECRET)], "chosen": [], "rejected": [assistant("c")]},
-        "its pair of answers lacks a message of the assistant",
+        "one of its two answers has no message of the assistant",
     ),
     "text as input": (PAIR["openai-preference"] | {"user": "ann", "input": SECRET}, "its 'input' is not an object"),
     "one output": (
         {"user": "ann", "input": {"messages": []}, "preferred_output": []},
         "'non_preferred_output' is missing",
     ),
-    "sharegpt role": ({"user": "ann", "conversations": [said(SECRET, "Hi")]}, "its 'from' is none of system, human"),
+    "sharegpt role": ({"user": "ann", "conversations": [said(SECRET, "Hi")]}, "its 'from' is not one of system, human"),
     "aloe without a choice": (
         {"conversations": [TURN, {**TURN, "chosen": SECRET}]},
         "turn 2 of its 'conversations': its 'chosen'",
@@ -317,7 +317,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "there is no rejected answer",
     ),
     "empty preference": ({"user": "ann", "preference": " "}, "its 'preference' is empty"),
-    "id of another user": (chat(SECRET, "Yes", who="bob", id="c1"), "a record of another user has its id c1"),
+    "id of another user": (chat(SECRET, "Yes", who="bob", id="c1"), "a record of another user has the same id c1"),
 }
 
 
@@ -341,5 +341,5 @@ def test_answers_to_different_messages_are_no_pair() -> None:
         "chosen": [user("A pun?"), assistant("Lettuce.")],
         "rejected": [user("Tea?"), assistant("No.")],
     }
-    with pytest.raises(RecordError, match="its pair of answers replies to different messages"):
+    with pytest.raises(RecordError, match="its two answers reply to different messages"):
         read(EARLIER, pair | {"time": LATER})

@@ -212,7 +212,9 @@ def test_reply_without_history_is_no_sample_and_is_counted() -> None:
     reader = reader_of(*lines, chat("Three?", "Third."))
     assert histories(list(reader)) == {"Third.": ["First.", "Second."]}
     assert (reader.report.too_early, reader.report.users) == (3, 2)
-    with pytest.raises(MissingData, match=r"3 rows with too short a history not asked.* from another conversation"):
+    with pytest.raises(
+        MissingData, match=r"3 rows left out because their history is too short.* from another conversation"
+    ):
         read(*lines)
 
 
@@ -220,7 +222,7 @@ def test_samples_beyond_the_maximum_are_spread_and_counted() -> None:
     lines = [chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in range(1, 12)]
     reader = reader_of(*lines, max_samples_per_user=4)
     assert [sample.target for sample in reader] == ["Reply 4", "Reply 6", "Reply 9", "Reply 11"]
-    assert reader.report.left_out == {"replies beyond 4 samples of their user": 6}
+    assert reader.report.left_out == {"replies beyond max_samples_per_user=4": 6}
     assert len(read(*lines, max_samples_per_user=10)) == 10
     with pytest.raises(ConfigError, match="at least 1"):
         reader_of(*lines, max_samples_per_user=0)
@@ -309,7 +311,7 @@ def aloe(name: str, question: str) -> dict[str, Any]:
 @pytest.mark.parametrize("is_first", [True, False])
 def test_id_of_a_conversation_without_a_user_is_nobody_elses(other: dict[str, Any], is_first: bool) -> None:
     records = [aloe("7", "Tea?"), other]
-    with pytest.raises(RecordError, match="the id 7 stands for a record without a user and for other data"):
+    with pytest.raises(RecordError, match="the id 7 belongs to a record without a user and also to other data"):
         read(*(records if is_first else reversed(records)))
 
 

@@ -157,7 +157,7 @@ def test_rows_of_a_user_at_one_time_are_an_error_that_says_why() -> None:
     with pytest.raises(MissingData) as caught:
         list(reader_of(rows))
     assert "0 samples, 0 items of history, from 5 rows" in str(caught.value)
-    assert "5 rows with too short a history not asked" in str(caught.value)
+    assert "5 rows left out because their history is too short" in str(caught.value)
     assert "needs min_history=1 rows of its user at earlier times" in str(caught.value)
 
 
@@ -166,9 +166,17 @@ def test_rows_of_a_user_at_one_time_are_an_error_that_says_why() -> None:
     [
         ([], {}, "It holds no records"),
         ([row(1, stars=SECRET), row(2, stars=None)], {"skip_bad": 2}, "2 broken records skipped.*row 1: its answer is"),
-        ([row(1), row(2), row(3)], {"min_history": 3}, "3 rows with too short a history not asked.*min_history=3"),
+        (
+            [row(1), row(2), row(3)],
+            {"min_history": 3},
+            "3 rows left out because their history is too short.*min_history=3",
+        ),
         ([row(1), row(2, who="bob")], {"split": "train", "dev_queries": 1}, "'train' asks for each user's rows before"),
-        ([row(1, "a"), row(2, "a", stars=2), row(3, "a")], {"mapping": UNDATED}, "1 rows not asked whose copies have"),
+        (
+            [row(1, "a"), row(2, "a", stars=2), row(3, "a")],
+            {"mapping": UNDATED},
+            "1 rows left out because their copies have",
+        ),
     ],
     ids=["empty", "all broken", "min_history", "one row each", "unclear"],
 )
@@ -184,7 +192,7 @@ def test_log_without_samples_is_an_error_that_says_why(
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
 def test_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(MissingData, match=f"{name} gives no sample. It holds no records"):
+    with pytest.raises(MissingData, match=f"{name} yields no samples. It holds no records"):
         list(EventLogReader(tmp_path / name, MAPPING, TASK))
 
 
@@ -202,8 +210,8 @@ def test_report_counts_everything_and_is_told_once(caplog: pytest.LogCaptureFixt
         assert list(reader) == samples
     assert [record.getMessage() for record in caplog.records] == [
         "the list, split dev: 3 samples, 3 items of history, from 7 rows of 2 users; 1 broken records skipped; "
-        "1 copies of earlier events left out; 2 rows with too short a history not asked; 3 items beyond the longest "
-        "history left out"
+        "1 copies of earlier events left out; 2 rows left out because their history is too short; 3 items beyond "
+        "max_history left out"
     ]
     assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 2, 1)
 

@@ -224,20 +224,20 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"kind": ["text"]}, "'kind' should be 'label', 'rating', 'text' or 'chat', found ['text']"),
         ({"labels": []}, "need 'labels'"),
         ({"labels": ["good", "bad"]}, "should be numbers"),
-        ({"labels": ["2", "1"]}, "should be finite and rise"),
+        ({"labels": ["2", "1"]}, "should ascend and be within ±1e9"),
         ({"labels": ["1", "nan"]}, "should be numbers"),
         ({"labels": ["1", "1_0"]}, "should be numbers"),
         ({"max_new_tokens": 10**12}, "max_new_tokens"),
         ({"labels": ["1"]}, "a rating needs two labels or more"),
         ({"labels": "12"}, "'labels' should be a list"),
         ({"labels": [True, "2"]}, "a label is true or false"),
-        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list holds an entry twice"),
+        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list contains an entry twice"),
         ({"kind": "label", "labels": ["a "]}, "blanks"),
         ({"kind": "text"}, "'text' and 'chat' have none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
         ({"item_fields": []}, "'item_fields': value should have at least 1 item"),
-        ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
-        ({"item_fields": ["id"]}, "'id' has a meaning of its own"),
+        ({"metrics": ["rouge_1", "nll"]}, "remove 'nll' from 'metrics'"),
+        ({"item_fields": ["id"]}, "'id' is a reserved key of items"),
         ({"answer_field": 3}, "'answer_field' should be a valid string, found 3"),
         ({"name": " "}, "'name' is empty"),
         ({"max_new_tokens": "4"}, "'max_new_tokens' should be a valid integer, found '4'"),
@@ -245,14 +245,14 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"metrics": ["mae", ""]}, "'metrics.1': string should have at least 1 character"),
         ({"max_new_tokens": True}, "'max_new_tokens' should be a valid integer, found True"),
         ({"query_pattern": "(a)"}, "not both"),
-        ({"query_after": "", "query_pattern": "("}, "not a regular expression"),
+        ({"query_after": "", "query_pattern": "("}, "not a valid RE2 regular expression"),
         ({"query_after": "", "query_pattern": "a"}, "needs a group"),
         ({"item_template": 3}, "'item_template' should be a valid string, found 3"),
-        ({"item_template": "words"}, "shows no field of an item"),
+        ({"item_template": "words"}, "contains no field of an item"),
         ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
         ({"item_template": "{text} {}"}, "names {}; known are: score, text"),
         ({"item_joint": None}, "'item_joint' should be a valid string, found None"),
-        ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
+        ({"history_template": "{input}"}, "should contain {history} and {input}, each once"),
         ({"history_template": "{history} {history} {input}"}, "each once"),
         ({"history_template": "{history} {input} {text}"}, "each once"),
         ({"history_after": 1}, "'history_after' should be a valid string, found 1"),
@@ -414,7 +414,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "item without field": (question(2, profile=[without(ITEM, "score")]), "its 'score' is missing"),
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' has the form aaaaaaaa,"),
-    "no marker": (question(2, input=SECRET), "does not hold the marker 'review: '"),
+    "no marker": (question(2, input=SECRET), "does not contain the marker 'review: '"),
     "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
     "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
 }
@@ -446,7 +446,7 @@ def test_broken_question_is_reported_and_can_be_skipped(tmp_path: Path, name: st
     [
         ({"id": 2}, "question 2 (id 2): its gold: its 'output' is missing"),
         (gold(2, None), "its gold: its 'output' is null"),
-        (gold(2, "6"), "its answer is none of the 5 labels"),
+        (gold(2, "6"), "its answer is not one of the 5 labels"),
         (gold(1), "question 1 (id 1): two golds have its id"),
     ],
 )
@@ -569,7 +569,9 @@ def test_missing_file_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
         open_dataset(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
-    with pytest.raises(MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"):
+    with pytest.raises(
+        MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*in the folder: train"
+    ):
         open_dataset(tmp_path, "dev")
 
 
@@ -649,7 +651,7 @@ def test_samples_without_targets_leave_no_outputs_file(tmp_path: Path) -> None:
 
 def test_empty_split_is_written_and_refused_when_read(tmp_path: Path) -> None:
     write_lamp([], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    with pytest.raises(MissingData, match=r"dev_questions\.json gives no sample\. It holds no records"):
+    with pytest.raises(MissingData, match=r"dev_questions\.json yields no samples\. It holds no records"):
         read(tmp_path)
 
 
@@ -697,9 +699,9 @@ def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
         ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
-        ([sample("a\nb")], "holds the control character U\\+000A"),
+        ([sample("a\nb")], "contains the control character U\\+000A"),
         ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
-        ([sample("a", target="9")], "none of the 5 labels"),
+        ([sample("a", target="9")], "not one of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "its 'text' is missing"),
     ],
 )
@@ -713,7 +715,7 @@ def test_unreadable_samples_are_not_written(tmp_path: Path, bad: list[Sample], m
 
 def test_folder_of_another_task_is_not_changed(tmp_path: Path) -> None:
     write_lamp([sample("a")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    with pytest.raises(RunConflict, match="another task than LaMP_4"):
+    with pytest.raises(RunConflict, match="a task other than LaMP_4"):
         write_lamp([], tmp_path, "train", task=LAMP_TASKS["LaMP_4"])
 
 

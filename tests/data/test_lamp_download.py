@@ -228,7 +228,7 @@ def test_download_missing_file_is_not_tried_again(tmp_path: Path, site: Site, st
     ("body", "message"),
     [
         (f"<html>Please log in, {SECRET}</html>".encode(), r"at the start: expected JSON that begins with \["),
-        (questions(2)[:-30], "at the end: it breaks off"),
+        (questions(2)[:-30], "at the end: the file is truncated"),
     ],
 )
 def test_download_of_something_else_than_json_is_refused(tmp_path: Path, site: Site, body: bytes, message: str) -> None:
@@ -285,7 +285,7 @@ def test_folder_of_another_data_set_is_refused(tmp_path: Path, site: Site) -> No
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(RunConflict, match=r"dev_questions\.json exists, but SHA256SUMS does not list it"):
         download(site, tmp_path)
-    with pytest.raises(RunConflict, match=r"task\.json declares another task than LaMP_4"):
+    with pytest.raises(RunConflict, match=r"task\.json declares a task other than LaMP_4"):
         download_lamp("lamp-4", tmp_path, splits=["train"], base_url=site.url)
 
 

@@ -120,7 +120,7 @@ def test_unusable_file_or_setting_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
     with pytest.raises(ConfigError, match="'test' needs the folder"):
         PersonalLLMReader(folder / "data" / "train.jsonl", "test")
-    with pytest.raises(ConfigError, match="chooses up to 53 times, for which there are 27 rows"):
+    with pytest.raises(ConfigError, match="makes up to 53 choices, but there are 27 rows"):
         list(PersonalLLMReader(folder, "dev"))
     for wrong in ({"count": 0}, {"alpha": 0.0}, {"seed": -1}, {"shortest": 50}, {"choices": 1}, {"choices": 9}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -96,12 +96,16 @@ def test_data_set_in_lamp_layout_reads_back_equal(tmp_path: Path, form: Form) ->
 
 
 BROKEN: dict[str, tuple[Form, dict[str, Any], str]] = {
-    "three options": ("explicit", mcq(0, classification_task_options=["a", SECRET, "c"]), "is not a list of 4"),
+    "three options": ("explicit", mcq(0, classification_task_options=["a", SECRET, "c"]), "is not a list of 4 options"),
     "empty option": ("explicit", mcq(0, classification_task_options=[SECRET, "", "c", "d"]), "an option is empty"),
     "no preference": ("explicit", mcq(0, question=SECRET, preference=""), "its 'preference' is empty"),
-    "another question": ("choice", choice(0, question=SECRET), "its question is not that of the same place"),
+    "another question": (
+        "choice",
+        choice(0, question=SECRET),
+        "its question differs from the question at the same position",
+    ),
     "no selection": ("choice", choice(0, conversation={"query": SECRET, "assistant_options": "1"}), "'user_selection'"),
-    "odd turn": ("persona", persona(0, conversation={SECRET: {}}), "a turn of its 'conversation' has no number"),
+    "odd turn": ("persona", persona(0, conversation={SECRET: {}}), "a turn of its 'conversation' is not numbered"),
     "no reply": ("persona", persona(0, conversation={"0": {"user": SECRET}}), "its 'assistant' is missing"),
 }
 
@@ -125,12 +129,12 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(tmp_path:
 
 def test_unusable_folder_or_split_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
-    with pytest.raises(ConfigError, match="'train' and 'dev', and no 'test'"):
+    with pytest.raises(ConfigError, match="has no split 'test'"):
         PrefEvalReader(folder, "test", form="choice")
-    with pytest.raises(MissingData, match=r"holds no mcq_options/\*\.json"):
+    with pytest.raises(MissingData, match=r"has no mcq_options/\*\.json"):
         PrefEvalReader(folder / "implicit_preference", "dev", form="choice")
     write(folder / FOLDERS["persona"] / "trips.json", [persona(0)])
-    with pytest.raises(RecordError, match=r"it has 1 records, and .*trips\.json has 20"):
+    with pytest.raises(RecordError, match=r"it has 1 records, but .*trips\.json has 20"):
         list(PrefEvalReader(folder, "dev", form="persona", skip_bad=9))
     (folder / FOLDERS["choice"] / "pets.json").unlink()
     with pytest.raises(MissingData, match=r"no file .*pets\.json"):

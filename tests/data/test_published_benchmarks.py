@@ -219,7 +219,7 @@ def test_parquet_shards_are_one_split(tmp_path: Path) -> None:
     shards = [tmp_path / "val" / f"val-0000{index}-of-00002.parquet" for index in range(2)]
     shards[0].parent.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(papers[:2]), shards[0])
-    with pytest.raises(MissingData, match="1 shards of that split, their names say 00002"):
+    with pytest.raises(MissingData, match="1 shards of this split, but their names say 00002"):
         LongLampReader(tmp_path, "dev")
     parquet.write_table(pyarrow.Table.from_pylist(papers[2:]), shards[1])
     assert list(LongLampReader(tmp_path, "dev")) == list(LongLampReader(write(tmp_path / "a.jsonl", papers), "dev"))

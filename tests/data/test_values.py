@@ -111,10 +111,10 @@ def test_text_of_other_values(value: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (b"\xff\xfe", "it is 2 bytes that are no UTF-8 text"),
-        (10**5000, "it is a number of more than 4,300 digits"),
-        (Decimal("1e5000"), "it is a number of more than 4,300 digits"),
-        (Decimal("1e-5000"), "it is a number of more than 4,300 digits"),
+        (b"\xff\xfe", "it is 2 bytes that are not valid UTF-8"),
+        (10**5000, "it is a number with more than 4,300 digits"),
+        (Decimal("1e5000"), "it is a number with more than 4,300 digits"),
+        (Decimal("1e-5000"), "it is a number with more than 4,300 digits"),
         (dt.timedelta(1), "it is a value of type timedelta"),
         (np.array([1]), "it is a list"),
         (np.datetime64("NaT"), "it is null"),
@@ -152,12 +152,12 @@ def test_id_of_many_digits_is_kept(value: int) -> None:
     [
         ("", "is empty"), (" \t", "is empty"), (None, "is null"), (True, "is true or false"), ([7], "is a list"),
         ("x" * 256, "has 256 characters"), (10**400, "has 401 characters"), (math.nan, "not a finite number"),
-        (float(2**53), "not exact above"), (1.7e18, "not exact above"), (np.float64(2**60), "not exact above"),
+        (float(2**53), "which is not exact"), (1.7e18, "which is not exact"), (np.float64(2**60), "which is not exact"),
         ("a\0b", "U+0000"), ("a\nb", "the control character U+000A"), ("a\x7f", "U+007F"), ("a\x85", "U+0085"),
         ("a\u2028", "U+2028"), ("a\u202e", "the control character U+202E"), ("a\u2066", "U+2066"),
         ("a\u200f", "U+200F"), ("a\u061c", "U+061C"),
         ("J\ufffdrgen", "the replacement character U+FFFD"), ("a\ud800", "is not valid Unicode"),
-        (b"J\xfcrgen", "no UTF-8"),
+        (b"J\xfcrgen", "not valid UTF-8"),
     ],
     ids=short_repr,
 )  # fmt: skip

@@ -107,12 +107,15 @@ def _files_in(path: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
             continue
         shards = [match for file in files if (match := _SHARD.search(file.name))]
         if len(files) > 1 and (len(shards) < len(files) or len({m.string[: m.start()] for m in shards}) > 1):
-            names_there = ", ".join(file.name for file in files)
-            raise ConfigError(f"{folder} holds several files of that split: {names_there}. Name one.")
+            file_names = ", ".join(file.name for file in files)
+            raise ConfigError(
+                f"{folder} has several files of this split: {file_names}. Choose one of them as the path."
+            )
         if any(int(match[2]) != len(shards) for match in shards):
-            raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
+            raise MissingData(f"{folder} has {len(shards)} shards of this split, but their names say {shards[0][2]}.")
         return tuple(files)
     raise MissingData(
-        f"{path} holds no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
-        f"or *.parquet there or in a folder 'data' or {' or '.join(map(repr, names))}. Name the file itself."
+        f"{path} has no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
+        f"or *.parquet, in the folder itself or in its folder 'data' or {' or '.join(map(repr, names))}. "
+        f"Or give the path of the file."
     )

@@ -54,7 +54,7 @@ class PeftUReader(RecordReader):
         path, self._split = Path(path), "val" if check_split(split) == "dev" else split
         files = [path] if path.is_file() else [file for name in _FILES if (file := plain_or_gz(path, name))]
         if not files:
-            raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
+            raise MissingData(f"{path} is neither a file nor a folder with {' or '.join(_FILES)}, plain or .gz.")
         self._path = files[0]
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
@@ -99,7 +99,7 @@ class PeftUReader(RecordReader):
         for sample_id, values in samples.items():
             try:
                 if sample_id in train:
-                    raise Flaw("the user's train holds a sample of the same id")
+                    raise Flaw("the user's train split has a sample with the same id")
                 # A sample may become a query, so its text must not be blank.
                 text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
                 fields, labels = (("text", text), ("label", label)), self.task.labels
@@ -129,9 +129,11 @@ def _labels_in(path: Path) -> tuple[str, ...]:
                 except Flaw:
                     continue  # reported with its position when the samples are read
     if not labels:
-        raise MissingData(f"{path} holds no sample with a label; expected user → split → sample → text and label.")
+        raise MissingData(f"{path} has no sample with a label; expected user → split → sample → text and label.")
     if len(labels) > _MAX_LABELS:
-        raise ConfigError(f"{path} holds {len(labels)} different labels: its answers are texts, which are not read.")
+        raise ConfigError(
+            f"{path} has {len(labels)} different labels, so its answers are free text, which is not supported."
+        )
     return tuple(sorted(labels))
 
 

@@ -71,9 +71,11 @@ class SimulatedUsers:
 
     def __post_init__(self) -> None:
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
-            raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
+            raise ConfigError("count and queries_per_user should be at least 1, alpha above 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
-            raise ConfigError(f"Choices before the first query: 0 <= shortest <= longest, found {self}.")
+            raise ConfigError(
+                f"Expected 0 <= shortest <= longest, found shortest={self.shortest}, longest={self.longest}."
+            )
         if not 2 <= self.choices <= _RESPONSES:
             raise ConfigError(f"choices should be from 2 to {_RESPONSES}, found {self.choices}.")
 
@@ -108,8 +110,8 @@ class PersonalLLMReader(RecordReader):
         choices = self._users.longest + self._users.queries_per_user
         if len(train) < choices or (self._split != "train" and not queries):
             raise ConfigError(
-                f"{self._train[0]}: a user chooses up to {choices} times, for which there are {len(train)} rows, and "
-                f"{len(queries)} for the queries of {self._split}. Set shorter histories by `users`."
+                f"{self._train[0]}: a user makes up to {choices} choices, but there are {len(train)} rows and "
+                f"{len(queries)} rows for the queries of {self._split}. Set a smaller `longest` in `users`."
             )
         for user in range(self._users.count):
             yield from self._samples_of(user, train, queries)

@@ -49,13 +49,13 @@ class PrefEvalReader(RecordReader):
     def __init__(self, path: str | Path, split: str, *, form: Form, **limits: Unpack[Limits]) -> None:
         """Find the topics; `path` is the folder that holds `mcq_options`."""
         if check_split(split) == "test":
-            raise ConfigError("PrefEval has the splits 'train' and 'dev', and no 'test'. Choose one of them.")
+            raise ConfigError("PrefEval has no split 'test'. Choose 'train' or 'dev'.")
         task = Task(f"PrefEval_{form}", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"))
         super().__init__(task, origin=path, **limits)
         self._folder, self._split, self._form = existing_folder(path), split, form
         self._topics = sorted(self._folder.joinpath("mcq_options").glob("*.json"))
         if not self._topics:
-            raise MissingData(f"{path} holds no mcq_options/*.json; give the folder 'benchmark_dataset' of PrefEval.")
+            raise MissingData(f"{path} has no mcq_options/*.json; give the folder 'benchmark_dataset' of PrefEval.")
 
     def _samples(self) -> Iterator[Sample]:
         for topic in self._topics:
@@ -82,7 +82,7 @@ class PrefEvalReader(RecordReader):
         if self._form == "explicit":
             return [HistoryItem(f"{name}/preference", ((PREFERENCE, asked.preference),), kind="preference")]
         if name_of(record, "question") != asked.text:
-            raise Flaw("its question is not that of the same place in mcq_options")
+            raise Flaw("its question differs from the question at the same position in mcq_options")
         dialogue = as_record(value_of(record, "conversation"))
         if self._form == "choice":
             turns = [(name_of(dialogue, one), name_of(dialogue, two)) for one, two in _DIALOGUE]
@@ -107,7 +107,7 @@ class _Question:
 def _question(record: Mapping[str, Any]) -> _Question:
     options = value_of(record, "classification_task_options")
     if not isinstance(options, list) or len(options) != _OPTIONS:
-        raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS}")
+        raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS} options")
     texts = tuple(as_name(option, "an option") for option in options)
     return _Question(name_of(record, "question"), name_of(record, "preference"), texts)
 
@@ -122,7 +122,7 @@ def _pairs(topic: Path, shown: Path) -> Iterator[tuple[object, object]]:
     """Return the records of two files that stand at the same place."""
     questions, dialogues = _values(topic), _values(shown)
     if len(questions) != len(dialogues):
-        reason = f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
+        reason = f"it has {len(dialogues)} records, but {topic} has {len(questions)}"
         raise RecordError(shown, "in the file", reason=reason)
     return zip(questions, dialogues, strict=True)
 
@@ -133,5 +133,5 @@ def _values(path: Path) -> list[object]:
 
 def _place(key: str) -> int:
     if not key.isdecimal():
-        raise Flaw("a turn of its 'conversation' has no number")
+        raise Flaw("a turn of its 'conversation' is not numbered")
     return int(key)

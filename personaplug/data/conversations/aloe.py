@@ -56,7 +56,7 @@ def _turn(turn: Mapping[str, Any]) -> list[Message]:
     if (chosen := value_of(turn, "chosen")) not in _ANSWERS:
         raise Flaw("its 'chosen' is neither 'preferred' nor 'rejected'")
     if chosen == "rejected" and not texts:
-        raise Flaw("its 'chosen' is 'rejected', and there is no rejected answer")
+        raise Flaw("its 'chosen' is 'rejected', but there is no rejected answer")
     shown = preferred if chosen == "preferred" else texts[0]
     verdict = Verdict(preferred, tuple(texts), is_all_shown=False)
     asked = Message("user", text_of(turn, "user").strip(), moment)

@@ -13,8 +13,8 @@ from personaplug.data.parsing import Flaw, as_datetime, as_record, as_text, name
 Role = Literal["system", "user", "assistant", "tool"]
 
 TOOL_CALLS = "turns with tool calls"
-NO_TEXT = "turns with images or other parts that are no text"
-WEIGHT_ZERO = "replies of weight 0"
+NO_TEXT = "turns with images or other parts that are not text"
+WEIGHT_ZERO = "replies with weight 0"
 TIME_KEYS = ("time", "timestamp", "created_at", "date")
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -110,7 +110,7 @@ def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Seque
     """
     answer, other = _first_answer(chosen), _first_answer(rejected)
     if [(one.role, one.text) for one in chosen[:answer]] != [(one.role, one.text) for one in rejected[:other]]:
-        raise Flaw("its pair of answers replies to different messages")
+        raise Flaw("its two answers reply to different messages")
     answers = kept(chosen)
     answers[answer] = replace(answers[answer], verdict=Verdict(chosen[answer].text, (rejected[other].text,)))
     return [*prompt, *answers]
@@ -119,14 +119,14 @@ def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Seque
 def _first_answer(messages: Sequence[Message]) -> int:
     answer = next((number for number, message in enumerate(messages) if message.role == "assistant"), None)
     if answer is None:
-        raise Flaw("its pair of answers lacks a message of the assistant")
+        raise Flaw("one of its two answers has no message of the assistant")
     return answer
 
 
 def _message_of(values: Mapping[str, Any], keys: MessageKeys) -> Message:
     role = keys.roles.get(name_of(values, keys.role).strip().lower())
     if role is None:
-        raise Flaw(f"its {keys.role!r} is none of {', '.join(keys.roles)}")
+        raise Flaw(f"its {keys.role!r} is not one of {', '.join(keys.roles)}")
     text, defect = _text_of(values, keys.text)
     if role == "tool" or values.get("tool_calls") or values.get("function_call"):
         defect = TOOL_CALLS

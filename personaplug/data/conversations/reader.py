@@ -77,7 +77,7 @@ class ConversationReader(RecordReader):
 
     def _reason_for_nothing(self) -> str:
         return (
-            f"{super()._reason_for_nothing()} A reply is a sample if its user has an earlier item from another "
+            f"{super()._reason_for_nothing()} A reply is a sample only if its user has an earlier item from another "
             f"conversation."
         )
 
@@ -96,7 +96,7 @@ class ConversationReader(RecordReader):
         name = id_of(values, "id") if "id" in values else f"row-{self.report.rows}"
         named = _user_of(values)
         if named is None and (format_ is None or format_.has_users):
-            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; a history needs to know whose it is")
+            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; every history needs a user")
         user = name if named is None else named
         if format_ is None:
             names.check_user(user, start=_NAMED)
@@ -115,7 +115,7 @@ class ConversationReader(RecordReader):
         format_ = next((one for one in self._formats if one.fits(values)), None)
         if format_ is None and PREFERENCE not in values:
             forms = "; ".join(one.form for one in self._formats)
-            raise Flaw(f"it has an unknown form; expected the keys {forms}; or {PREFERENCE!r}")
+            raise Flaw(f"its format is unknown; expected the keys {forms}; or {PREFERENCE!r}")
         return format_
 
     def _without_missing_times(self, lines: Sequence[Line]) -> Iterator[Line]:
@@ -123,7 +123,7 @@ class ConversationReader(RecordReader):
         is_timed = any(entry.moment for line in lines for entry in line.entries)
         for line in lines:
             if is_timed and not all(_has_times(entry) for entry in line.entries):
-                flaw = Flaw(f"it has no time, but other records have one; give each a {' or '.join(TIME_KEYS)}")
+                flaw = Flaw(f"it has no time, but other records have one; give each record a {' or '.join(TIME_KEYS)}")
                 self._skip(line.file, line.position, flaw)
             else:
                 yield line
@@ -136,7 +136,7 @@ class ConversationReader(RecordReader):
         self.report.unclear += len(exchanges) - len(clear)
         self.report.too_early += len(clear) - len(asked)
         excess = max(len(asked) - self._max_samples, 0)
-        self.report.left_out += Counter({f"replies beyond {self._max_samples} samples of their user": excess})
+        self.report.left_out += Counter({f"replies beyond max_samples_per_user={self._max_samples}": excess})
         return _spread(asked, self._max_samples)
 
     def _sample(self, user: str, timeline: Timeline, index: int) -> Sample:
@@ -169,11 +169,13 @@ class _Names:
             start: tells conversations without a user from each other; `_NAMED` for a user that a record names.
         """
         if self._starts.setdefault(user, start) != start:
-            raise Flaw(f"the id {short_id(user)} stands for a record without a user and for other data; rename one")
+            raise Flaw(
+                f"the id {short_id(user)} belongs to a record without a user and also to other data; rename one of them"
+            )
 
     def new(self, name: str, user: str) -> str:
         if self._users.setdefault(name, user) != user:
-            raise Flaw(f"a record of another user has its id {short_id(name)}")
+            raise Flaw(f"a record of another user has the same id {short_id(name)}")
         self._counts[name] += 1
         return as_id(f"{name}/{self._counts[name]}", "its id with the number of the turn")
 

@@ -13,10 +13,10 @@ from personaplug.data.records import Turn
 
 EMPTY = "turns with an empty message"
 UNANSWERED = "messages without a reply"
-UNASKED = "replies without a message of the user before them"
-PARTLY_JUDGED = "replies of which only a part was judged"
+UNASKED = "replies without a preceding message of the user"
+PARTLY_JUDGED = "replies that were only partly judged"
 NO_ALTERNATIVE = "rejected answers without text"
-EQUAL = "rejected answers that equal the kept one"
+EQUAL = "rejected answers that equal the chosen answer"
 
 _JOINT = "\n\n"  # between messages of one role in a row, which many chat templates refuse
 

@@ -15,13 +15,13 @@ from personaplug.errors import ConfigError, RecordError
 
 DELIMITERS = (",", ";", "\t", "|", "::")
 
-_UNIT_SEPARATOR = "\x1f"  # stands for a delimiter of several characters: Python's reader takes one
+_UNIT_SEPARATOR = "\x1f"  # replaces a delimiter of several characters; csv allows one
 _MAX_SHOWN_COLUMNS = 30
 
-csv.field_size_limit(2**31 - 1)  # of the process; Python's own limit of 131,072 characters loses long texts
+csv.field_size_limit(2**31 - 1)  # for the process; the default of 131,072 characters rejects long texts
 
 NumberedRecord = tuple[str, int, object]
-"""A position in words, the number of the record from 1 (in JSON lines: of its line), and its value or a Flaw."""
+"""A position in words, the number of the record (in JSON lines, of its line), and its value or a Flaw."""
 
 
 def delimited_records(
@@ -32,9 +32,9 @@ def delimited_records(
     A quote that is never closed would swallow the rows after it, so it is an error that cannot be skipped.
 
     Args:
-        columns: the columns to read. If all are numbers, they count the columns of a file without header from "1",
-            unless its first line is the numbers that pandas writes in the place of names.
-        delimiter: None for the one of `DELIMITERS` that finds these columns in the first line.
+        columns: the columns to read. In a file without a header, columns are numbered from "1". A first line 0, 1, 2, …
+            or 1, 2, 3, … is a header, as pandas writes it for columns without names.
+        delimiter: None = the one of `DELIMITERS` that finds most of these columns in the first line.
         encoding: of a file without a byte order mark; None = UTF-8.
     """
     lines = _Lines(path, encoding)
@@ -54,7 +54,7 @@ def delimited_records(
     _check_header(path, header, columns, delimiter)
     number = 0
     while (values := _next_row(rows, lines)) is not None:
-        if values:  # a blank line holds none
+        if values:  # a blank line has none
             number += 1
             if isinstance(values, list) and [name.strip("\ufeff ") for name in values] == header:
                 values = Flaw("it repeats the header; files may have been joined")
@@ -62,16 +62,16 @@ def delimited_records(
 
 
 class _Lines:
-    """The lines of a file, and where the current record began."""
+    """The lines of a file, and the position of the current record."""
 
     def __init__(self, path: Path, encoding: str | None) -> None:
         self.path, self.number, self.record_start = path, 0, 1
         self._lines = text_lines(path, encoding=encoding)
         self._pushed: list[str] = []
-        self._quotes: list[int] = []  # of each line of the record
+        self._quotes: list[int] = []  # how many each line of the record has
 
     def skip_to_header(self) -> str | None:
-        """Return the first line, which is read again; pass over blank lines and Excel's `sep=;`."""
+        """Return the first line without consuming it; skip blank lines and Excel's `sep=;`."""
         for line in self._lines:
             if line.strip() and not line.lower().startswith("sep="):
                 self._pushed.append(line)
@@ -96,7 +96,7 @@ class _Lines:
 
     @property
     def quote_line(self) -> int:
-        """The number of the line whose quote was opened last; a doubled quote stands for itself."""
+        """The number of the line with the last opening quote; a doubled quote is an escaped one."""
         opened, is_open = self.record_start, False
         for number, count in enumerate(self._quotes, self.record_start):
             if count % 2:
@@ -160,7 +160,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 def _delimiter_of(line: str, columns: Sequence[str]) -> str:
-    """Return the delimiter that finds most of the columns in a line, of several the one that splits it most."""
+    """Return the delimiter that finds most of the columns in a line; among equals, the one that gives most values."""
 
     def fit(delimiter: str) -> tuple[int, int]:
         names = _split(line, delimiter)
@@ -180,11 +180,11 @@ def _check_header(path: Path, header: Sequence[str], columns: Sequence[str], del
 
 
 def check_columns(name: object, header: Sequence[str], columns: Sequence[str], *, found: str = "") -> None:
-    """Raise ConfigError unless the header holds each of these columns once."""
+    """Raise ConfigError unless the header contains each of these columns exactly once."""
     for column in columns:
         if (count := header.count(column)) != 1:
-            shown = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
+            names = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
             close = difflib.get_close_matches(column, header, n=1)
             hint = f"; did you mean {close[0]!r}?" if close and not count else "."
             amount = f"{count} columns" if count else "no column"
-            raise ConfigError(f"{name} has {amount} {column!r}{hint} Its columns{found} are: {shown}.")
+            raise ConfigError(f"{name} has {amount} {column!r}{hint} Its columns{found} are: {names}.")

@@ -9,9 +9,9 @@ from personaplug.data.values import MAX_EXACT_FLOAT, Flaw, as_text, plain_value
 
 MAX_ID_LENGTH = 255
 
-# Control characters and line separators break logs and headers. Bidirectional controls and characters without width
-# (a byte order mark where files were joined) make different ids look equal.
-# U+FFFD stands for bytes that were no UTF-8: different names end as the same one. Half a surrogate pair is no text.
+# Control characters and line separators break logs and headers. Bidirectional controls and zero-width characters,
+# such as a byte order mark between joined files, make different ids look equal.
+# U+FFFD replaces invalid UTF-8, so different names can become equal. A lone surrogate cannot be encoded.
 _FORBIDDEN = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufffd\ud800-\udfff]"
 )
@@ -21,9 +21,9 @@ _KINDS |= {"\ufffd": "replacement character", "\u2028": "line separator", "\u202
 
 
 def as_id(value: object, what: str) -> str:
-    """Return an id as text of 1 to 255 characters that is not blank; a number in its shortest form: 7.0 is "7".
+    """Convert an id to text of 1 to 255 characters. A number gets its shortest form: 7.0 becomes "7".
 
-    Blanks at the ends belong to the id. The message of the Flaw never holds the id, which may be personal.
+    Leading and trailing blanks are part of the id. Messages never show an id because it may be personal.
     """
     value = plain_value(value)
     if isinstance(value, float) and MAX_EXACT_FLOAT <= abs(value) < math.inf:
@@ -42,6 +42,6 @@ def as_id(value: object, what: str) -> str:
 
 
 def short_id(name: str) -> str:
-    """Shorten an id for a message, so that a text in the place of an id does not reach logs."""
+    """Shorten an id for a message. If a long text was given as an id, it must not reach the logs."""
     line = _FORBIDDEN.sub("?", " ".join(name.split()))
     return line if len(line) <= 40 else f"{line[:12]}… of {len(name)} characters"

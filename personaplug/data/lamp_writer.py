@@ -22,9 +22,9 @@ from personaplug.infra.atomic_io import atomic_folder, write_json
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    If the samples have no targets, no outputs file is written and an older one of the split is removed. If they could
-    not be read back (an id occurs twice, only some have a target, a query or fields do not fit the task), raise
-    ConfigError and change nothing.
+    If the samples have no targets, write no outputs file and remove an older one of the split. Raise ConfigError and
+    change nothing if the samples could not be read back: an id occurs twice, only some samples have a target, or a
+    query or fields do not fit the task.
     """
     folder = Path(folder)
     questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
@@ -48,15 +48,15 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that is there already."""
+    """Raise RunConflict if a folder exists."""
     if folder.exists():
         raise RunConflict(f"{folder} exists already. Choose another folder, or remove it.")
 
 
 def copy_with_train(source: Path, target: Path, samples: Iterable[Sample], *, task: Task) -> None:
-    """Write a new data set with these samples as its train split and all other splits of another data set.
+    """Write a new data set: these samples as its train split, and the other splits of `source`.
 
-    It appears complete or not at all.
+    The folder appears complete or not at all.
     """
     check_new(target)
     with atomic_folder(target) as draft:

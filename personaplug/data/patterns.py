@@ -1,4 +1,4 @@
-"""Regular expressions of a task.json: matched by RE2, in time linear in the text, so a stranger's pattern is safe."""
+"""Regular expressions of a task.json. RE2 matches them in linear time, so untrusted patterns are safe."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from personaplug.data.values import Flaw
 
 MAX_PATTERN_LENGTH = 1000
 MAX_MATCHED_LENGTH = 100_000
-"""Characters of a prompt that a pattern is searched in; the time grows with them and with the size of the pattern."""
+"""Maximum length of a prompt. The search time grows with this length and with the size of the pattern."""
 
-_MAX_BYTES = 1 << 16  # of a compiled pattern: some 2,700 instructions
-_MAX_GROUPS = 32  # the time grows with them, too: 200 groups take 2 s
+_MAX_BYTES = 1 << 16  # of a compiled pattern: about 2,700 instructions
+_MAX_GROUPS = 32  # the time also grows with the number of groups: 200 take 2 s
 _PYTHON_END = re.compile(r"((?:^|[^\\])(?:\\\\)*)\\Z")
 
 
 def group_count(pattern: str) -> int:
-    """Return the number of a pattern's groups; ValueError with the reason if it is not a regular expression of RE2."""
+    """Count the groups of a pattern; raise ValueError with the reason if RE2 does not accept the pattern."""
     return int(_compiled(pattern).groups)
 
 
 def search(pattern: str, text: str) -> Any:
-    """Return the first match of a pattern, where `.` matches line breaks, or None."""
+    """Return the first match of a pattern or None; `.` also matches line breaks."""
     if len(text) > MAX_MATCHED_LENGTH:
         raise Flaw(
             f"its input has {len(text):,} characters; a task with a 'query_pattern' accepts at most "

@@ -25,7 +25,7 @@ _MOVIE_TAGS = (
     "psychology", "fantasy", "romance", "thought-provoking", "social commentary", "violence", "true story",
 )  # fmt: skip
 
-# The candidates stand between fixed words, so quotes inside a title do not end it.
+# Fixed words delimit the candidates, so quotes inside a title do not end it.
 _CANDIDATES = r'without explanation\. \[1\]: "(.*?)" \[2\]: "(.*)"\s*\Z'
 
 _BUILT_IN = (
@@ -49,7 +49,7 @@ _BUILT_IN = (
 )  # fmt: skip
 
 CHAT = Task("Chat", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"), max_new_tokens=256)
-"""Conversations without a task.json of their own."""
+"""The task of conversations without a task.json."""
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
 
@@ -84,7 +84,7 @@ _Labels = Annotated[tuple[_Label, ...], Field(strict=False), AfterValidator(_are
 
 
 class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The keys of a task.json; their meaning is that of Task's attributes."""
+    """The keys of a task.json; `Task` describes them."""
 
     name: str
     kind: TaskKind
@@ -166,7 +166,7 @@ _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
-    """Convert a declaration to a task: all its keys, or `like` and the keys that differ."""
+    """Convert a declaration to a task. It has all keys, or `like` and the keys that differ."""
     for key in values:
         if key not in _KEYS:
             raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, _KEYS)}")
@@ -226,7 +226,7 @@ def _declared_task(folder: Path) -> Task | None:
 
 
 def check_declared_task(folder: Path, task: Task) -> None:
-    """Refuse a folder that declares another task."""
+    """Raise RunConflict if a folder declares another task."""
     if _declared_task(folder) not in (None, task):
         raise RunConflict(f"{folder / 'task.json'} declares a task other than {task.name}. Choose a new folder.")
 

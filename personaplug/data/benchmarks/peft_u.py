@@ -1,9 +1,9 @@
-"""PEFT-U (arXiv 2407.18078): give a text the label that a certain user gives it.
+"""PEFT-U (arXiv 2407.18078): predict the label that a user gives to a text.
 
 A dataset is one JSON object {user: {"train" | "val" | "test": {sample: {"text": …, "label": ["…", …]}}}}, as
 `peft_u/preprocess/convert_data_format.py` of the repository ChrisIsKing/Parameter-Efficient-Personalization writes
-it: `user_data_no_leak.json` (no text of test is in anybody's train) or `user_data_leaked.json`. The sets with
-generated texts (Goodreads, Stack Exchange) are not read. The benchmark's instructions are in its code, not in the
+it: `user_data_no_leak.json` (no test text is in the train split of any user) or `user_data_leaked.json`. The sets with
+generated texts (Goodreads, Stack Exchange) are not supported. The benchmark's instructions are in its code, not in the
 file; pass one as `instruction`.
 """
 
@@ -24,15 +24,15 @@ from personaplug.errors import ConfigError, MissingData
 
 _FILES = ("user_data_no_leak.json", "user_data_leaked.json")
 _MAX_LABELS = 2048
-_MARKER = "\ntext: "  # it begins a line, so that an instruction may speak of a text
+_MARKER = "\ntext: "  # begins a line, so that an instruction may contain 'text: '
 
 
 class PeftUReader(RecordReader):
     """One split of a dataset.
 
-    The file is one JSON object and declares no labels, so it is held in memory, and read once at the start for its
-    labels. Several labels of a sample count as one, sorted and joined by ", ". Items are not dated: a history is the
-    user's train samples in the file's order; for a sample of train, those before it. Ids are `user/sample`.
+    The file is one JSON object and declares no labels, so it is held in memory and first read for its labels. Several
+    labels of a sample count as one label, sorted and joined by ", ". Items have no dates. A history consists of the
+    user's train samples in file order; for a train sample, of those before it. Ids are `user/sample`.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class PeftUReader(RecordReader):
         """Find the file and read its labels.
 
         Args:
-            path: the file, or the folder of one dataset; its file without leak is preferred.
-            queries_per_user: the maximum number of a user's last samples in train.
+            path: the file, or the folder of one dataset, where the file without leak is preferred.
+            queries_per_user: in train, the maximum number of samples of a user; the last ones are used.
             instruction: the prompt before the text; None for a sentence that lists the labels.
         """
         path, self._split = Path(path), "val" if check_split(split) == "dev" else split

@@ -34,7 +34,7 @@ _CHUNK = 1 << 16  # bytes
 _BUSY = {408, 425, 429}  # statuses besides 5xx for which a retry may succeed
 _TERMS = (
     "%s: LaMP's data is licensed under CC BY-NC-SA 4.0 (non-commercial, share alike). Its sources have their own "
-    "terms: for research use. LaMP-6 is not public, so it cannot be downloaded."
+    "terms, so use it for research only. LaMP-6 is not public, so it cannot be downloaded."
 )
 _HINT = "Or set `source` to a local folder with the files."
 

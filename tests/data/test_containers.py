@@ -1,4 +1,4 @@
-"""A log gives equal samples whatever container holds it; what a container cannot say is an error that says so."""
+"""A log gives equal samples in every container, and a value that a container cannot express is a clear error."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def stream() -> Iterator[dict[str, Any]]:
 
 
 class Rows:
-    """Rows by index and in order, as a Hugging Face Dataset gives them."""
+    """Rows that can be iterated more than once, like a Hugging Face Dataset."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return stream()
@@ -107,7 +107,7 @@ def test_rows_in_memory_give_equal_samples(expected: list[Sample]) -> None:
     for source in (tuple(ROWS), Rows(), stream()):
         reader = EventLogReader(source, MAPPING, TASK, split="dev")
         assert list(reader) == expected
-        assert list(reader) == expected  # also an iterator, which gives its rows once
+        assert list(reader) == expected  # even for an iterator, which yields its rows once
 
 
 def test_dataframe_of_pandas_gives_equal_samples(expected: list[Sample]) -> None:
@@ -210,7 +210,7 @@ def test_parquet_ids_are_uuids_and_large_numbers(tmp_path: Path) -> None:
         ("who", [1.5e300], "its 'who' is a floating-point number above 2.53, which is not exact"),
     ],
 )
-def test_parquet_value_that_cannot_be_read_is_named(
+def test_parquet_value_that_cannot_be_read_is_described(
     tmp_path: Path, column: str, values: list[Any], message: str
 ) -> None:
     pa = pytest.importorskip("pyarrow")
@@ -220,7 +220,7 @@ def test_parquet_value_that_cannot_be_read_is_named(
     assert SECRET not in str(caught.value)
 
 
-def test_parquet_time_beyond_the_calendar_is_named_for_its_row_alone(tmp_path: Path) -> None:
+def test_parquet_time_beyond_the_calendar_breaks_only_its_row(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     table = pa.table({name: [row[name] for row in ROWS] for name in ("title", "note", "stars")})
     days = [1_704_456_000, 600_000_000_000, 1_707_134_400, 1_707_134_400]
@@ -251,7 +251,7 @@ def test_movielens_files_without_header_are_read_by_number(tmp_path: Path) -> No
     assert samples[0].history[0].date == date(2000, 12, 31)
 
 
-def test_given_delimiter_is_used(tmp_path: Path) -> None:
+def test_delimiter_setting_is_used(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(delimited(ROWS, "^"))
     assert len(read(tmp_path / "log.csv", delimiter="^")) == 2
     with pytest.raises(ConfigError, match="no quote and no line break"):
@@ -305,19 +305,19 @@ def with_broken_text(folder: Path, text: str) -> EventLogReader:
 
 
 @pytest.mark.parametrize("text", ['"x', '"""', '"a\n"b"', '"x""'])
-def test_quote_that_takes_in_other_rows_is_never_skipped(tmp_path: Path, text: str) -> None:
+def test_quote_that_swallows_other_rows_is_never_skipped(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecordError, match=r"line 6: .*rows after it would be lost"):
         list(with_broken_text(tmp_path, text))
 
 
 @pytest.mark.parametrize(("text", "skipped"), [('x"', 0), ('x "y" z', 0), ('"a" b', 1), ("x,y", 1)])
-def test_quote_that_breaks_its_line_alone_costs_this_line(tmp_path: Path, text: str, skipped: int) -> None:
+def test_quote_that_is_invalid_within_a_line_costs_only_this_line(tmp_path: Path, text: str, skipped: int) -> None:
     reader = with_broken_text(tmp_path, text)
-    assert len(list(reader)) == 19 - skipped  # all rows but the last, which is dev's
+    assert len(list(reader)) == 19 - skipped  # all rows except the last one, which is in dev
     assert reader.report.skipped == skipped
 
 
-def test_rows_of_several_lines_are_numbered_by_their_first(tmp_path: Path) -> None:
+def test_rows_of_several_lines_are_numbered_by_their_first_line(tmp_path: Path) -> None:
     rows = [{**row, "title": "one\ntwo\nthree"} for row in quoted_rows(3)]
     rows[2]["stars"] = SECRET
     (tmp_path / "log.csv").write_text(delimited(rows, ",", end="\n"))
@@ -352,7 +352,7 @@ def test_large_number_is_an_id(tmp_path: Path, name: str, number: str, user: str
     ],
     ids=["400 digits", "5000 digits", "1e400", "open", "closed", "500 deep"],
 )
-def test_value_beyond_all_bounds_is_a_clear_error(tmp_path: Path, name: str, value: str, message: str) -> None:
+def test_too_large_or_too_deep_value_is_a_clear_error(tmp_path: Path, name: str, value: str, message: str) -> None:
     lines = [json.dumps({**row, "who": 0}).replace('"who": 0', f'"who": {value}') for row in ROWS]
     (tmp_path / name).write_text(f"[{','.join(lines)}]" if name == "log.json" else "\n".join(lines))
     with pytest.raises(RecordError, match=message):
@@ -370,11 +370,11 @@ def test_value_beyond_all_bounds_is_a_clear_error(tmp_path: Path, name: str, val
         (b"log.csv", "found the bytes"),
     ],
 )
-def test_source_that_holds_no_rows_is_refused(source: object, message: str) -> None:
+def test_source_without_rows_is_refused(source: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(source)
 
 
-def test_row_that_is_no_mapping_is_a_broken_row() -> None:
+def test_row_that_is_not_a_mapping_is_a_broken_row() -> None:
     with pytest.raises(RecordError, match="the list, row 2: it is not a JSON object"):
         read([ROWS[0], ("ann", SECRET)])

@@ -1,4 +1,4 @@
-"""Items of three kinds, the messages before a prompt, and rejected answers: as JSON and as records."""
+"""Items of three kinds, the context of a prompt, and rejected answers, as JSON and as records."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_item_with_fields_of_two_kinds_is_refused(record: dict[str, Any], defect
         item(record)
 
 
-def test_conversation_survives_the_lamp_layout(tmp_path: Path) -> None:
+def test_conversation_round_trips_through_the_lamp_layout(tmp_path: Path) -> None:
     sample = conversation()
     write_lamp([sample, replace(sample, id="t", context=(), rejected=())], tmp_path, "train", task=CHAT)
     first, second = open_dataset(tmp_path, "train")
@@ -127,17 +127,17 @@ def test_broken_context_names_its_question(tmp_path: Path) -> None:
         ({"item_fields": ["question", "preference"], "answer_field": "preference"}, "a reserved key of items"),
     ],
 )
-def test_chat_task_that_could_not_work_is_refused(change: dict[str, Any], defect: str) -> None:
+def test_inconsistent_chat_task_is_refused(change: dict[str, Any], defect: str) -> None:
     with pytest.raises(ConfigError, match=defect):
         parse_task({"name": "Talk", "kind": "chat", **change})
 
 
-def test_chat_task_needs_no_more_than_a_name() -> None:
+def test_chat_task_needs_only_a_name() -> None:
     assert replace(parse_task({"name": "Chat", "kind": "chat"})) == CHAT
 
 
-def test_no_text_of_a_conversation_is_in_a_repr() -> None:
+def test_repr_shows_no_text_of_a_conversation() -> None:
     sample = conversation()
-    for shown in (repr(sample), repr(sample.full_prompt), *map(repr, sample.history)):
-        assert "fine" not in shown.lower()
-        assert "rain" not in shown.lower()
+    for text_of_repr in (repr(sample), repr(sample.full_prompt), *map(repr, sample.history)):
+        assert "fine" not in text_of_repr.lower()
+        assert "rain" not in text_of_repr.lower()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import told
+from conversations import kind_and_texts
 from published import SECRET, write
 
 from personaplug.data import open_dataset, write_lamp
@@ -51,12 +51,12 @@ def published(folder: Path, **changes: Any) -> Path:
 
 
 def histories(form: Form) -> list[tuple[str, ...]]:
-    found: dict[Form, list[tuple[str, ...]]] = {
+    by_form: dict[Form, list[tuple[str, ...]]] = {
         "explicit": [("preference", f"I avoid {SECRET} 0.")],
         "choice": [("answer", "Which one of 0?", "1. this 2. that"), ("answer", "That.", "Good.")],
         "persona": [("answer", f"Say {turn}", f"Said {turn}") for turn in (0, 1, 2)],
     }
-    return found[form]
+    return by_form[form]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,7 +68,7 @@ def test_fitting_option_is_the_target_and_the_others_are_rejected(tmp_path: Path
         "fitting option 0",
         ("first option 0", "second option 0", "third option 0"),
     )
-    assert [told(item) for item in sample.history] == histories(form)
+    assert [kind_and_texts(item) for item in sample.history] == histories(form)
     assert (reader.task.name, reader.task.kind) == (f"PrefEval_{form}", "chat")
 
 
@@ -123,7 +123,7 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(tmp_path:
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
     reader = PrefEvalReader(folder, "train", form=form, skip_bad=1)
-    assert next(iter(reader)).id == "pets/3"  # the second is of dev
+    assert next(iter(reader)).id == "pets/3"  # the second record is in dev
     assert reader.report.skipped == 1
 
 
@@ -146,7 +146,7 @@ def test_published_files_give_a_thousand_samples(shared_data: Path, form: Form, 
     if not (shared_data / "PrefEval").is_dir():
         pytest.skip("the files of PrefEval are not there")
     samples = {split: list(PrefEvalReader(shared_data / "PrefEval", split, form=form)) for split in ("train", "dev")}
-    assert {split: len(found) for split, found in samples.items()} == {"train": 797, "dev": 203}
+    assert {split: len(part) for split, part in samples.items()} == {"train": 797, "dev": 203}
     for sample in (*samples["train"], *samples["dev"]):
         assert len(sample.rejected) == 3
         assert len(sample.history) >= items

@@ -1,4 +1,4 @@
-"""Texts, numbers and ids: one reading of each value, whatever container it came from."""
+"""Texts, numbers and ids: a value has the same meaning in every container."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_number_in_single_precision_keeps_its_digits() -> None:
     "value", ["", " ", "four", "4 stars", "4/5", "1,234.5", "1.2.3", "4_0", "0x4", "nan", "inf", "-Infinity", "1e999",
               "9" * 5000, math.nan, math.inf, Decimal("NaN"), Decimal("Infinity"), True, np.bool_(True), None, [], {}],
 )  # fmt: skip
-def test_no_number_is_refused(value: Any) -> None:
+def test_value_that_is_not_a_number_is_refused(value: Any) -> None:
     assert number_or_none(value) is None
     with pytest.raises(Flaw, match="it is"):
         as_number(value, "it")
@@ -62,12 +62,12 @@ def test_no_number_is_refused(value: Any) -> None:
         target_of(STARS, as_text(value, "it"))
 
 
-def test_answer_that_is_no_label_stays_as_it_is() -> None:
+def test_answer_that_is_not_a_label_is_unchanged() -> None:
     assert field_of(STARS, {"score": "9,0"}, "score") == "9,0"
     assert field_of(TEXTS, {"title": "4,0"}, "title") == "4,0"
 
 
-def test_null_is_an_empty_text_and_no_label() -> None:
+def test_null_is_an_empty_text_but_not_a_label() -> None:
     assert (field_of(STARS, {"text": None}, "text"), field_of(TEXTS, {"title": None}, "title")) == ("", "")
     with pytest.raises(Flaw, match="its 'score' is null"):
         field_of(STARS, {"score": None}, "score")
@@ -80,7 +80,7 @@ def test_null_is_an_empty_text_and_no_label() -> None:
         st.decimals(allow_nan=False, allow_infinity=False),
     )
 )
-def test_text_of_a_number_is_this_number(value: float | Decimal) -> None:
+def test_text_of_a_number_has_the_same_value(value: float | Decimal) -> None:
     text = as_text(value, "it")
     assert Decimal(text) == (Decimal(repr(value)) if isinstance(value, float) else value)
     assert not text.endswith(".0")
@@ -104,7 +104,7 @@ def test_text_of_a_number_is_this_number(value: float | Decimal) -> None:
     ],
     ids=short_repr,
 )
-def test_text_of_other_values(value: Any, text: str) -> None:
+def test_other_values_are_converted_to_text(value: Any, text: str) -> None:
     assert as_text(value, "it") == text
 
 
@@ -122,7 +122,7 @@ def test_text_of_other_values(value: Any, text: str) -> None:
     ],
     ids=short_repr,
 )
-def test_value_that_is_no_text_is_named(value: Any, message: str) -> None:
+def test_value_that_cannot_become_text_is_described(value: Any, message: str) -> None:
     with pytest.raises(Flaw, match=message):
         as_text(value, "it")
 
@@ -138,12 +138,12 @@ def test_id_is_the_same_in_every_form(value: Any) -> None:
 @pytest.mark.parametrize(
     "value", ["a", " a ", "007", "7.0", "Jürgen", "a/b", "..", "👩‍👩‍👧", "می‌خواهم", "x" * MAX_ID_LENGTH], ids=ascii
 )
-def test_id_of_text_is_kept(value: str) -> None:
+def test_text_id_is_unchanged(value: str) -> None:
     assert as_id(value, "it") == value
 
 
 @pytest.mark.parametrize("value", [2**63, 2**64, 10**254, -(2**63)], ids=lambda value: f"{value:.0e}")
-def test_id_of_many_digits_is_kept(value: int) -> None:
+def test_id_of_many_digits_is_unchanged(value: int) -> None:
     assert as_id(value, "it") == str(value)
 
 
@@ -161,7 +161,7 @@ def test_id_of_many_digits_is_kept(value: int) -> None:
     ],
     ids=short_repr,
 )  # fmt: skip
-def test_no_id_is_refused_without_showing_it(value: Any, message: str) -> None:
+def test_invalid_id_is_refused_without_showing_it(value: Any, message: str) -> None:
     with pytest.raises(Flaw) as caught:
         as_id(value, "its 'id'")
     assert message in str(caught.value)
@@ -169,7 +169,7 @@ def test_no_id_is_refused_without_showing_it(value: Any, message: str) -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.binary(), st.booleans()))
-def test_id_is_read_or_refused_by_a_flaw_and_is_its_own_id(value: Any) -> None:
+def test_any_value_is_a_valid_id_or_a_flaw(value: Any) -> None:
     try:
         text = as_id(value, "it")
     except Flaw:

@@ -54,7 +54,7 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
 
 
 def splits_in(folder: Path) -> list[str]:
-    """Return the names of the splits whose questions a folder holds, sorted."""
+    """Return the sorted names of the splits whose questions are in a folder."""
     return sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
 
 
@@ -115,7 +115,7 @@ class _LampReader(RecordReader):
         target: str | None = None
         rejected: tuple[str, ...] = ()
         if self._outputs:
-            gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
+            gold = self._golds.get(sample_id, Flaw(f"its id is not among the {len(self._golds)} golds"))
             if isinstance(gold, Flaw):
                 raise gold
             target, rejected = target_of(self.task, gold.answer), gold.rejected

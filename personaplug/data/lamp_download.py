@@ -57,7 +57,7 @@ class _DataSet(NamedTuple):
 
 def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
     for task in (*LAMP_TASKS.values(), _NEWS):
-        # The movie task LaMP-2 lies in the folder new/ beside the older news task.
+        # The movie task LaMP-2 is in the folder new/, next to the older news task.
         folder = "LaMP_2/new" if task.name == "LaMP_2" else task.name.removesuffix("_news")
         yield _DataSet(task.name.lower().replace("_", "-") + ending, task, f"{parent}{folder}/")
 
@@ -129,7 +129,7 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                conflict = f"{folder} holds {line[2:]}, whose files have the same names as those of {name}"
+                conflict = f"{folder} holds {line[2:]}, whose files have the same names as the files of {name}"
                 raise RunConflict(f"{conflict}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")

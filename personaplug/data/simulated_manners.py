@@ -171,10 +171,10 @@ class MannerlyUser:
     def _history(self, name: str, rng: np.random.Generator, exchanges: Sequence[Exchange]) -> tuple[HistoryItem, ...]:
         entries: list[tuple[ItemKind, tuple[str, ...]]] = []
         for each in exchanges:
-            kept = self.manners.apply(each.sentences)
+            answer = self.manners.apply(each.sentences)
             if rng.random() < _REJECTED_CHANCE:
-                entries.append(("rejection", (each.question, self._rejected(rng, each, kept=kept))))
-            entries.append(("answer", (each.question, kept)))
+                entries.append(("rejection", (each.question, self._rejected(rng, each, target=answer))))
+            entries.append(("answer", (each.question, answer)))
         for sentence in self._stated(rng):
             entries.insert(int(rng.integers(len(entries) + 1)), ("preference", (sentence,)))
         return tuple(_item(f"{name}-i{index}", kind, texts) for index, (kind, texts) in enumerate(entries))
@@ -195,18 +195,18 @@ class MannerlyUser:
             manners, wording = instruction.obeyed_by(manners), _pick(rng, instruction.wordings[:-1])
         context = self._context(rng, earlier) if rng.random() < _CONTEXT_CHANCE else ()
         question = _Question(exchange, manners, wording=wording, context=context)
-        return replace(question, rejected=(self._rejected(rng, exchange, kept=question.answer),))
+        return replace(question, rejected=(self._rejected(rng, exchange, target=question.answer),))
 
     def _context(self, rng: np.random.Generator, earlier: Exchange) -> tuple[Turn, ...]:
         if rng.random() < 0.5:
             return (("system", SYSTEM_MESSAGE),)
         return ("user", earlier.question), ("assistant", self.manners.apply(earlier.sentences))
 
-    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, kept: str) -> str:
-        """Write the answer in random manners, so that it differs from the kept answer."""
+    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, target: str) -> str:
+        """Write the answer in random manners, so that it differs from the target."""
         while True:
             answer = self.world.draw_manners(rng, is_dev=self.is_dev).apply(exchange.sentences)
-            if answer != kept:
+            if answer != target:
                 return answer
 
 

@@ -36,7 +36,9 @@ def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
         raise ConfigError(f"The seed of a split should be 0 or more, found {seed}.")
     sizes = Counter(sample.owner for sample in reader)
     if existing := [path.name for path in Path(folder).glob("*_questions.json*")]:
-        raise RunConflict(f"{folder} already holds a data set ({existing[0]}). Choose another folder, or remove it.")
+        raise RunConflict(
+            f"{folder} already holds a data set ({existing[0]}). Choose another folder, or delete the data set."
+        )
     if len(sizes) < 2:
         raise ConfigError(f"A split by user needs 2 or more users, found {len(sizes)}.")
     dev_users = held_users(sorted(sizes), share=share, rng=np.random.default_rng([seed, 8]))

@@ -84,7 +84,7 @@ def test_pair_of_equal_answers_is_only_an_exchange() -> None:
     reader = reader_of(EARLIER, equal | {"user": "ann", "time": LATER})
     (sample,) = reader
     assert (sample.target, sample.rejected) == ("No.", ())
-    assert reader.report.left_out == {"rejected answers that equal the chosen answer": 1}
+    assert reader.report.left_out == {"rejected answers that equal the kept answer": 1}
 
 
 def test_sharegpt_with_a_system_text_is_read() -> None:

@@ -416,7 +416,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' has the form aaaaaaaa,"),
     "no marker": (question(2, input=SECRET), "does not contain the marker 'review: '"),
     "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
-    "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
+    "no gold": (question(99), "question 2 (id 99): its id is not among the 3 golds"),
 }
 
 

@@ -31,5 +31,5 @@ class LampQAReader(PublishedReader):
     """One split of one category. Posts are in the file's order, without dates; users are not named."""
 
     def __init__(self, path: str | Path, split: str, **limits: Unpack[Limits]) -> None:
-        """Find the split's file; `path` is that file, or a folder that holds one file of the split."""
+        """Find the split's file; `path` is that file, or a folder with one file of the split."""
         super().__init__(split_files(path, split), _LAYOUT, **limits)

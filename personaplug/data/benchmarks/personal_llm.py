@@ -2,7 +2,7 @@
 
 The files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row holds
 `prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
-(`response_1_gemma_2b` …). The simulation and the constants are those of `gen_pref_interaction_database.py` and
+(`response_1_gemma_2b` …). The simulation and the constants are from `gen_pref_interaction_database.py` and
 `constants.py` of the repository namkoong-lab/PersonalLLM.
 
 The files name no users. As in the paper, a user is a weight for each reward model, drawn from a symmetric Dirichlet

@@ -47,7 +47,7 @@ class PrefEvalReader(RecordReader):
     """
 
     def __init__(self, path: str | Path, split: str, *, form: Form, **limits: Unpack[Limits]) -> None:
-        """Find the topics; `path` is the folder that holds `mcq_options`."""
+        """Find the topics; `path` is the folder that contains `mcq_options`."""
         if check_split(split) == "test":
             raise ConfigError("PrefEval has no split 'test'. Choose 'train' or 'dev'.")
         task = Task(f"PrefEval_{form}", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"))

@@ -33,7 +33,7 @@ class ConversationReader(RecordReader):
 
     A sample is a reply that the user kept. Its prompt is the user's message, and its context the messages before it.
     The history contains the user's exchanges, rejections and stated preferences from other conversations at strictly
-    earlier times. If there are no times, it contains those from earlier lines. A reply without history is not a sample.
+    earlier times. Without times, it contains the entries of earlier lines. A reply without history is not a sample.
     If a format has no users, each conversation counts as a separate user; see `ConversationFormat`.
 
     Users are in the order of their first record, and the samples of a user in time order.

@@ -16,7 +16,7 @@ UNANSWERED = "messages without a reply"
 UNASKED = "replies without a preceding message of the user"
 PARTLY_JUDGED = "replies that were only partly judged"
 NO_ALTERNATIVE = "rejected answers without text"
-EQUAL = "rejected answers that equal the chosen answer"
+EQUAL = "rejected answers that equal the kept answer"
 
 _JOINT = "\n\n"  # joins consecutive messages of one role, which many chat templates reject
 

@@ -1,4 +1,4 @@
-"""The entries of one user in time order, and the rule which of them are in the history of a reply.
+"""The entries of one user in time order, and the rules for the history of a reply.
 
 The history has no entry from the conversation of the reply. Lines belong to one conversation if they have the same
 conversation id or the same id. Without a conversation id, lines with the same first question and reply also belong to

@@ -1,4 +1,4 @@
-"""Small records of conversations with invented texts, and how tests read and show them."""
+"""Small records of conversations with invented texts, and helpers to read and to compare them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def system(text: str) -> dict[str, Any]:
 
 
 def chat(*texts: str, who: str = "ann", **more: Any) -> dict[str, Any]:
-    """Return an OpenAI line whose messages are the user's and the assistant's in turn."""
+    """Return an OpenAI record with alternating messages of the user and the assistant."""
     roles = (user, assistant)
     return {"user": who, "messages": [roles[place % 2](text) for place, text in enumerate(texts)], **more}
 
@@ -36,7 +36,7 @@ def read(*records: Any, **settings: Any) -> list[Sample]:
     return list(reader_of(*records, **settings))
 
 
-def told(item: HistoryItem) -> tuple[str, ...]:
+def kind_and_texts(item: HistoryItem) -> tuple[str, ...]:
     """Return the kind and the texts of an item."""
     return (item.kind, *(text for _, text in item.fields))
 

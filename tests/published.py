@@ -1,4 +1,4 @@
-"""One small record of each benchmark's published format, with invented texts, and how tests write and show them."""
+"""One small record of each published benchmark format, with invented texts, and helpers to write and compare them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECRET = "zanzibar"
 
 
 def write(path: Path, values: Any) -> Path:
-    """Write one value as JSON, or the values of a list one a line if the name holds .jsonl."""
+    """Write a value as JSON, or the values of a list one per line if the name contains .jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ".jsonl" in path.name
     text = "".join(json.dumps(value) + "\n" for value in values) if lines else json.dumps(values)
@@ -72,7 +72,7 @@ def users() -> dict[str, Any]:
 
 
 def choice(number: int, **changes: Any) -> dict[str, Any]:
-    """Return a row in which reward model m likes response 1 + (m + row) % 8 best."""
+    """Return a row in which reward model m gives response 1 + (m + row) % 8 the best score."""
     row: dict[str, Any] = {"prompt_id": number, "prompt": f"Tell of {SECRET} {number}"}
     for index in range(8):
         row[f"response_{index + 1}"] = f"answer {index + 1} to {number}"

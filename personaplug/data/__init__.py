@@ -1,4 +1,4 @@
-"""Records of what users did, tasks, and a reader for each format."""
+"""Records of users, tasks, and readers for each data format."""
 
 from personaplug.data.lamp import open_dataset, read_items
 from personaplug.data.lamp_writer import write_lamp

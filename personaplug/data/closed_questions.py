@@ -1,7 +1,7 @@
-"""Closed questions whose right answers are known by construction: what a persona costs in correctness.
+"""Closed questions with known answers, to measure how much correctness a persona costs.
 
-Arithmetic, copying, ordering, extraction, and yes or no on a given text. Each has wrong answers beside the right one,
-so that a model can be scored by likelihood, which needs no luck in writing. A seed determines everything.
+The kinds are arithmetic, copying, ordering, extraction, and yes or no about a given text. Each question also has wrong
+answers, so a model can be scored by likelihood, without generated text. A seed determines everything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CLOSED_QUESTIONS = Task(
     "Closed_questions", "chat", ("question", "answer"), "answer", ("answered", "divergence"), max_new_tokens=48
 )
 
-_WRONG = 3  # answers beside the right one, if there are more than two
+_WRONG = 3  # wrong answers of a question that is not yes or no
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mia")
 _CITIES = ("Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Lima", "Madrid", "Oslo", "Paris", "Rome", "Tokyo")
@@ -37,7 +37,7 @@ class ClosedQuestion:
 
 
 def closed_questions(count: int, *, seed: int = 0) -> list[ClosedQuestion]:
-    """Return different questions, as many of each kind."""
+    """Return different questions, equally many of each kind."""
     rng = np.random.default_rng([seed, 11])
     questions: dict[str, ClosedQuestion] = {}
     while len(questions) < count:
@@ -77,19 +77,19 @@ def _ordering(rng: np.random.Generator) -> tuple[str, str, list[str]]:
 def _extraction(rng: np.random.Generator) -> tuple[str, str, list[str]]:
     people, jobs, cities = (_drawn(rng, words, count=3) for words in (_NAMES, _JOBS, _CITIES))
     facts = [f"{name} is a {job} from {city}." for name, job, city in zip(people, jobs, cities, strict=True)]
-    asked = int(rng.integers(3))
-    question = f"Where does {people[asked]} come from? Answer with the city alone."
-    others = [*(city for city in cities if city != cities[asked]), *_drawn(rng, _CITIES, count=4)]
-    wrong = list(dict.fromkeys(city for city in others if city != cities[asked]))[:_WRONG]
-    return f"{' '.join(facts)} {question}", cities[asked], wrong
+    index = int(rng.integers(3))
+    question = f"Where does {people[index]} come from? Answer with the city alone."
+    others = [*(city for city in cities if city != cities[index]), *_drawn(rng, _CITIES, count=4)]
+    wrong = list(dict.fromkeys(city for city in others if city != cities[index]))[:_WRONG]
+    return f"{' '.join(facts)} {question}", cities[index], wrong
 
 
 def _yes_or_no(rng: np.random.Generator) -> tuple[str, str, list[str]]:
     things, colors = _drawn(rng, _THINGS, count=3), _drawn(rng, _COLORS, count=3)
     facts = [f"The {thing} is {color}." for thing, color in zip(things, colors, strict=True)]
-    asked, is_true = int(rng.integers(3)), bool(rng.integers(2))
-    color = colors[asked] if is_true else colors[(asked + 1) % 3]
-    prompt = f"{' '.join(facts)} Is the {things[asked]} {color}? Answer with yes or no."
+    index, is_true = int(rng.integers(3)), bool(rng.integers(2))
+    color = colors[index] if is_true else colors[(index + 1) % 3]
+    prompt = f"{' '.join(facts)} Is the {things[index]} {color}? Answer with yes or no."
     return prompt, *(("Yes", ["No"]) if is_true else ("No", ["Yes"]))
 
 

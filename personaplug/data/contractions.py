@@ -1,4 +1,4 @@
-"""Short forms of English ("don't") and their full forms ("do not"): write them, and tell which a text has."""
+"""English contractions ("don't") and full forms ("do not"): write contractions, and detect which form a text has."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SHORT = re.compile(
 
 
 def contract(text: str) -> str:
-    """Replace full forms by short ones; a capital at the start stays."""
+    """Replace full forms with contractions; keep a capital first letter."""
     for full, form in _FORMS.items():
         text = form.sub(partial(_cased_like, short=_SHORT_FORMS[full]), text)
     return text
 
 
 def read_contractions(text: str) -> str | None:
-    """Return "short" if a text has any short form, "full" if it has full forms alone, None if it has neither."""
+    """Return "short" if a text has a contraction, "full" if it has only full forms, None if it has neither."""
     if _SHORT.search(text.replace("’", "'")):
         return "short"
     return "full" if _FULL.search(text) else None

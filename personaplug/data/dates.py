@@ -1,4 +1,4 @@
-"""Dates and times: ISO and forms like it, epoch times, and any other form whose `strptime` format is given."""
+"""Parse dates and times: ISO and similar forms, epoch times, and other forms by their `strptime` format."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ _EPOCH = datetime(1970, 1, 1)
 _MAX_LENGTH = 64  # characters of a date; checked before any pattern is tried
 _EXPECTED = "YYYY[-MM[-DD[ hh:mm:ss]]], YYYY/MM/DD, YYYYMMDD, or an epoch time of 9 or more digits"
 
-# By the number of digits before the point: each unit for the years 1973 to 2286, or 2001 to 2286 in milliseconds,
-# whose 12 digits might be YYYYMMDDhhmm.
+# By the number of digits before the point. Each unit covers the years 1973 to 2286. Milliseconds start in 2001 because
+# 12 digits may also be YYYYMMDDhhmm.
 _UNITS_PER_SECOND = {9: 1, 10: 1, 13: 10**3, 15: 10**6, 16: 10**6, 18: 10**9, 19: 10**9}
 _NUMBER = re.compile(r"(\d+)(?:\.(\d*))?", re.ASCII)
-_WHOLE = re.compile(r"^(\d{4,19})\.0+$", re.ASCII)  # as pandas writes whole numbers of a column with gaps
+_WHOLE = re.compile(r"^(\d{4,19})\.0+$", re.ASCII)  # pandas writes the whole numbers of a column with gaps in this form
 _CLOCK, _ZONE = r"(\d{1,2}[\d:.,]*)", r"(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
 _CALENDAR = re.compile(
     rf"(\d{{4}})(?:([-/.])(\d{{1,2}})(?:\2(\d{{1,2}})(?:(?: *T *| +){_CLOCK} *{_ZONE}?)?)?)?", re.ASCII | re.IGNORECASE
 )
 _COMPACT = re.compile(rf"(\d{{4}})(\d\d)(\d\d)(?:(?:T| +)?{_CLOCK} *{_ZONE}?)?", re.ASCII | re.IGNORECASE)
-# What strptime reads and then ignores, unless something else stands beside it.
+# Directives that strptime ignores unless the format also has one of the others.
 _NEEDED = {"%I": ("%p",), "%U": ("%a", "%A", "%w"), "%W": ("%a", "%A", "%w"), "%d": ("%m", "%b", "%B", "%x", "%c")}
 _YEAR_DIRECTIVES = re.compile(r"%[YyGcx]")
 
 
 def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | None = None) -> datetime:
-    """Convert a date object, a text or a number to UTC without a time zone; missing parts mean the first.
+    """Convert a date object, a text or a number to UTC without a time zone. A missing month or day is the first.
 
-    Without `date_format`, a text is ISO or like it, with the year first: `2024-01-05T12:00Z`, `2024/01/05`,
-    `20240105`, `2024`. Eight digits are a day. Nine or more are an epoch time, whose unit their number tells.
+    Without `date_format`, a text begins with the year: `2024-01-05T12:00Z`, `2024/01/05`, `20240105`, `2024`. Eight
+    digits are a day. Nine or more digits are an epoch time, and their number determines the unit.
 
     Args:
-        date_format: the format of a text, for `datetime.strptime`. The forms above are not tried.
+        date_format: the `strptime` format of a text; the forms above are then not tried.
     """
     value = plain_value(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, date) and value == value:  # pandas' NaT is a datetime and equals nothing
+    if isinstance(value, date) and value == value:  # pandas' NaT is a datetime that does not equal itself
         return _in_utc(value if isinstance(value, datetime) else datetime.combine(value, time.min), what)
     text = _WHOLE.sub(r"\1", as_text(value, what).strip())
     if not text:
@@ -47,7 +47,7 @@ def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | N
     try:
         moment = datetime.strptime(_short(text), date_format) if date_format else _parse(_short(text))
     except _NoSuchDay:
-        reason = "but year, month and day in this order are no day of the calendar. For another order, set date_format"
+        reason = "but is not a valid date in the order year, month, day. If the order differs, set date_format"
         raise Flaw(f"{what} has the form {shape_of(text)}, {reason}") from None
     except (ValueError, OverflowError):
         raise Flaw(_defect(what, text, date_format)) from None
@@ -55,7 +55,7 @@ def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | N
 
 
 def check_date_format(date_format: str) -> str:
-    """Return a format that `strptime` knows and that names the year; else raise ConfigError."""
+    """Return a format if `strptime` accepts it and it contains the year; else raise ConfigError."""
     try:
         sample = datetime(2024, 1, 31, 13, 59, 58, tzinfo=UTC)
         parsed = datetime.strptime(sample.strftime(date_format), date_format)
@@ -64,11 +64,11 @@ def check_date_format(date_format: str) -> str:
     for directive, needed in _NEEDED.items():
         if parsed and directive in date_format and not any(one in date_format for one in needed):
             raise ConfigError(
-                f"date_format {date_format[:40]!r}: {directive} says nothing without {' or '.join(needed)}. Add it."
+                f"date_format {date_format[:40]!r}: {directive} has no effect without {' or '.join(needed)}. Add it."
             )
     if parsed is None or not _YEAR_DIRECTIVES.search(date_format):
         raise ConfigError(
-            f"date_format should be a format of Python's strptime with the year, such as '%d.%m.%Y'; "
+            f"date_format should be a format of Python's strptime that includes the year, such as '%d.%m.%Y'; "
             f"found {date_format[:40]!r}."
         )
     return date_format
@@ -95,7 +95,7 @@ def _in_utc(moment: datetime, what: str) -> datetime:
         moment = moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
         moment.date()
         return moment
-    except (OverflowError, NotImplementedError, ValueError):  # pandas has years that Python does not have
+    except (OverflowError, NotImplementedError, ValueError):  # pandas has years outside Python's range
         raise Flaw(f"{what} is outside the years 1 to 9999") from None
 
 
@@ -121,7 +121,7 @@ def _parse(text: str) -> datetime:
 
 
 class _NoSuchDay(ValueError):
-    """2024-02-30."""
+    """A day that the calendar does not have, such as 2024-02-30."""
 
 
 def _from_epoch(units: str, fraction: str) -> datetime:
@@ -134,8 +134,8 @@ def _from_epoch(units: str, fraction: str) -> datetime:
 
 def _defect(what: str, text: str, date_format: str | None) -> str:
     if date_format:
-        return f"{what} has the form {shape_of(text)}, which is not that of date_format {date_format!r}"
+        return f"{what} has the form {shape_of(text)}, which does not match date_format {date_format!r}"
     return (
-        f"{what} has the form {shape_of(text)}, which is not one of {_EXPECTED}. "
-        f"For another form of a log's dates, set date_format, such as '%d.%m.%Y'"
+        f"{what} has the form {shape_of(text)}, expected {_EXPECTED}. "
+        f"If the dates of a log have another form, set date_format, for example '%d.%m.%Y'"
     )

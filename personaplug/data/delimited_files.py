@@ -15,13 +15,13 @@ from personaplug.errors import ConfigError, RecordError
 
 DELIMITERS = (",", ";", "\t", "|", "::")
 
-_UNIT_SEPARATOR = "\x1f"  # stands for a delimiter of several characters: Python's reader takes one
+_UNIT_SEPARATOR = "\x1f"  # replaces a delimiter of several characters; csv allows one
 _MAX_SHOWN_COLUMNS = 30
 
-csv.field_size_limit(2**31 - 1)  # of the process; Python's own limit of 131,072 characters loses long texts
+csv.field_size_limit(2**31 - 1)  # for the process; the default of 131,072 characters rejects long texts
 
 NumberedRecord = tuple[str, int, object]
-"""A position in words, the number of the record from 1 (in JSON lines: of its line), and its value or a Flaw."""
+"""A position in words, the number of the record (in JSON lines, of its line), and its value or a Flaw."""
 
 
 def delimited_records(
@@ -32,9 +32,9 @@ def delimited_records(
     A quote that is never closed would swallow the rows after it, so it is an error that cannot be skipped.
 
     Args:
-        columns: the columns to read. If all are numbers, they count the columns of a file without header from "1",
-            unless its first line is the numbers that pandas writes in the place of names.
-        delimiter: None for the one of `DELIMITERS` that finds these columns in the first line.
+        columns: the columns to read. In a file without a header, columns are numbered from "1". A first line 0, 1, 2, …
+            or 1, 2, 3, … is a header, as pandas writes it for columns without names.
+        delimiter: None = the one of `DELIMITERS` that finds most of these columns in the first line.
         encoding: of a file without a byte order mark; None = UTF-8.
     """
     lines = _Lines(path, encoding)
@@ -54,24 +54,24 @@ def delimited_records(
     _check_header(path, header, columns, delimiter)
     number = 0
     while (values := _next_row(rows, lines)) is not None:
-        if values:  # a blank line holds none
+        if values:  # a blank line has none
             number += 1
             if isinstance(values, list) and [name.strip("\ufeff ") for name in values] == header:
-                values = Flaw("it is the header again; files may have been joined")
+                values = Flaw("it repeats the header; files may have been joined")
             yield f"line {lines.record_start}", number, _record(header, values, lines)
 
 
 class _Lines:
-    """The lines of a file, and where the current record began."""
+    """The lines of a file, and the position of the current record."""
 
     def __init__(self, path: Path, encoding: str | None) -> None:
         self.path, self.number, self.record_start = path, 0, 1
         self._lines = text_lines(path, encoding=encoding)
         self._pushed: list[str] = []
-        self._quotes: list[int] = []  # of each line of the record
+        self._quotes: list[int] = []  # how many each line of the record has
 
     def skip_to_header(self) -> str | None:
-        """Return the first line, which is read again; pass over blank lines and Excel's `sep=;`."""
+        """Return the first line without consuming it; skip blank lines and Excel's `sep=;`."""
         for line in self._lines:
             if line.strip() and not line.lower().startswith("sep="):
                 self._pushed.append(line)
@@ -96,7 +96,7 @@ class _Lines:
 
     @property
     def quote_line(self) -> int:
-        """The number of the line whose quote was opened last; a doubled quote stands for itself."""
+        """The number of the line with the last opening quote; a doubled quote is an escaped one."""
         opened, is_open = self.record_start, False
         for number, count in enumerate(self._quotes, self.record_start):
             if count % 2:
@@ -118,7 +118,9 @@ def _next_row(rows: Iterator[list[str]], lines: _Lines) -> list[str] | Flaw | No
         if "unexpected end" in str(error):
             raise lines.quote_error("a quote is opened in this line and never closed") from None
         if lines.has_many:
-            raise lines.quote_error(f"a quote is opened in this line and line {lines.number} breaks it off") from None
+            raise lines.quote_error(
+                f"a quote is opened in this line, and line {lines.number} is not valid CSV"
+            ) from None
         return Flaw("it is not valid CSV")
 
 
@@ -127,9 +129,9 @@ def _record(header: Sequence[str], values: list[str] | Flaw, lines: _Lines) -> d
         return values
     if len(values) == len(header):
         return dict(zip(header, values, strict=True))
-    defect = f"it has {len(values)} values, the header {len(header)}"
+    defect = f"it has {len(values)} values, but the header has {len(header)}"
     if lines.has_many:
-        raise lines.quote_error(f"{defect}, up to line {lines.number}; a quote may be missing or too many")
+        raise lines.quote_error(f"{defect}, up to line {lines.number}; a quote may be missing or superfluous")
     return Flaw(defect)
 
 
@@ -140,7 +142,7 @@ def _is_numbered(names: Sequence[str], columns: Sequence[str]) -> bool:
 
 def _checked(delimiter: str) -> str:
     if set(delimiter) & set('"\r\n'):
-        raise ConfigError(f"The delimiter should hold no quote and no line break; found {delimiter!r}.")
+        raise ConfigError(f"The delimiter should contain no quote and no line break; found {delimiter!r}.")
     return delimiter
 
 
@@ -158,7 +160,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 def _delimiter_of(line: str, columns: Sequence[str]) -> str:
-    """Return the delimiter that finds most of the columns in a line, of several the one that splits it most."""
+    """Return the delimiter that finds most of the columns in a line; among equals, the one that gives most values."""
 
     def fit(delimiter: str) -> tuple[int, int]:
         names = _split(line, delimiter)
@@ -170,18 +172,19 @@ def _delimiter_of(line: str, columns: Sequence[str]) -> str:
 def _check_header(path: Path, header: Sequence[str], columns: Sequence[str], delimiter: str) -> None:
     if columns and set(columns).isdisjoint(header):
         raise ConfigError(
-            f"{path}: its first line, split at {delimiter!r}, has {len(header)} values, and none is one of the columns "
-            f"{', '.join(map(repr, columns))}. If the file has no header, name its columns by their numbers: '1', '2'. "
-            f"If another delimiter separates them, give it by `delimiter`."
+            f"{path}: the first line, split at {delimiter!r}, has {len(header)} values, but none of the columns "
+            f"{', '.join(map(repr, columns))}. If the file has no header, give the numbers of the columns: '1', '2'. "
+            f"If the file has another delimiter, set `delimiter`."
         )
     check_columns(path, header, columns, found=f", split at {delimiter!r},")
 
 
 def check_columns(name: object, header: Sequence[str], columns: Sequence[str], *, found: str = "") -> None:
-    """Raise ConfigError unless the header holds each of these columns once."""
+    """Raise ConfigError unless the header contains each of these columns exactly once."""
     for column in columns:
         if (count := header.count(column)) != 1:
-            shown = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
+            names = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
             close = difflib.get_close_matches(column, header, n=1)
             hint = f"; did you mean {close[0]!r}?" if close and not count else "."
-            raise ConfigError(f"{name} has {count} columns {column!r}{hint} Its columns{found} are: {shown}.")
+            amount = f"{count} columns" if count else "no column"
+            raise ConfigError(f"{name} has {amount} {column!r}{hint} Its columns{found} are: {names}.")

@@ -1,16 +1,18 @@
-"""Find events that arrived twice, so that no question's own answer stands in its history.
+"""Find copies of events, so that no history contains its question with the answer.
 
-An event is sent again after a time-out, or a log is imported twice. A row is a copy of an earlier row of its user if
-fields and answer are equal but for blanks, invisible characters, capitals and Unicode's forms of a letter, and one of
-these holds:
+An event may be sent again after a time-out, and a log may be imported twice. A row is a copy of an earlier row of its
+user if fields and answer are equal and one of these conditions is true:
 
-- one of the rows has no date;
-- they are at most an hour apart, as is a chain of such rows;
-- together, fields and answer have 40 characters or more: nobody writes that much twice.
+- One of the rows has no date.
+- The rows are at most an hour apart, or a chain of such rows connects them.
+- Fields and answer together have 40 characters or more, because nobody writes that much twice.
 
-So a short event at another time ("check-in", "good") is an event of its own. If the user also gave other answers to the
-same fields, and copies were found without looking at the time, the rows left would tell the answer to each other: it is
-none of the answers in the history. Such rows stay in histories and are never asked.
+The comparison ignores blanks, invisible characters, case and Unicode forms of a letter. A short event at another time
+("check-in", "good") is a new event.
+
+If copies are found without their times, and the user also gave other answers to the same fields, the remaining rows are
+unclear: the history of such a row would contain every answer except its own. Unclear rows never become samples, but
+they stay in histories.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What of a row tells whether it is a copy."""
+    """The normalized parts of a row that are compared to find copies."""
 
     content: Texts
     answer: str
@@ -50,7 +52,7 @@ def event_of(content: Sequence[str], answer: str, moment: datetime | None) -> Ev
 
 @dataclass(frozen=True)
 class Copies:
-    """Indices of one user's rows: copies of earlier ones, and rows that cannot be asked for what they would tell."""
+    """Indices of one user's rows: copies of earlier rows, and rows whose history would reveal their answer."""
 
     copies: frozenset[int]
     unclear: frozenset[int]
@@ -78,7 +80,7 @@ def find_copies(events: Sequence[Event]) -> Copies:
 
 
 def comparable(text: str) -> str:
-    """Return a text without what differs between exports of the same event, or what a reader does not see."""
+    """Normalize case, blanks, Unicode forms and invisible characters, which differ between exports of an event."""
     if not text.isascii():
         text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     return " ".join(text.casefold().split())

@@ -24,12 +24,12 @@ _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _GZIP_MARK = b"\x1f\x8b"
 _BROKEN_GZIP = "the gzip data is broken or cut short"
 _NOT_JSON = "the file is not valid JSON from here on"
-_BIG_NUMBER = "the file is not valid JSON from here on, or holds a number of more than 4,300 digits or above 1e308"
+_BIG_NUMBER = "the file is not valid JSON from here on, or contains a number with more than 4,300 digits or above 1e308"
 _DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -39,7 +39,7 @@ _Event = tuple[str, Any]
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """Return the path of a folder that exists."""
+    """Return the path of a folder; raise MissingData if it does not exist."""
     if not Path(folder).is_dir():
         raise MissingData(f"There is no data folder {folder}.")
     return Path(folder)
@@ -61,15 +61,15 @@ def copy_plain(path: str | Path, target: Path) -> None:
 
 @contextmanager
 def open_plain(path: Path, *, encoding: str | None = None) -> Iterator[gzip.GzipFile | BufferedReader]:
-    """Open a file for reading UTF-8: unpacked if its name ends in .gz, without a byte order mark, which is obeyed.
+    """Open a file as UTF-8. Decompress it if its name ends in .gz. Follow a byte order mark and remove it.
 
     Args:
-        encoding: of a file without a mark; None = UTF-8.
+        encoding: of a file without a byte order mark; None = UTF-8.
     """
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         head = stream.peek(4)[:4]
         if head.startswith(_GZIP_MARK):
-            packed = "packed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
+            packed = "compressed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
             raise RecordError(path, "at the start", reason=f"the file is {packed}")
         if head.startswith(codecs.BOM_UTF8):
             stream.read(3)
@@ -79,7 +79,7 @@ def open_plain(path: Path, *, encoding: str | None = None) -> Iterator[gzip.Gzip
 
 
 class _Transcoder(RawIOBase):
-    """The bytes of a file in another encoding as UTF-8."""
+    """Stream a file in another encoding as UTF-8 bytes."""
 
     def __init__(self, stream: gzip.GzipFile | BufferedReader, encoding: str) -> None:
         self._text = TextIOWrapper(stream, encoding, newline="")
@@ -99,7 +99,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     """Yield the values under a prefix, numbered from 1, with one value in memory at a time.
 
     If the file is not valid JSON or gzip, nests values too deeply, or has another outermost value, raise RecordError.
-    The rest of such a file is lost, so this error must not be skipped.
+    Never skip this error, because the rest of the file is lost.
 
     Args:
         prefix: the path to the values in ijson's notation, such as `golds.item`; "" for the whole file.
@@ -114,7 +114,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
         except ijson.JSONError as error:
             if "overflow" not in str(error):
                 raise
-            # The fast parser has 64 bits for a whole number. Begin anew with the slow one.
+            # The fast parser limits whole numbers to 64 bits. Start again with the slow parser.
             reason = _BIG_NUMBER
             values = enumerate(_parsed(python, path, prefix, opening=opening), 1)
             for number, value in islice(values, count, None):
@@ -124,7 +124,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     except Flaw as flaw:
         reason = str(flaw)
     except (ijson.JSONError, UnicodeDecodeError):
-        pass  # The parser's own message quotes the file's text, so it is not passed on.
+        pass  # The parser's message quotes the file's text, so it is not passed on.
     except _GZIP_ERRORS:
         reason = _BROKEN_GZIP
     raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=reason)
@@ -136,7 +136,7 @@ def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator
         first = next(events)
         event, shape = _SHAPES[opening]
         if first[0] != event:
-            raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
+            raise Flaw(f"the file should contain {shape} and begin with {opening.decode()!r}")
         yield from _values_at(prefix.split(".") if prefix else [], first, events)
         next(events, None)  # fails if anything follows the outermost value
 
@@ -151,7 +151,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def text_lines(path: Path, *, encoding: str | None = None) -> Iterator[str]:
     """Yield the lines of a file as text with their ends: \\n, \\r\\n or \\r; see `open_plain`.
 
-    A byte that is not UTF-8 becomes a lone surrogate, which `as_text` refuses for its record alone.
+    A byte that is not UTF-8 becomes a lone surrogate, so `as_text` rejects only the record with this byte.
     """
     with _broken_after_line(path) as numbers, open_plain(path, encoding=encoding) as stream:
         for numbers[0], line in enumerate(TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), 1):
@@ -160,18 +160,20 @@ def text_lines(path: Path, *, encoding: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def _broken_after_line(path: Path) -> Iterator[list[int]]:
-    """Turn the errors of a broken file into a RecordError with the last number that the list was given."""
+    """Turn the errors of a broken file into a RecordError. The caller stores the last line number in the list."""
     numbers = [0]
     try:
         yield numbers
     except _GZIP_ERRORS:
         raise RecordError(path, f"after line {numbers[0]}", reason=_BROKEN_GZIP) from None
     except UnicodeDecodeError:
-        raise RecordError(path, f"after line {numbers[0]}", reason="the bytes are no text of its encoding") from None
+        raise RecordError(
+            path, f"after line {numbers[0]}", reason="the bytes are not valid text in the encoding of the file"
+        ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
-    """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none."""
+    """Yield the JSON object of each line that is not blank, or a Flaw if the line is something else."""
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
@@ -213,7 +215,7 @@ def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iter
 def _consume(
     first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object] = lambda name, value: None
 ) -> None:
-    """Pass on the events of one value. The bound on its depth protects code that walks the value recursively."""
+    """Pass the events of one value to `receive`. The depth limit protects code that walks the value recursively."""
     name, value = first
     depth = 0
     while True:

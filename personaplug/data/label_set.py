@@ -18,7 +18,7 @@ _LATEST = 5  # items whose mean shows the trend of a user's ratings
 
 
 class LabelSet:
-    """A closed set of labels. Labels that are rising numbers form a scale of ratings. `width` counts `features`."""
+    """A closed set of labels. Numbers in ascending order form a rating scale. `width` is the length of `features`."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -35,7 +35,7 @@ class LabelSet:
         return index if number is None else self._nearest_index(number)
 
     def indices(self, items: Sequence[HistoryItem]) -> LabelIds:
-        """Return the label indices of those items' answers that have one, in order."""
+        """Return the label indices of the items' answers in order; skip answers without a label."""
         indices = np.array([self.index(item.answer) for item in items], dtype=np.int64)
         return indices[indices >= 0]
 
@@ -46,7 +46,7 @@ class LabelSet:
     def features(self, items: Sequence[HistoryItem]) -> Array:
         """Return the share of each label; for ratings also mean, median, spread and latest mean.
 
-        The shape is (width,); all is NaN if the history holds no answer.
+        The shape is (width,); all values are NaN if no answer has a label.
         """
         indices = self.indices(items)
         if not len(indices):

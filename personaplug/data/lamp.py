@@ -33,7 +33,7 @@ class _Gold:
     rejected: tuple[str, ...]
 
 
-# A broken gold stays here as its Flaw and is reported with its question, so that one defect counts once.
+# A broken gold is stored as a Flaw and reported with its question, so that one defect counts once.
 _Golds = Mapping[str, _Gold | Flaw]
 
 
@@ -41,29 +41,28 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
     """Open one split of a folder in LaMP's layout.
 
     Args:
-        split: "train", "dev", "test" or another start of the files' names.
+        split: "train", "dev", "test" or another prefix of the file names.
         task: a Task, a name for `load_task`, or None for the task that the folder declares.
     """
     folder, name = existing_folder(folder), f"{split}_questions.json"
     questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
     if questions is None:
-        splits = splits_in(folder)
-        there = ", ".join(splits) or "none"
-        raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
+        splits = ", ".join(splits_in(folder)) or "none"
+        raise MissingData(f"{folder} has neither {name} nor {name}.gz. Splits in the folder: {splits}.")
     task = task if isinstance(task, Task) else load_task(folder, task=task)
     return _LampReader(questions, outputs, task, **limits)
 
 
 def splits_in(folder: Path) -> list[str]:
-    """Return the names of the splits whose questions a folder holds, sorted."""
+    """Return the sorted names of the splits whose questions are in a folder."""
     return sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
 
 
 def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[HistoryItem, ...]:
-    """Read one user's items: a file with one JSON object a line or one JSON list, plain or gzipped, or mappings.
+    """Read one user's items: mappings, or a file with a JSON list or one JSON object per line, plain or gzipped.
 
-    An item holds the task's fields and may hold a "date" and an "id"; by default, the id is its line number or its
-    number in the list. Items are sorted by time if all are dated.
+    An item has the task's fields, and may have a "date" and an "id"; the default id is its line number or its number in
+    the list. Items are sorted by time if all have a date.
     """
     name, unit, records = _item_records(source)
     items = []
@@ -76,7 +75,7 @@ def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[Hi
 
 
 def _item_records(source: str | Path | Iterable[object]) -> tuple[str, str, Iterable[tuple[int, object]]]:
-    """Return the name of a source for messages, what it counts, and its records with their numbers."""
+    """Return the name of a source and of its unit for messages, and its records with their numbers."""
     if not isinstance(source, str | Path):
         return "the history", "item", enumerate(source, start=1)
     path = Path(source)
@@ -91,7 +90,7 @@ class _LampReader(RecordReader):
     """One split of a folder in LaMP's layout.
 
     Questions, the bulk of the data, are streamed; golds and ids stay in memory. Without an outputs file, every
-    target is None. With one, its ids and those of the questions must be equal.
+    target is None. With an outputs file, golds and questions must have the same ids.
     """
 
     def __init__(self, questions: Path, outputs: Path | None, task: Task, **limits: Unpack[Limits]) -> None:
@@ -116,7 +115,7 @@ class _LampReader(RecordReader):
         target: str | None = None
         rejected: tuple[str, ...] = ()
         if self._outputs:
-            gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
+            gold = self._golds.get(sample_id, Flaw(f"its id is not among the {len(self._golds)} golds"))
             if isinstance(gold, Flaw):
                 raise gold
             target, rejected = target_of(self.task, gold.answer), gold.rejected

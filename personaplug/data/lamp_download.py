@@ -1,7 +1,7 @@
 """Download LaMP's official files into a folder that `open_dataset` reads.
 
-A file gets its name only when it is complete. SHA256SUMS records the checksum of each file; a file that differs from
-its checksum is an error, and it is neither used nor replaced.
+A file gets its name only when it is complete. SHA256SUMS records the checksum of each file. A file that differs from
+its checksum is an error; it is neither used nor replaced.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SPLITS = ("train", "dev", "test")
 _CHECKSUMS = "SHA256SUMS"
 _RETRIES = 4
 _CHUNK = 1 << 16  # bytes
-_BUSY = {408, 425, 429}  # beside 5xx: statuses for which a retry may succeed
+_BUSY = {408, 425, 429}  # statuses besides 5xx for which a retry may succeed
 _TERMS = (
-    "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have their own "
-    "terms: for research use. LaMP-6 is not public, so it is not available."
+    "%s: LaMP's data is licensed under CC BY-NC-SA 4.0 (non-commercial, share alike). Its sources have their own "
+    "terms, so use it for research only. LaMP-6 is not public, so it cannot be downloaded."
 )
-_HINT = "Or give a local folder with the files as `source`."
+_HINT = "Or set `source` to a local folder with the files."
 
-# The labels and the marker are LaMP's. LaMP gives an item's fields in no order; this order follows LaMP_4.
+# The labels and the marker are LaMP's. LaMP does not order an item's fields; this order follows LaMP_4.
 _NEWS = Task(
     "LaMP_2_news", "label", ("title", "text", "category"), "category", ("accuracy", "f1"),
     labels=(
@@ -57,7 +57,7 @@ class _DataSet(NamedTuple):
 
 def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
     for task in (*LAMP_TASKS.values(), _NEWS):
-        # The movie task LaMP-2 lies in the folder new/ beside the older news task.
+        # The movie task LaMP-2 is in the folder new/, next to the older news task.
         folder = "LaMP_2/new" if task.name == "LaMP_2" else task.name.removesuffix("_news")
         yield _DataSet(task.name.lower().replace("_", "-") + ending, task, f"{parent}{folder}/")
 
@@ -73,13 +73,13 @@ def download_lamp(
     base_url: str = BASE_URL,
     source: str | Path | None = None,
 ) -> list[Path]:
-    """Download a LaMP data set into a folder and return its files. Files that are there already are checked only.
+    """Download a LaMP data set into a folder and return its files. Existing files are only checked.
 
     Args:
-        name: "lamp-3", "lamp-2-news" and the like for the split by user, with ":time" for the split by time.
+        name: such as "lamp-3" or "lamp-2-news" for the split by user; append ":time" for the split by time.
         splits: the splits; the answers of test are not public.
-        source: a local folder to copy from instead: it holds the files (plain or .gz) directly, in a folder per
-            split, or as on the server.
+        source: a local folder to copy from instead. It contains the files (plain or .gz) directly, in a folder per
+            split, or in the server's layout.
     """
     data_set, out = _find_data_set(name), Path(out)
     splits = (splits,) if isinstance(splits, str) else splits
@@ -96,7 +96,7 @@ def download_lamp(
     if missing:
         logger.info(_TERMS, data_set.name)
         check_declared_task(out, data_set.task)
-        # Official files call both LaMP-2 tasks LaMP_2, and those of test name no task.
+        # Official files name both LaMP-2 tasks LaMP_2, and test files name no task.
         write_json(out / "task.json", asdict(data_set.task))
     for split, file in missing:
         if origin is None:
@@ -112,7 +112,7 @@ def download_lamp(
 def _find_data_set(name: str) -> _DataSet:
     key = name.strip().lower().replace("_", "-").replace(":news", "-news")
     if re.fullmatch(r"lamp-6(:.*)?", key):
-        raise ConfigError("LaMP-6 is made of the Avocado mails, which are not public, so it cannot be downloaded.")
+        raise ConfigError("LaMP-6 cannot be downloaded: it contains the Avocado emails, which are not public.")
     if key not in _DATA_SETS:
         raise ConfigError(f"There is no LaMP data set {name!r}; {nearest(key, _DATA_SETS)}")
     return _DATA_SETS[key]
@@ -129,7 +129,7 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                conflict = f"{folder} holds {line[2:]}, whose files have the names of {name}"
+                conflict = f"{folder} holds {line[2:]}, whose files have the same names as the files of {name}"
                 raise RunConflict(f"{conflict}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")
@@ -145,7 +145,7 @@ class _Checksums:
                 "Choose a new folder, or delete the file."
             )
         if pooch.file_hash(str(path)) != self.digests[file]:
-            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete it to download it again"
+            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete the file to download it again"
             raise RecordError(path, "the whole file", reason=reason)
         return True
 
@@ -162,7 +162,7 @@ def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable
     """Let pooch write a draft with `download`, try again if the connection fails, and rename the draft."""
 
     def checked_download(source: str, draft: str, _: pooch.Pooch) -> None:
-        Path(draft).unlink()  # pooch makes it readable for its owner alone
+        Path(draft).unlink()  # pooch makes it readable only for its owner
         download(source, Path(draft))
         _check_json(Path(draft), source, is_list=path.name.endswith("_questions.json"))
         checksums.record(path.name, pooch.file_hash(draft), source=source)
@@ -193,7 +193,7 @@ def _status(error: requests.RequestException) -> str:
 
 
 def _check_json(path: Path, source: str, *, is_list: bool) -> None:
-    """Check the first and the last bracket, which tell data from a web page or a truncated file."""
+    """Check the first and the last bracket, to detect a web page or a truncated file."""
     opening, closing = (b"[", b"]") if is_list else (b"{", b"}")
     with path.open("rb") as file:
         start = file.read(_CHUNK)
@@ -203,7 +203,7 @@ def _check_json(path: Path, source: str, *, is_list: bool) -> None:
         reason = f"expected JSON that begins with {opening.decode()}, found something else (a web page?). {_HINT}"
         raise RecordError(source, "at the start", reason=reason)
     if not end.rstrip().endswith(closing):
-        reason = f"it breaks off: JSON would end with {closing.decode()}; try again"
+        reason = f"the file is truncated: expected {closing.decode()} at the end; try again"
         raise RecordError(source, "at the end", reason=reason)
 
 
@@ -211,11 +211,11 @@ def _find_local(origin: Path, file: str, *, folders: Sequence[str]) -> Path:
     for name in ("", *folders):
         if path := plain_or_gz(origin / name, file):
             return path
-    raise MissingData(f"Neither {file} nor {file}.gz is in {origin}, nor in its {' or '.join(folders)}.")
+    raise MissingData(f"Neither {file} nor {file}.gz is in {origin} or its folders {' and '.join(folders)}.")
 
 
 def _check_named_task(path: Path, data_set: _DataSet) -> None:
-    """Check the task that an outputs file names. A URL needs no such check, since it names the task itself."""
+    """Check the task that an outputs file names. A URL needs no check because it contains the task."""
     if "_outputs.json" not in path.name:
         return
     _, name = next(stream_values(path, "task", opening=b"{", unit="key"), (0, data_set.task.name))

@@ -22,9 +22,9 @@ from personaplug.infra.atomic_io import atomic_folder, write_json
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    If the samples have no targets, no outputs file is written and an older one of the split is removed. If they could
-    not be read back (an id occurs twice, only some have a target, a query or fields do not fit the task), raise
-    ConfigError and change nothing.
+    If the samples have no targets, write no outputs file and remove an older one of the split. Raise ConfigError and
+    change nothing if the samples could not be read back: an id occurs twice, only some samples have a target, or a
+    query or fields do not fit the task.
     """
     folder = Path(folder)
     questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
@@ -42,19 +42,21 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
             os.replace(draft_questions, questions)
         write_json(folder / "task.json", asdict(task))
     except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror}. Complete files there remain.") from error
+        raise StorageError(
+            f"{folder} cannot be written: {error.strerror}. Complete files in the folder were kept."
+        ) from error
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that is there already."""
+    """Raise RunConflict if a folder exists."""
     if folder.exists():
         raise RunConflict(f"{folder} exists already. Choose another folder, or remove it.")
 
 
 def copy_with_train(source: Path, target: Path, samples: Iterable[Sample], *, task: Task) -> None:
-    """Write a new data set with these samples as its train split and all other splits of another data set.
+    """Write a new data set: these samples as its train split, and the other splits of `source`.
 
-    It appears complete or not at all.
+    The folder appears complete or not at all.
     """
     check_new(target)
     with atomic_folder(target) as draft:
@@ -83,7 +85,9 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         questions.write("\n]\n")
         outputs.write("\n]}\n")
     if targets not in (0, len(seen)):
-        raise ConfigError(f"{targets} of {len(seen)} samples have a target. Write the others as another split.")
+        raise ConfigError(
+            f"{targets} of {len(seen)} samples have a target. Write the samples without a target as another split."
+        )
     return targets > 0
 
 
@@ -94,12 +98,12 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
         if sample.id in seen:
             raise Flaw("an earlier sample has the same id")
         if query_of(task, sample.prompt) != sample.query:
-            raise Flaw("its query is not the one that the task finds in its prompt")
+            raise Flaw("its query differs from the query that the task finds in its prompt")
         if sample.target is not None and target_of(task, sample.target) != sample.target:
-            raise Flaw("its target has blanks at its ends")
+            raise Flaw("its target has leading or trailing blanks")
         context_of(_messages(sample))
         if any(item_of(task, _item(item))[1] != item for item in sample.history):
-            raise Flaw("an item has other fields than the task's")
+            raise Flaw("the fields of an item differ from those of the task")
     except Flaw as flaw:
         raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
 

@@ -1,4 +1,4 @@
-"""Manners in words: sentences in which users state them, and instructions in a prompt that overrule them."""
+"""Manners in words: sentences with which users state them, and instructions in a prompt that override them."""
 
 from __future__ import annotations
 
@@ -74,29 +74,29 @@ _WITH_VALUE: Mapping[str, tuple[str, ...]] = {
 
 
 def stated(dimension: str, value: str) -> tuple[str, ...]:
-    """Return sentences that state a manner, the same in other words."""
+    """Return several wordings of the preference for a manner."""
     fixed = _FIXED.get((dimension, value))
     return fixed or tuple(template.format(value) for template in _WITH_VALUE[dimension])
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a prompt can ask for whatever the user's manners are.
+    """An instruction in a prompt that overrides the user's manners.
 
     Attributes:
-        values: the manners that it sets.
-        wordings: the instruction in several wordings; train has all but the last, which only the instructed sets have.
+        values: the manners that the instruction sets.
+        wordings: several wordings; train uses all except the last one, which only the instructed sets use.
     """
 
     values: Mapping[str, str]
     wordings: tuple[str, ...]
 
     def contradicts(self, manners: Manners) -> bool:
-        """Return whether somebody with these manners would not follow it anyway."""
+        """Return whether the instruction changes these manners."""
         return any(getattr(manners, name) != value for name, value in self.values.items())
 
     def obeyed_by(self, manners: Manners) -> Manners:
-        """Return these manners, changed as far as the instruction asks."""
+        """Return these manners with the changes that the instruction demands."""
         return replace(manners, **self.values)
 
 

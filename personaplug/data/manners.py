@@ -1,7 +1,7 @@
-"""Manners of an answer: written by rule, and read by rule from any text, such as what a model wrote.
+"""Manners of an answer. Rules write them, and rules read them from any text, such as a model's output.
 
-A manner is one dimension of how a text is written: its length, layout, emoji, greeting, sign-off, contractions, casing
-and the question at its end. What the text says does not matter.
+A manner is one dimension of style: length, layout, emoji, greeting, sign-off, contractions, casing, or the question at
+the end. The content of the text does not matter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from personaplug.data.contractions import contract, read_contractions
 
 NONE, OTHER = "none", "other"
-"""Values of a manner: the text has no such part; or it has one that users here do not have."""
+"""Values of a manner: the text has no such part; the text has a part that no simulated user has."""
 
 ONE, SEVERAL = "one", "several"
 PROSE, LIST = "prose", "list"
@@ -26,20 +26,22 @@ SIGN_OFFS = ("Cheers!", "Take care!", "All the best!", "Happy to help!")
 QUESTIONS = ("Does that help?", "Would you like more details?", "Shall I go on?")
 
 SEVERAL_SENTENCES = 3
-"""Sentences of an answer that is not one sentence."""
+"""The number of sentences of an answer whose length is "several"."""
 
 
 @dataclass(frozen=True)
 class Manners:
-    """How somebody writes; each dimension is independent, but one sentence is always prose.
+    """The style of a user. The dimensions are independent, but one sentence is always prose.
 
     Attributes:
-        length: "one" sentence or "several", which are three.
+        length: "one" sentence, or "several" (three).
         layout: "prose", or a "list" with a line for each sentence.
-        emoji: the emoji after the last sentence, or "none"; likewise the words of `greeting`, `sign_off`, `question`.
+        emoji: the emoji after the last sentence, or "none".
+        greeting: the words of the greeting, or "none".
+        sign_off: the words of the sign-off, or "none".
         contractions: "full" ("do not") or "short" ("don't").
         casing: "normal" or "lower".
-        question: what is asked back at the end.
+        question: the question to the user at the end, or "none".
     """
 
     length: str = SEVERAL
@@ -52,7 +54,7 @@ class Manners:
     question: str = NONE
 
     def apply(self, sentences: Sequence[str]) -> str:
-        """Write an answer from three neutral sentences; the first one must stand alone."""
+        """Write an answer from three neutral sentences; the first one must be a complete answer."""
         body = list(sentences[: 1 if self.length == ONE else SEVERAL_SENTENCES])
         if self.emoji != NONE:
             body[-1] += f" {self.emoji}"
@@ -74,7 +76,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "casing": (NORMAL, LOWER),
     "question": (NONE, *QUESTIONS),
 }
-"""What each dimension can be for a simulated user."""
+"""The values of each dimension for simulated users."""
 
 DIMENSIONS = tuple(field.name for field in fields(Manners))
 
@@ -90,14 +92,14 @@ _OTHER_SIGN_OFF = re.compile(
     r"(?:(?:best|kind|warm) (?:regards|wishes)|regards|sincerely|yours|thanks|thank you|good luck|goodbye|bye|see you"
     r"|enjoy|have (?:a|an) (?:great|nice|good|lovely|wonderful))\b"
 )
-_MAX_ADDED_WORDS = 2  # behind a greeting or a sign-off, such as a name
+_MAX_ADDED_WORDS = 2  # after a greeting or a sign-off, such as a name
 
 
 def read_manners(text: str) -> dict[str, str | None]:
-    """Return the value of each dimension that a text shows; None for one that it does not show.
+    """Return the value of each dimension in a text; None if the text does not show the dimension.
 
-    A list has two lines or more with a mark or a number. Greeting, sign-off and the question at the end are no
-    sentences of the answer. Of several emoji, the first one counts.
+    A list has at least two lines with a bullet or a number. Greeting, sign-off and the question at the end do not count
+    as sentences of the answer. If there are several emoji, the first one counts.
     """
     if not _WORD.search(text):
         return dict.fromkeys(DIMENSIONS)
@@ -119,28 +121,28 @@ def read_manners(text: str) -> dict[str, str | None]:
 
 
 def manners_met(text: str, reference: str) -> dict[str, bool]:
-    """Return for each dimension that the reference shows whether the text shows the same value."""
-    shown = read_manners(text)
-    return {name: shown[name] == value for name, value in read_manners(reference).items() if value is not None}
+    """Return whether the text has the same value as the reference, for each dimension that the reference shows."""
+    values = read_manners(text)
+    return {name: values[name] == value for name, value in read_manners(reference).items() if value is not None}
 
 
 def share_met(text: str, reference: str) -> float:
-    """Return the share of the reference's manners that the text shows too; 1 if the reference shows none."""
+    """Return the share of the reference's manners that the text also has; 1 if the reference shows none."""
     met = manners_met(text, reference)
     return sum(met.values()) / len(met) if met else 1.0
 
 
 def _sentences(line: str) -> list[str]:
-    """Return the sentences of a line without its mark; those without a word are left out."""
+    """Split a line without its bullet into sentences; leave out sentences without a word."""
     return [part for part in _SENTENCE_END.split(_MARK.sub("", line, count=1).strip()) if _WORD.search(part)]
 
 
 def _take_greeting(sentences: list[str]) -> str:
-    """Return the greeting, and remove its sentence if it holds nothing else."""
+    """Return the greeting, and remove its sentence if the sentence contains nothing else."""
     words = _key(sentences[0])
-    greeting = _known_or_other(words, GREETINGS, _OTHER_GREETING)
-    known = len(_key(greeting).split()) if greeting in GREETINGS else 1
-    if greeting != NONE and len(words.split()) <= known + _MAX_ADDED_WORDS:
+    greeting = _value_or_other(words, GREETINGS, _OTHER_GREETING)
+    length = len(_key(greeting).split()) if greeting in GREETINGS else 1
+    if greeting != NONE and len(words.split()) <= length + _MAX_ADDED_WORDS:
         del sentences[0]
     return greeting
 
@@ -150,10 +152,10 @@ def _take_closing(sentences: list[str]) -> tuple[str, str]:
     sign_off = question = NONE
     while sentences:
         last = sentences[-1]
-        if sign_off == NONE and (found := _sign_off_of(last)) != NONE:
-            sign_off = found
+        if sign_off == NONE and (candidate := _sign_off_of(last)) != NONE:
+            sign_off = candidate
         elif question == NONE and last.rstrip("\"”')*_ ").endswith("?"):
-            question = _known(_key(last), QUESTIONS) or OTHER
+            question = _matching_value(_key(last), QUESTIONS) or OTHER
         else:
             break
         sentences.pop()
@@ -162,13 +164,13 @@ def _take_closing(sentences: list[str]) -> tuple[str, str]:
 
 def _sign_off_of(sentence: str) -> str:
     words = _key(sentence)
-    known = _known(words, SIGN_OFFS)
+    sign_off = _matching_value(words, SIGN_OFFS)
     is_short = len(words.split()) <= 4 + _MAX_ADDED_WORDS
-    return known or (_known_or_other(words, (), _OTHER_SIGN_OFF) if is_short else NONE)
+    return sign_off or (_value_or_other(words, (), _OTHER_SIGN_OFF) if is_short else NONE)
 
 
-def _known(words: str, values: Sequence[str]) -> str | None:
-    """Return the value that a sentence is, but for case, marks and a name behind it."""
+def _matching_value(words: str, values: Sequence[str]) -> str | None:
+    """Return the value that equals a sentence, ignoring case, punctuation and a name after it."""
     for value in values:
         key = _key(value)
         rest = words.removeprefix(key)
@@ -177,10 +179,10 @@ def _known(words: str, values: Sequence[str]) -> str | None:
     return None
 
 
-def _known_or_other(words: str, values: Sequence[str], other: re.Pattern[str]) -> str:
-    """Return the value that a sentence begins with, "other" for another one of its sort, or "none"."""
-    known = next((value for value in values if f"{words} ".startswith(f"{_key(value)} ")), None)
-    return known or (OTHER if other.match(words) else NONE)
+def _value_or_other(words: str, values: Sequence[str], other: re.Pattern[str]) -> str:
+    """Return the value that a sentence begins with, "other" if `other` matches it, or "none"."""
+    match = next((value for value in values if f"{words} ".startswith(f"{_key(value)} ")), None)
+    return match or (OTHER if other.match(words) else NONE)
 
 
 def _key(sentence: str) -> str:

@@ -1,4 +1,4 @@
-"""Ratings and other numbers, whether a file holds them as numbers or as text."""
+"""Parse ratings and other numbers, which files store as numbers or as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_LENGTH = 4300
 
 
 def as_number(value: object, what: str) -> float:
-    """Convert a finite number, or a text that is one, to a float.
+    """Convert a finite number, or a text with one, to a float.
 
     A text may have a decimal point or a decimal comma, and blanks around it: "4", "4.0", " 4,0".
     """
@@ -26,7 +26,7 @@ def as_number(value: object, what: str) -> float:
 
 
 def number_or_none(value: object) -> float | None:
-    """Return what `as_number` returns, or None for a value that is no finite number."""
+    """Convert a value like `as_number`, but return None if it is not a finite number."""
     try:
         return as_number(value, "it")
     except Flaw:

@@ -1,4 +1,4 @@
-"""Read Parquet files and Arrow tables: each value as a Python value, or as a Flaw that names what it is."""
+"""Read Parquet files and Arrow tables. A value that cannot be converted to Python becomes a Flaw."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedReco
         source = pyarrow.BufferReader(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
         with parquet.ParquetFile(source) as file:
             check_columns(path, file.schema_arrow.names, columns)
-            # A row with all its columns may hold a whole history, so few of them are in memory at once.
+            # A row with all columns may contain a whole history, so batches of such rows are small.
             batches = file.iter_batches(1 << 16, columns=list(columns)) if columns else file.iter_batches(64)
             for batch in batches:
                 for values in batch_records(batch):
@@ -43,7 +43,7 @@ def _values(column: Any) -> Sequence[object]:
     pyarrow, _ = import_pyarrow()
     kind = column.type
     if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
-        # Python's datetime has microseconds, and pyarrow refuses to round finer timestamps by itself.
+        # Python's datetime has microseconds, and pyarrow does not round finer timestamps by default.
         column = column.cast(pyarrow.timestamp("us", tz=kind.tz), safe=False)
     try:
         values: list[object] = column.to_pylist()

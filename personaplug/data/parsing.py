@@ -1,7 +1,7 @@
 """Convert raw values of records: texts, numbers, ids, dates, queries and targets.
 
-These functions raise `Flaw`, which says what is wrong. Readers add the position and raise `RecordError`. Files, HTTP
-and the store share them, so a value means the same everywhere.
+These functions raise `Flaw`, which names the defect. Readers add the position and raise `RecordError`. Files, HTTP and
+the store use the same functions, so a value has the same meaning everywhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 
 
 def as_record(value: object) -> Mapping[str, Any]:
-    """Return a value that should be an object; raise a Flaw that stands for a broken record."""
+    """Check that a value is an object; if it is a Flaw, raise it."""
     if isinstance(value, Flaw):
         raise value
     if not isinstance(value, Mapping):
@@ -46,7 +46,7 @@ def as_record(value: object) -> Mapping[str, Any]:
 
 
 def value_of(record: Mapping[str, object], key: str) -> object:
-    """Return the value of a required key; raise a Flaw that stands for a value that cannot be read."""
+    """Return the value of a required key; raise a Flaw if the key is missing or its value is a Flaw."""
     if key not in record:
         raise Flaw(f"its {key!r} is missing")
     value = record[key]
@@ -69,7 +69,7 @@ def text_of(record: Mapping[str, object], key: str) -> str:
 
 
 def field_of(task: Task, record: Mapping[str, object], name: str, *, key: str = "") -> str:
-    """Return the text of an item's field; null is an empty text, as in CSV, but no label.
+    """Convert an item's field to text. As in CSV, null becomes an empty text, except for labels.
 
     An answer that equals a label as a number ("4.0") becomes this label.
 
@@ -101,16 +101,16 @@ def query_of(task: Task, prompt: str) -> str:
             raise Flaw("its input does not match the task's 'query_pattern', so the query cannot be found")
         query = " ".join(group or "" for group in match.groups())
     elif task.query_after not in prompt:
-        raise Flaw(f"its input does not hold the marker {task.query_after!r} of task {task.name}")
+        raise Flaw(f"its input does not contain the marker {task.query_after!r} of task {task.name}")
     else:
         query = prompt.split(task.query_after, 1)[1] if task.query_after else prompt
     if not query.strip():
-        raise Flaw("its input holds no query: there are only blanks after the marker or in the groups of the pattern")
+        raise Flaw("its input holds no query: only blanks follow the marker or match the groups of the pattern")
     return query
 
 
 def options_of(task: Task, prompt: str) -> Options | None:
-    """Return the options in a prompt, if the task's pattern has a group for the option of each label."""
+    """Return the options in a prompt; None unless the task's pattern finds an option for each label."""
     match = patterns.search(task.query_pattern, prompt) if task.has_options else None
     if match is None or not all(match.groups()):
         return None
@@ -118,12 +118,14 @@ def options_of(task: Task, prompt: str) -> Options | None:
 
 
 def target_of(task: Task, answer: str) -> str:
-    """Return an answer as it is scored: the label that it is or equals as a number, or an unchanged text."""
+    """Return the answer to score: the label that equals it as text or as a number, or a free text unchanged."""
     if not task.labels:
         return answer
     label = _label(task, answer)
     if label is None:
-        defect = "is empty" if not answer.strip() else f"is none of the {len(task.labels)} labels of task {task.name}"
+        defect = (
+            "is empty" if not answer.strip() else f"is not one of the {len(task.labels)} labels of task {task.name}"
+        )
         raise Flaw(f"its answer {defect}")
     return label
 
@@ -131,18 +133,18 @@ def target_of(task: Task, answer: str) -> str:
 def item_of(
     task: Task, record: object, *, default_id: str | None = None, id_key: str = "id", date_key: str = "date"
 ) -> tuple[datetime | None, HistoryItem]:
-    """Convert a JSON object to a history item and its date, if any. Without `default_id`, it needs an id.
+    """Convert a JSON object to a history item and its date, if any. Without `default_id`, the object needs an id.
 
-    An item with a `preference` is a stated preference, one with `rejected` a rejection; other items hold the task's
-    fields.
+    An object with the key `preference` is a stated preference, and one with `rejected` a rejection. Other objects have
+    the task's fields.
     """
     values = as_record(record)
     stamp = value_of(values, date_key) if date_key in values else None
     moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
     kind, fields = _fields_of(task, values)
-    stated = None if "kind" in task.field_names else values.get("kind")
-    if stated in ITEM_KINDS and stated != kind:
-        raise Flaw(f"its 'kind' is {stated!r}, and its fields are those of the kind {kind!r}")
+    declared_kind = None if "kind" in task.field_names else values.get("kind")
+    if declared_kind in ITEM_KINDS and declared_kind != kind:
+        raise Flaw(f"its 'kind' is {declared_kind!r}, but its fields belong to the kind {kind!r}")
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     answer_name = None if kind == "preference" else task.answer_field
     day = moment.date() if moment else None
@@ -164,7 +166,7 @@ def context_of(value: object) -> tuple[Turn, ...]:
         try:
             record = as_record(message)
             if (role := name_of(record, "role")) not in _ROLES:
-                raise Flaw(f"its 'role' is none of {', '.join(_ROLES)}")
+                raise Flaw(f"its 'role' is not one of {', '.join(_ROLES)}")
             turns.append((role, text_of(record, "content")))
         except Flaw as flaw:
             raise Flaw(f"message {number} of its context: {flaw}") from None
@@ -175,21 +177,21 @@ def _fields_of(task: Task, values: Mapping[str, Any]) -> tuple[ItemKind, tuple[t
     """Return the kind of a record's item, and the item's fields."""
     if PREFERENCE in values:
         if REJECTED in values or any(name in values for name in task.field_names):
-            raise Flaw(f"it holds a {PREFERENCE!r} beside fields of an answer; make it two items")
+            raise Flaw(f"it has both a {PREFERENCE!r} and fields of an answer; split it into two items")
         return "preference", ((PREFERENCE, name_of(values, PREFERENCE).strip()),)
     if REJECTED not in values:
         return "answer", tuple((name, field_of(task, values, name)) for name in task.field_names)
     if task.answer_field is None:
-        raise Flaw(f"it holds a {REJECTED!r} answer, and items of task {task.name} have no answers")
+        raise Flaw(f"it has a {REJECTED!r} answer, but items of task {task.name} have no answers")
     if task.answer_field in values:
-        raise Flaw(f"it holds a {task.answer_field!r} and a {REJECTED!r}; make it two items")
+        raise Flaw(f"it has both a {task.answer_field!r} and a {REJECTED!r}; split it into two items")
     keys = {task.answer_field: REJECTED}
     fields = ((name, field_of(task, values, name, key=keys.get(name, name))) for name in task.field_names)
     return "rejection", tuple(fields)
 
 
 def _label(task: Task, answer: str) -> str | None:
-    """Return the label that an answer is, or equals as a number."""
+    """Return the label that equals an answer as text or as a number."""
     answer = answer.strip()
     if answer in task.labels:
         return answer

@@ -1,4 +1,4 @@
-"""The records of a file or of rows in memory, whatever their form."""
+"""Read records from files and from rows in memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DELIMITED_KINDS = (".csv", ".tsv", ".dat", ".txt")
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Where records come from.
+    """A source of records.
 
     Attributes:
-        name: a path, or the kind of rows in memory; for messages.
-        read: yields the records of the columns that it is given (none means all).
+        name: a path, or the type of rows in memory; used in messages.
+        read: yields the records with the given columns; without any, all columns.
     """
 
     name: str
@@ -38,10 +38,10 @@ def record_source(
     delimiter: str | None = None,
     encoding: str | None = None,
 ) -> RecordSource:
-    """Open a file by its suffix, all also with .gz, or rows in memory (see `Table`); an open source stays as it is.
+    """Open a file by its suffix, which .gz may follow, or rows in memory (see `Table`). Keep an open source.
 
-    A file *.json holds a list of objects, or one object a line. The delimiter and the encoding are those of a file like
-    CSV.
+    A *.json file contains a list of objects or one object per line. The delimiter and the encoding apply to CSV and
+    similar files.
     """
     if isinstance(source, RecordSource):
         return source
@@ -51,7 +51,7 @@ def record_source(
     path = Path(source)
     kind = kind_of(path)
     if kind not in kinds:
-        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; all also *.gz.")
+        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; each may also end in .gz.")
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
     if kind == ".parquet":
@@ -63,12 +63,12 @@ def record_source(
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that tells the kind of a file: that before .gz, in small letters."""
+    """Return the suffix of a file without .gz, in lower case."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
-    """Yield the records of a *.json file: a list, or one object a line, as many programs name such files too."""
+    """Yield the records of a *.json file: a list, or one object per line, since many programs use .json for both."""
     is_list = holds_list(path)
     first = None if is_list else next(_line_records(path, columns), None)
     if first is None and not is_list:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed")
 
 PositionedRecord = tuple[Path, str, object]
-"""A file, a position in words, and the value there; a Flaw stands for a broken record."""
+"""A file, a position in words, and the value; a Flaw replaces a broken record."""
 
 TimedItem = tuple[datetime | None, HistoryItem]
 
@@ -51,8 +51,8 @@ class RecordReader(ABC):
     def __iter__(self) -> Iterator[Sample]:
         """Yield the samples.
 
-        Raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off; MissingData if there is no
-        sample at all.
+        Raise RecordError for a broken record beyond `skip_bad` or a truncated file, and MissingData if there is no
+        sample.
         """
         self.report = report = ReadReport()
         users: set[str] = set()
@@ -65,12 +65,12 @@ class RecordReader(ABC):
                 report.users = max(report.users, len(users))
             yield sample
         if not report.samples:
-            raise MissingData(f"{self._origin} gives no sample. {self._reason_for_nothing()}")
+            raise MissingData(f"{self._origin} yields no samples. {self._reason_for_nothing()}")
         if report.own_answers and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "WARNING: %s: in %s of %s samples, an item of the history has the text and the answer of the question. "
-                "Copying answers them, so every score is too good. Remove these items from the data.",
+                "A model can copy the answer, so scores are too high. Remove these items from the data.",
                 self._origin, f"{report.own_answers:,}", f"{report.samples:,}",
             )  # fmt: skip
 
@@ -89,7 +89,7 @@ class RecordReader(ABC):
                 contents = [text for name, text in item.fields if name != item.answer_name]
                 if query in (*map(str.strip, contents), " ".join(contents).strip()):
                     return True
-                if not contents and not self.task.labels:  # an item that is nothing but the written text
+                if not contents and not self.task.labels:  # the item is only the written text
                     return True
         return False
 
@@ -160,7 +160,7 @@ class RecordReader(ABC):
                 yield parsed
 
     def _items(self, record: Mapping[str, Any], *, id_key: str = "id", date_key: str = "date") -> list[TimedItem]:
-        """Parse a record's "profile", a list of items; without `id_key`, their numbers from 1 are the ids."""
+        """Parse a record's "profile", a list of items; without `id_key`, the ids are numbers from 1."""
         profile = value_of(record, "profile")
         if not isinstance(profile, list):
             raise Flaw("its 'profile' is not a list")
@@ -182,7 +182,7 @@ def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
 
 
 def latest(items: Sequence[HistoryItem], limit: int) -> tuple[HistoryItem, ...]:
-    """Return at most `limit` items in their order: stated preferences first of all, then the latest others."""
+    """Keep at most `limit` items in their order: stated preferences take precedence, then the latest other items."""
     if len(items) <= limit:
         return tuple(items)
     places = sorted(range(len(items)), key=lambda place: (items[place].kind == "preference", place), reverse=True)

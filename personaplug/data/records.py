@@ -1,6 +1,6 @@
-"""What a user did (HistoryItem), and what is asked for that user (Sample): a prompt, or the last turn of a chat.
+"""Records: one action of a user (HistoryItem), and one query for a user (Sample).
 
-This module knows no file format and no tensor. The texts belong to users, so no `repr` shows them.
+The records depend on no file format and no tensor library. The texts are private, so no `repr` shows them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Literal
 ItemKind = Literal["answer", "rejection", "preference"]
 
 ITEM_KINDS: tuple[ItemKind, ...] = ("answer", "rejection", "preference")
-"""Kinds of items: what the user wrote, chose or kept; an answer that the user did not want; a stated preference."""
+"""Kinds of items: an answer that the user wrote or chose, an answer that the user rejected, a stated preference."""
 
 PREFERENCE, REJECTED = "preference", "rejected"
-"""Fields of an item: the sentence of a stated preference; in place of the answer field, a rejected answer."""
+"""Names of fields: a stated preference; a rejected answer, which replaces the answer field."""
 
 Turn = tuple[str, str]
 """The role and the text of a message."""
@@ -27,7 +27,7 @@ SYSTEM_ROLES = ("system", "developer")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Chat:
-    """The messages of a conversation up to the user's last one, which is to be answered."""
+    """The messages of a conversation; the last one is the user's message to answer."""
 
     turns: tuple[Turn, ...]
 
@@ -36,11 +36,11 @@ class Chat:
 
 
 Prompt = str | Chat
-"""What a language model answers: one message of a user, or a conversation."""
+"""The input of a language model: one message of a user, or a conversation."""
 
 
 def in_context(text: str, context: Sequence[Turn]) -> Prompt:
-    """Return a user's message behind earlier messages, if there are any."""
+    """Return a user's message as a prompt, with the earlier messages if there are any."""
     return Chat((*context, ("user", text))) if context else text
 
 
@@ -50,7 +50,7 @@ def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
 
 
 def with_last_message(prompt: Prompt, text: str) -> Prompt:
-    """Return a prompt with another text in place of the message that is to be answered."""
+    """Replace the last message of a prompt."""
     return in_context(text, turns_of(prompt)[:-1])
 
 
@@ -60,7 +60,7 @@ def characters(prompt: Prompt) -> int:
 
 
 def last_message(prompt: Prompt) -> str:
-    """Return the text of the message that is to be answered."""
+    """Return the text of the last message."""
     return prompt if isinstance(prompt, str) else prompt.turns[-1][1]
 
 
@@ -71,9 +71,9 @@ class HistoryItem:
     Attributes:
         id: not unique across users in LaMP's official files.
         fields: (name, value) pairs in the order of PPlug's Table 7, including the answer.
-        answer_name: the field that is the user's answer (a score, a tag, a headline), or the answer that was rejected.
-        answer_labels: the closed set that the answer is from; empty for a text, None if unknown. So a text such as
-            "1984" is no rating, even where ratings are labels too.
+        answer_name: the field with the user's answer (a score, a tag, a headline) or with the rejected answer.
+        answer_labels: the closed set of possible answers; empty for free text, None if unknown. A free text such as
+            "1984" therefore never counts as a rating.
     """
 
     id: str
@@ -99,12 +99,12 @@ class HistoryItem:
 
     @property
     def answer(self) -> str | None:
-        """What the user answered; None if the task has no answer field, or the item is no answer of the user's."""
+        """The user's answer; None if the item has no answer field, or is a rejection or a preference."""
         return self.answer_text if self.kind == "answer" else None
 
     @property
     def answer_text(self) -> str | None:
-        """The value of the answer field, also of a rejected answer; None without such a field."""
+        """The value of the answer field, even if it is a rejected answer; None without such a field."""
         return dict(self.fields).get(self.answer_name or "")
 
     def __repr__(self) -> str:
@@ -131,9 +131,9 @@ class Sample:
         target: the correct answer, or None if it is hidden.
         history: oldest first if all items are dated, else in the file's order.
         soft_at: the number of prompt characters before the soft tokens; above 0 only if retrieved texts precede them.
-        options: None unless labels stand for options in the prompt.
+        options: None unless the labels refer to options in the prompt.
         context: the messages before the prompt, oldest first; empty outside conversations.
-        rejected: answers to the prompt that the user did not want.
+        rejected: answers to the prompt that the user rejected.
     """
 
     id: str

@@ -1,7 +1,7 @@
 """Simulated users who ask about everyday topics and want answers in their own manners.
 
-An answer is three neutral sentences on the topic, rewritten by rule. Train and dev have other topics and other
-combinations of manners; no topic of a question is in its user's history.
+An answer is up to three neutral sentences on the topic, rewritten by rules. Train and dev have different topics and
+different combinations of manners. A user's history never has the topic of a question.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ SYSTEM_MESSAGE = "You are a helpful assistant."
 
 _DEV_TOPICS = 40
 _DEV_COMBINATIONS = 0.25  # share of all combinations of manners
-_NONE_CHANCE = 0.4  # of no emoji, no greeting, no sign-off, no question
+_NONE_CHANCE = 0.4  # of no emoji; likewise of no greeting, sign-off and question
 _REJECTED_CHANCE = 0.1  # that a user rejects the first answer to a question of the history
-_SILENT_CHANCE = 1 / 3  # of a user who states no preference
-_INSTRUCTED_CHANCE = _CONTEXT_CHANCE = 0.1  # of a train prompt
+_SILENT_CHANCE = 1 / 3  # that a user states no preference
+_INSTRUCTED_CHANCE = _CONTEXT_CHANCE = 0.1  # of each train prompt
 _TOPICS_STREAM, _COMBINATIONS_STREAM = 101, 102  # of the random numbers
 
 MAX_TOPICS = _DEV_TOPICS
-"""Topics that a user can have at most, in history and questions."""
+"""The maximum number of topics of a user, in history and questions."""
 
 
 @dataclass(frozen=True)
 class Topic:
-    """An everyday topic: ways to ask about it, and neutral sentences, of which the first one answers alone."""
+    """An everyday topic: questions about it, and neutral sentences. The first sentence is a complete answer."""
 
     name: str
     asks: tuple[str, ...]
@@ -46,14 +46,14 @@ class Topic:
 
 @cache
 def all_topics() -> tuple[Topic, ...]:
-    """Return the topics of the package."""
+    """Load the topics from the package."""
     records = json.loads(Path(__file__).with_name("simulated_topics.json").read_text(encoding="utf-8"))
     return tuple(Topic(r["topic"], tuple(r["asks"]), tuple(r["sentences"])) for r in records)
 
 
 @dataclass(frozen=True)
 class World:
-    """What a seed leaves to train and to dev: topics, and combinations of manners.
+    """The topics and combinations of manners that a seed assigns to train and dev.
 
     Attributes:
         differing: the manners in which users differ; the others are the defaults of `Manners`.
@@ -81,7 +81,7 @@ class World:
         return self._topics[:_DEV_TOPICS] if is_dev else self._topics[_DEV_TOPICS:]
 
     def draw_manners(self, rng: np.random.Generator, *, is_dev: bool) -> Manners:
-        """Draw manners that only this split has."""
+        """Draw manners that belong only to this split."""
         while True:
             manners = _settled(Manners(**{name: _draw_value(rng, VALUES[name]) for name in self.differing}))
             if (manners in self._dev_combinations) == is_dev:
@@ -103,7 +103,7 @@ class Exchange:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator, topic: Topic) -> Exchange:
-        """Draw a way to ask, and which sentences follow the first one."""
+        """Draw a question, and the sentences after the first one."""
         others = rng.choice(len(topic.sentences) - 1, SEVERAL_SENTENCES - 1, replace=False) + 1
         sentences = (topic.sentences[0], *(topic.sentences[index] for index in sorted(others)))
         return cls(topic.asks[int(rng.integers(len(topic.asks)))], sentences)
@@ -111,7 +111,7 @@ class Exchange:
 
 @dataclass(frozen=True, repr=False)
 class MannerlyUser:
-    """A user with manners, of train or of dev."""
+    """A user with manners, in train or in dev."""
 
     world: World
     manners: Manners
@@ -121,48 +121,48 @@ class MannerlyUser:
     def drawn(
         cls, rng: np.random.Generator, *, seed: int, is_dev: bool, differing: tuple[str, ...] = DIMENSIONS
     ) -> MannerlyUser:
-        """Draw a user, who differs from others in the manners `differing`."""
-        drawn_from = world(seed, differing)
-        return cls(drawn_from, drawn_from.draw_manners(rng, is_dev=is_dev), is_dev)
+        """Draw a user; users differ only in the manners `differing`."""
+        user_world = world(seed, differing)
+        return cls(user_world, user_world.draw_manners(rng, is_dev=is_dev), is_dev)
 
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
         """Draw a history of `items` exchanges, some rejections and preferences, and questions about other topics.
 
-        In train, some questions have messages before them, and some an instruction; each has a rejected answer.
+        In train, some questions have earlier messages, some have an instruction, and all have a rejected answer.
         """
         history, exchanges = self._drawn(name, rng, items)
         if self.is_dev:
-            asked = [_Question(exchange, self.manners) for exchange in exchanges[:queries]]
+            questions = [_Question(exchange, self.manners) for exchange in exchanges[:queries]]
         else:
             pairs = zip(exchanges[:queries], exchanges[queries:], strict=False)
-            asked = [self._train_question(rng, *pair) for pair in pairs]
-        return [question.query(f"{name}-q{index}", name, history) for index, question in enumerate(asked)]
+            questions = [self._train_question(rng, *pair) for pair in pairs]
+        return [question.query(f"{name}-q{index}", name, history) for index, question in enumerate(questions)]
 
     def instructed(self, name: str, rng: np.random.Generator, *, items: int, dimension: str) -> list[SimulatedQuery]:
-        """Draw the same user's first question, with an instruction that contradicts the manners; none if it does not.
+        """Draw the user's first question with an instruction that contradicts the manners; [] if it does not.
 
         Args:
-            dimension: what is instructed, of `INSTRUCTIONS`.
+            dimension: a key of `INSTRUCTIONS`.
         """
         history, exchanges = self._drawn(name, rng, items)
         instruction = INSTRUCTIONS[dimension]
         if not instruction.contradicts(self.manners):
             return []
-        asked = _Question(exchanges[0], instruction.obeyed_by(self.manners), wording=instruction.wordings[-1])
-        return [asked.query(f"{name}-q0-{dimension}", name, history)]
+        question = _Question(exchanges[0], instruction.obeyed_by(self.manners), wording=instruction.wordings[-1])
+        return [question.query(f"{name}-q0-{dimension}", name, history)]
 
     def closed(self, name: str, rng: np.random.Generator, *, items: int, questions: int) -> list[SimulatedQuery]:
-        """Draw closed questions for the same user; whoever answers them loses nothing by the user's manners."""
+        """Draw closed questions for the user. The correct answers do not depend on the user's manners."""
         history, _ = self._drawn(name, rng, items)
-        asked = closed_questions(questions, seed=int(rng.integers(2**31)))
+        drawn_questions = closed_questions(questions, seed=int(rng.integers(2**31)))
         samples = (
             Sample(f"{name}-{each.kind}", name, each.prompt, each.prompt, each.answer, history, rejected=each.wrong)
-            for each in asked
+            for each in drawn_questions
         )
         return [SimulatedQuery(s, {"mode": s.target or ""}, {"mode": {"answered": 1.0}}) for s in samples]
 
     def _drawn(self, name: str, rng: np.random.Generator, items: int) -> tuple[tuple[HistoryItem, ...], list[Exchange]]:
-        """Draw the history, and exchanges about the topics that are left."""
+        """Draw the history, and exchanges about the other topics."""
         topics = self.world.topics(is_dev=self.is_dev)
         exchanges = [Exchange.drawn(rng, topics[index]) for index in rng.permutation(len(topics))]
         history = self._history(name, rng, exchanges[:items])
@@ -171,16 +171,16 @@ class MannerlyUser:
     def _history(self, name: str, rng: np.random.Generator, exchanges: Sequence[Exchange]) -> tuple[HistoryItem, ...]:
         entries: list[tuple[ItemKind, tuple[str, ...]]] = []
         for each in exchanges:
-            kept = self.manners.apply(each.sentences)
+            answer = self.manners.apply(each.sentences)
             if rng.random() < _REJECTED_CHANCE:
-                entries.append(("rejection", (each.question, self._rejected(rng, each, kept=kept))))
-            entries.append(("answer", (each.question, kept)))
+                entries.append(("rejection", (each.question, self._rejected(rng, each, target=answer))))
+            entries.append(("answer", (each.question, answer)))
         for sentence in self._stated(rng):
             entries.insert(int(rng.integers(len(entries) + 1)), ("preference", (sentence,)))
         return tuple(_item(f"{name}-i{index}", kind, texts) for index, (kind, texts) in enumerate(entries))
 
     def _stated(self, rng: np.random.Generator) -> list[str]:
-        """Draw stated preferences: for a third of users none, for others one to all of their manners, in any order."""
+        """Draw stated preferences: none for a third of the users, else one to all of the manners in random order."""
         if rng.random() < _SILENT_CHANCE:
             return []
         names = [name for name in self.world.differing if not (name == "layout" and self.manners.length == ONE)]
@@ -195,18 +195,18 @@ class MannerlyUser:
             manners, wording = instruction.obeyed_by(manners), _pick(rng, instruction.wordings[:-1])
         context = self._context(rng, earlier) if rng.random() < _CONTEXT_CHANCE else ()
         question = _Question(exchange, manners, wording=wording, context=context)
-        return replace(question, rejected=(self._rejected(rng, exchange, kept=question.answer),))
+        return replace(question, rejected=(self._rejected(rng, exchange, target=question.answer),))
 
     def _context(self, rng: np.random.Generator, earlier: Exchange) -> tuple[Turn, ...]:
         if rng.random() < 0.5:
             return (("system", SYSTEM_MESSAGE),)
         return ("user", earlier.question), ("assistant", self.manners.apply(earlier.sentences))
 
-    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, kept: str) -> str:
-        """Write the answer in the manners of a stranger, unlike the answer that is kept."""
+    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, target: str) -> str:
+        """Write the answer in random manners, so that it differs from the target."""
         while True:
             answer = self.world.draw_manners(rng, is_dev=self.is_dev).apply(exchange.sentences)
-            if answer != kept:
+            if answer != target:
                 return answer
 
 
@@ -223,7 +223,7 @@ class _Question:
         return self.manners.apply(self.exchange.sentences)
 
     def query(self, sample_id: str, user: str, history: tuple[HistoryItem, ...]) -> SimulatedQuery:
-        """Return the sample; the oracle knows the user's rules, so it is always right."""
+        """Return the sample. The oracle knows the user's rules, so its prediction is the target."""
         prompt = f"{self.exchange.question} {self.wording}".rstrip()
         sample = Sample(
             sample_id, user, prompt, prompt, self.answer, history, context=self.context, rejected=self.rejected
@@ -232,14 +232,14 @@ class _Question:
 
 
 def _item(item_id: str, kind: ItemKind, texts: tuple[str, ...]) -> HistoryItem:
-    """Return the item of a question and its answer, or of the sentence that states a preference."""
+    """Return an item with a question and its answer, or with a stated preference."""
     if kind == "preference":
         return HistoryItem(item_id, ((PREFERENCE, texts[0]),), kind=kind)
     return HistoryItem(item_id, tuple(zip(("question", "answer"), texts, strict=True)), "answer", kind=kind)
 
 
 def _settled(manners: Manners) -> Manners:
-    """Return manners in which one sentence is prose, so that equal writing is equal manners."""
+    """Set the layout of one sentence to prose, so that equal texts have equal manners."""
     return replace(manners, layout=PROSE) if manners.length == ONE else manners
 
 

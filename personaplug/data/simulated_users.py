@@ -64,7 +64,7 @@ _CASINGS = ("lower", "upper", "title", "sentence")
 
 @dataclass(frozen=True, repr=False)
 class SimulatedQuery:
-    """A sample, the oracle's prediction and expected scores by way of deciding, and a rating's probabilities."""
+    """A sample; the oracle's predictions and expected scores by point estimate; the probabilities of a rating."""
 
     sample: Sample
     oracle: Mapping[str, str]
@@ -96,7 +96,7 @@ class Rater:
         return int(np.clip(math.floor(raw + 0.5), 1, 5))
 
     def probabilities(self, genre: int) -> tuple[float, ...]:
-        """Return the probability of each score: the noise's mass between two points of rounding."""
+        """Return the probability of each score: the probability that the noisy value is rounded to it."""
         noise = NormalDist(3 + self.generosity + self.genres[genre], self.noise_sd)
         below = [0.0, *(noise.cdf(score + 0.5) for score in range(1, 5)), 1.0]
         return tuple(high - low for low, high in pairwise(below))
@@ -118,10 +118,12 @@ class Rater:
         median = next(score for score in range(1, 6) if math.fsum(probabilities[:score]) >= 0.5)
         guesses = {"mode": 1 + probabilities.index(max(probabilities)), "median": median}
         expected = {}
-        for way, guess in guesses.items():
+        for estimate, guess in guesses.items():
             error = math.fsum(probability * abs(score - guess) for score, probability in enumerate(probabilities, 1))
-            expected[way] = {"accuracy": probabilities[guess - 1], "mae": error}
-        return SimulatedQuery(sample, {way: str(guess) for way, guess in guesses.items()}, expected, probabilities)
+            expected[estimate] = {"accuracy": probabilities[guess - 1], "mae": error}
+        return SimulatedQuery(
+            sample, {estimate: str(guess) for estimate, guess in guesses.items()}, expected, probabilities
+        )
 
 
 def _films(rng: np.random.Generator, count: int) -> list[tuple[str, int]]:
@@ -173,9 +175,9 @@ class Writer:
         return f"{text} {self.emoji}" if self.emoji and with_emoji else text
 
     def _expected_scores(self, message: tuple[str, str]) -> dict[str, float]:
-        """Return the likeliest message's expected scores: exact match, and ROUGE, which ignores case and emoji.
+        """Return the expected scores of the likeliest message: exact match, and ROUGE, which ignores case and emoji.
 
-        Without the phrase, the true text ends the predicted one: recall is 1, precision is the ratio of their lengths.
+        Without the phrase, the true text is a suffix of the prediction: recall is 1, precision the ratio of lengths.
         """
         predicted = _word_count(self._write(*message))
         true = _word_count(self._write(*message, with_phrase=False))
@@ -190,7 +192,7 @@ def _cased(text: str, casing: str) -> str:
 
 
 def _messages(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    # Different short forms keep a user's messages different, whatever details are left out.
+    # Subject and news are the key, so that a user's messages differ even if their details are left out.
     messages: dict[str, str] = {}
     while len(messages) < count:
         messages[f"{_pick(rng, _SUBJECTS)} {_pick(rng, _NEWS)}"] = _pick(rng, _DETAILS)

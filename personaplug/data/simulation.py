@@ -1,9 +1,9 @@
 """Data sets of simulated users whose best possible score is known. A seed determines everything.
 
-"rating": a user is more or less generous and prefers some film genres; a score is that plus noise. "style": a user has
-a casing, a length, a phrase and an emoji, and sometimes omits the latter two. "manners": a user asks about everyday
-topics and has manners that a rule can check. The oracle knows the user but not the noise, so its score is the limit of
-any method. No query of a user is in the user's history, and train and dev share no user.
+"rating": a score is the user's generosity and taste for the film's genre, plus noise. "style": a user has a casing, a
+length, a phrase and an emoji, and sometimes omits the phrase or the emoji. "manners": a user asks about everyday topics
+and has manners that a rule can check. The oracle knows the user but not the noise, so no method can expect a better
+score. No query of a user is in the user's history, and train and dev share no user.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
 
 _SPLITS = ("train", "dev")
 _INSTRUCTED, _CLOSED = "instructed-", "closed"
-_CLOSED_QUESTIONS = 5  # of a user, one of each kind
+_CLOSED_QUESTIONS = 5  # per user, one of each kind
 _FEWEST_MANNERS = 4
 
 
@@ -55,7 +55,7 @@ def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
 
 
 def _task_of(kind: SimulatedTask, split: str) -> Task:
-    """Return the task of a split; whether an instruction is obeyed leads in a task of its own."""
+    """Return the task of a split. The main metric of an instructed split is whether the instruction is obeyed."""
     task = SIMULATED_TASKS[kind]
     if split == _CLOSED:
         return CLOSED_QUESTIONS
@@ -70,14 +70,15 @@ class SimulationConfig:
     """The settings of a simulation.
 
     Attributes:
-        users: the number of users in train; a user does not depend on it.
+        users: the number of users in train; it does not change the individual users.
         min_items: the shortest history; 0 adds cold users, see `cold_share`.
         cold_share: if `min_items` is 0, the share of users with 0, 1 or 2 items; the others have more.
-        generosity_sd: rating: the standard deviation between users, in points; `taste_sd` is that between a user's
-            genres, `noise_sd` that of the noise.
-        habit_chance: style: how often the phrase, and independently the emoji, appears; at least .5, so that the
+        generosity_sd: rating: the standard deviation between users, in points.
+        taste_sd: rating: the standard deviation between a user's genres, in points.
+        noise_sd: rating: the standard deviation of the noise, in points.
+        habit_chance: style: the probability of the phrase and, independently, of the emoji; at least .5, so that the
             likeliest message has both.
-        differing: manners: those in which users differ; the others are the defaults of `Manners`.
+        differing: manners: the dimensions in which users differ; the others have the defaults of `Manners`.
     """
 
     task: SimulatedTask = "rating"
@@ -100,7 +101,7 @@ class SimulationConfig:
         for name in ("users", "queries_per_user", "dev_users", "dev_queries_per_user"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("min_items", 0 <= self.min_items <= self.max_items, "from 0 to max_items")
-        # Different films and messages are drawn by rejection, so a user may have only a fraction of all.
+        # The films or messages of a user are drawn until they differ, so a user may have only a fraction of all.
         per_user = self.max_items + max(self.queries_per_user, self.dev_queries_per_user)
         most = MAX_TOPICS if self.task == "manners" else 200
         self._require("max_items", per_user <= most, f"at most {most} together with a user's queries")
@@ -109,7 +110,7 @@ class SimulationConfig:
         self._require("taste_sd", 0 <= self.taste_sd < math.inf, "finite and 0 or more")
         self._require("noise_sd", 0 < self.noise_sd < math.inf, "finite and above 0")
         self._require("habit_chance", 0.5 <= self.habit_chance <= 1, "from 0.5 to 1")
-        # Fewer manners leave too few combinations to draw a dev user and an answer that the user rejects.
+        # With fewer manners, there are too few combinations for dev users and for their rejected answers.
         in_order = self.differing == tuple(name for name in DIMENSIONS if name in self.differing)
         expected = f"{_FEWEST_MANNERS} or more of {', '.join(DIMENSIONS)}, in this order"
         self._require("differing", in_order and len(self.differing) >= _FEWEST_MANNERS, expected)
@@ -125,9 +126,9 @@ class Simulation:
     """One simulated split.
 
     Attributes:
-        oracle: the oracle's prediction by way of deciding and sample id. rating: "mode" (the likeliest score, best
+        oracle: the oracle's predictions by point estimate and sample id. rating: "mode" (the likeliest score, best
             for accuracy) and "median" (best for MAE); style: "mode" (the likeliest message).
-        expected: the mean expected score by way of deciding and metric.
+        expected: the mean expected score by point estimate and metric.
         probabilities: rating: the true probability of each label by sample id.
     """
 
@@ -139,19 +140,22 @@ class Simulation:
 
 
 def simulate(config: SimulationConfig, split: str) -> Simulation:
-    """Simulate the users of a split, of `splits_of` the task."""
+    """Simulate the users of a split; `splits_of` returns the splits of a task."""
     if split not in splits_of(config.task):
         raise ConfigError(f"A simulation has the splits {', '.join(splits_of(config.task))}; found {split!r}.")
     users = config.users if split == "train" else config.dev_users
     queries = [query for user in range(users) for query in _queries(config, split, user)]
-    ways = queries[0].expected if queries else {}
+    estimates = queries[0].expected if queries else {}
     return Simulation(
         task=_task_of(config.task, split),
         samples=tuple(query.sample for query in queries),
-        oracle={way: {query.sample.id: query.oracle[way] for query in queries} for way in ways},
+        oracle={estimate: {query.sample.id: query.oracle[estimate] for query in queries} for estimate in estimates},
         expected={
-            way: {metric: math.fsum(query.expected[way][metric] for query in queries) / len(queries) for metric in each}
-            for way, each in ways.items()
+            estimate: {
+                metric: math.fsum(query.expected[estimate][metric] for query in queries) / len(queries)
+                for metric in each
+            }
+            for estimate, each in estimates.items()
         },
         probabilities={query.sample.id: query.probabilities for query in queries if query.probabilities},
     )
@@ -161,8 +165,8 @@ def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
     """Write train and dev in LaMP's layout, with the oracle's predictions and its expected scores.
 
     The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
-    and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and way of deciding).
-    A further split becomes the dev split of a folder beside this one, such as `{folder}-closed`.
+    and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and point estimate).
+    Each further split becomes the dev split of another folder, such as `{folder}-closed`.
     """
     folder = Path(folder)
     _write_splits(config, folder, {split: split for split in _SPLITS})
@@ -171,21 +175,21 @@ def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
 
 
 def _write_splits(config: SimulationConfig, folder: Path, splits: Mapping[str, str]) -> None:
-    """Write the simulated splits that the values name, as the splits that the keys name."""
+    """Write simulated splits; `splits` maps the name in the folder to the name in the simulation."""
     expected = {}
     for name, split in splits.items():
         simulation = simulate(config, split)
-        if not simulation.samples:  # of few users, none may be instructed
+        if not simulation.samples:  # with few users, no instruction may contradict their manners
             return
         write_lamp(simulation.samples, folder, name, task=simulation.task)
         _write_oracle(simulation, folder, name)
-        expected[name] = {way: dict(scores) for way, scores in simulation.expected.items()}
+        expected[name] = {estimate: dict(scores) for estimate, scores in simulation.expected.items()}
     write_json(folder / "oracle.json", {"task": simulation.task.name, **expected})
 
 
 def _write_oracle(simulation: Simulation, folder: Path, split: str) -> None:
-    for way, predictions in simulation.oracle.items():
-        ending = "" if way == "mode" else f"_{way}"
+    for estimate, predictions in simulation.oracle.items():
+        ending = "" if estimate == "mode" else f"_{estimate}"
         golds = [{"id": sample_id, "output": output} for sample_id, output in predictions.items()]
         write_json(folder / f"{split}_oracle{ending}.json", {"task": simulation.task.name, "golds": golds})
 

@@ -1,4 +1,4 @@
-"""Split a training set by user, to choose settings without the official dev set; draw samples of a split."""
+"""Split a training set by user, so that settings are chosen without the official dev set; sample a split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
         raise ConfigError(f"The seed of a split should be 0 or more, found {seed}.")
     sizes = Counter(sample.owner for sample in reader)
     if existing := [path.name for path in Path(folder).glob("*_questions.json*")]:
-        raise RunConflict(f"{folder} already holds a data set ({existing[0]}). Choose another folder, or remove it.")
+        raise RunConflict(
+            f"{folder} already holds a data set ({existing[0]}). Choose another folder, or delete the data set."
+        )
     if len(sizes) < 2:
         raise ConfigError(f"A split by user needs 2 or more users, found {len(sizes)}.")
     dev_users = held_users(sorted(sizes), share=share, rng=np.random.default_rng([seed, 8]))
@@ -54,7 +56,7 @@ def held_users(owners: Sequence[str], *, share: float, rng: np.random.Generator)
 
 
 def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
-    """Yield so many samples of a split, drawn by `seed`, in file order; 0 = all."""
+    """Yield `limit` random samples of a split in file order; 0 = all."""
     if not limit:
         yield from reader
         return
@@ -64,9 +66,9 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
 
 
 def users_first(samples: Sequence[Sample], limit: int, *, seed: int) -> list[Sample]:
-    """Return so many samples in their order: those of whole users, drawn by `seed`, and a part of the last user's.
+    """Return `limit` samples in their order: all samples of random users, and some of the last user.
 
-    A smaller limit gives a part of what a larger one gives.
+    With the same seed, a smaller limit returns a subset of a larger one.
     """
     if not 0 < limit <= len(samples):
         raise ConfigError(f"The number of real samples should be from 1 to {len(samples):,}, found {limit}.")

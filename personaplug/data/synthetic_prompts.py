@@ -1,8 +1,8 @@
-"""Requests for synthetic samples, as conversations with numbered examples, and how a model's replies are read.
+"""Prompts that ask a model for synthetic samples, and parsing of its replies.
 
-The examples are the earlier answers of the conversation: small chat models keep to them there, and seldom to a list in
-one message. Source of the two steps, a new input and then its answer: SELF-GUIDE, arXiv 2407.12874. The wording is
-ours.
+A prompt is a conversation with numbered examples as its earlier replies. Small chat models follow examples in this form
+better than a list in one message. The two steps, a new input and then its answer, follow SELF-GUIDE (arXiv 2407.12874).
+The wording is our own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from personaplug.data.parsing import Flaw, options_of, query_of
 from personaplug.data.records import Chat, HistoryItem, Sample
 from personaplug.data.task import Task
 
-_NEW_NUMBER = re.compile(r"^(?:text )?[2-9][.):]\s+(?=\S)", re.IGNORECASE)  # a list of an answer's own begins with 1
+_NEW_NUMBER = re.compile(
+    r"^(?:text )?[2-9][.):]\s+(?=\S)", re.IGNORECASE
+)  # not 1, which begins a list inside an answer
 _NEXT_TEXT = re.compile(r"^[ \t]*(?:text \d{1,2}:|\d{1,2}[.)]\s)", re.IGNORECASE | re.MULTILINE)
 _ENDS = ".!?…"
 _QUOTES = (('"', '"'), ("“", "”"))
@@ -31,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True, repr=False)
 class Request:
-    """What the model is asked for; `number` is that of the new text, behind those of the examples."""
+    """The prompt for a new text; `number` follows the numbers of the examples."""
 
     prompt: Chat
     number: int
@@ -39,33 +41,33 @@ class Request:
 
 @dataclass(frozen=True, repr=False)
 class Reply:
-    """What was read from a model's reply."""
+    """The text in a model's reply."""
 
     text: str
-    is_whole: bool  # False if the reply stopped at its longest length
+    is_whole: bool  # False if the reply was cut off at the maximum length
 
 
 def input_of(item: HistoryItem) -> str:
-    """Return the fields of an item without its answer as one text; "" if the answer is all that it holds."""
+    """Return the fields of an item without its answer as one text; "" without other fields."""
     values = [value.strip() for name, value in item.fields if name != item.answer_name and value.strip()]
     starts = (value if value[-1] in _ENDS else f"{value}." for value in values[:-1])
     return " ".join((*starts, *values[-1:]))
 
 
 def example_of(item: HistoryItem) -> Example | None:
-    """Return the input and the answer that an item holds; None for other items than answers to something."""
+    """Return the input and the answer of an item; None if one of them is missing."""
     text, answer = input_of(item), (item.answer or "").strip()
     return Example(text, answer) if text and answer else None
 
 
 def with_query(task: Task, sample: Sample, query: str) -> str | None:
-    """Return a sample's prompt with another query, in the same wording; None if the query cannot stand there."""
+    """Replace the query in a sample's prompt; return None if the task would parse another query from the result."""
     if options_of(task, sample.prompt) is not None:
         return None
-    before, found, after = sample.prompt.rpartition(sample.query)
+    before, old_query, after = sample.prompt.rpartition(sample.query)
     prompt = f"{before}{query}{after}"
     try:
-        return prompt if found and query_of(task, prompt) == query else None
+        return prompt if old_query and query_of(task, prompt) == query else None
     except Flaw:
         return None
 
@@ -82,11 +84,11 @@ def answer_request(text: str, examples: Sequence[Example], *, opening: str, pref
     """Return the request for the answer that the user of the examples would give to a new input.
 
     Args:
-        opening: the task in words: what stands before the query in a prompt.
+        opening: the instruction: the text before the query in a prompt.
         preferences: the user's stated preferences.
     """
     first = "\n\n".join(filter(None, (opening.strip(), " ".join(preferences))))
-    questions = [f"{n}. {asked}" for n, asked in enumerate((*(pair.input for pair in examples), text), 1)]
+    questions = [f"{n}. {question}" for n, question in enumerate((*(pair.input for pair in examples), text), 1)]
     return _request(first, questions, [pair.answer for pair in examples])
 
 
@@ -101,7 +103,7 @@ def read_input(reply: str, *, finished: bool) -> Reply:
 def read_answer(reply: str, *, number: int, finished: bool) -> Reply:
     """Return the answer in a reply: without the number of the new input, up to the next number.
 
-    An answer may hold a list of its own, which begins with 1.
+    An answer may contain a list, which begins with 1.
     """
     text = _NEW_NUMBER.sub("", reply.strip())
     has_list = re.search(r"^[ \t]*1[.)]\s", text, re.MULTILINE)
@@ -111,13 +113,13 @@ def read_answer(reply: str, *, number: int, finished: bool) -> Reply:
 
 
 def _request(opening: str, questions: Sequence[str], answers: Sequence[str]) -> Request:
-    """Return a conversation in which each question but the last one is answered."""
+    """Return a conversation that answers every question except the last one."""
     first, *further = questions
-    asked = ["\n\n".join(filter(None, (opening, first))), *further]
+    messages = ["\n\n".join(filter(None, (opening, first))), *further]
     turns = [
-        turn for pair in zip(asked, answers, strict=False) for turn in zip(("user", "assistant"), pair, strict=True)
+        turn for pair in zip(messages, answers, strict=False) for turn in zip(("user", "assistant"), pair, strict=True)
     ]
-    return Request(Chat((*turns, ("user", asked[-1]))), len(questions))
+    return Request(Chat((*turns, ("user", messages[-1]))), len(questions))
 
 
 def _without_quotes(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows that are in memory already: DataFrames, Arrow tables, Hugging Face data sets, and mappings of any origin."""
+"""Read rows in memory: DataFrames, Arrow tables, Hugging Face data sets, and iterables of mappings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from personaplug.errors import ConfigError
 
 
 class Table:
-    """Rows in memory, which can be read more than once. The libraries that made them are not imported here."""
+    """Rows in memory that can be read more than once. DataFrame libraries are not imported."""
 
     def __init__(self, source: object) -> None:
         """Check a source: a DataFrame of pandas or Polars, a pyarrow.Table, or an iterable of mappings."""
@@ -19,11 +19,11 @@ class Table:
         if isinstance(source, Mapping):
             keys = ", ".join(sorted(map(str, source))[:10])
             raise ConfigError(
-                f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}. Give one of them."
+                f"Rows should be an iterable of mappings, or a DataFrame; found one mapping with the keys {keys}."
             )
         if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
             raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")
-        # An iterator gives its rows once, and a reader may be read again.
+        # An iterator yields its rows once, but a reader may be read again.
         rows: Any = source
         is_spent = isinstance(rows, Iterator) or (_has_only_iter(rows) and iter(rows) is iter(rows))
         self._source: Any = list(rows) if is_spent else rows
@@ -31,7 +31,7 @@ class Table:
             self._source = source.to_table()
 
     def records(self, columns: Sequence[str]) -> Iterator[NumberedRecord]:
-        """Yield the rows with these columns (all, if none are named)."""
+        """Yield the rows with these columns (without any, all columns)."""
         for number, values in enumerate(self._rows(columns), 1):
             yield f"row {number}", number, values
 
@@ -63,5 +63,5 @@ class Table:
 
 
 def _has_only_iter(source: object) -> bool:
-    """True for an object that is neither a sequence nor a table: each of its iterators may be the same one."""
+    """True for an object that is neither a sequence nor a table; it may return the same iterator each time."""
     return not any(hasattr(source, name) for name in ("__len__", "to_batches", "itertuples", "iter_rows", "to_table"))

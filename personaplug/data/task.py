@@ -14,12 +14,12 @@ from personaplug.data.records import Sample
 TaskKind = Literal["label", "rating", "text", "chat"]
 
 MAX_NEW_TOKENS = 65_536
-"""Of an answer. Memory is taken for all of them before the first one is written."""
+"""Upper bound of `Task.max_new_tokens`. Decoding allocates memory for all of them at its start."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, what a history item holds, and how predictions are scored.
+    """The form of queries and history items, and the metrics of predictions.
 
     Without `query_after` and `query_pattern`, the whole input is the query.
 
@@ -28,14 +28,14 @@ class Task:
             answers any prompt, the last message of a conversation).
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
-        metrics: names from `personaplug.analysis.metrics`; the first one leads.
+        metrics: names from `personaplug.analysis.metrics`; the first one is the main metric.
         labels: the closed set of answers; empty for "text" and "chat".
         query_after: a marker; the query is the text after its first occurrence in the input.
         query_pattern: a regular expression of RE2, in which `.` matches line breaks; its groups,
             joined by spaces, are the query.
         item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
         item_joint: the text between two items in a prompt.
-        history_template: a prompt with items: `{history}` and `{input}`, each once.
+        history_template: a prompt with items; contains `{history}` and `{input}` once each.
         history_after: a word; if it is in the input, the items follow its first occurrence and `history_template`
             is not used.
     """
@@ -61,12 +61,12 @@ class Task:
 
     @property
     def has_labelled_items(self) -> bool:
-        """True if history items hold answers from the closed set of labels."""
+        """True if history items have answers from the closed set of labels."""
         return bool(self.labels) and self.answer_field is not None
 
     @property
     def has_options(self) -> bool:
-        """True if labels stand for options in the input: `query_pattern` has a group for each label."""
+        """True if labels refer to options in the input: `query_pattern` has a group for each label."""
         return len(self.labels) > 1 and group_count(self.query_pattern) == len(self.labels)
 
 
@@ -80,17 +80,17 @@ class ReadReport:
     """Counts of one pass of a reader.
 
     Attributes:
-        rows: records, broken ones too.
-        users: users that the records name; of LaMP's files, those with a sample.
+        rows: records, including broken ones.
+        users: users in the records; for LaMP's files, users with a sample.
         rows_of_users: the number of rows of each user of a log, without copies.
         items: items in the histories of the samples.
         skipped: broken records; `problems` holds the position and the defect of each.
         copies: rows left out because an earlier row is the same event.
-        unclear: rows that are no questions, since copies of their fields had several answers.
-        too_early: rows that are no questions, since too few earlier rows make their history.
+        unclear: rows without a sample because their copies have different answers.
+        too_early: rows without a sample because their history is too short.
         cut_items: items left out because a history was longer than `max_history`.
         own_answers: samples with an item in their history that has the text and the answer of the question.
-        left_out: how much else was left out, by the reason in words ("turns with tool calls").
+        left_out: counts of other omissions by reason ("turns with tool calls").
     """
 
     rows: int = 0
@@ -110,17 +110,17 @@ class ReadReport:
     def summary(self) -> str:
         """Describe the counts in one line."""
         users = f" of {self.users:,} users" if self.users else ""
-        losses = (
+        omissions = (
             (self.copies, "copies of earlier events left out"),
-            (self.too_early, "rows with too short a history not asked"),
-            (self.unclear, "rows not asked whose copies have several answers"),
-            (self.cut_items, "items beyond the longest history left out"),
+            (self.too_early, "rows left out because their history is too short"),
+            (self.unclear, "rows left out because their copies have different answers"),
+            (self.cut_items, "items beyond max_history left out"),
             *((count, f"{reason} left out") for reason, count in self.left_out.items()),
         )
         return "; ".join((
             f"{self.samples:,} samples, {self.items:,} items of history, from {self.rows:,} rows{users}",
             f"{self.skipped:,} broken records skipped",
-            *(f"{count:,} {what}" for count, what in losses if count),
+            *(f"{count:,} {description}" for count, description in omissions if count),
         ))  # fmt: skip
 
 

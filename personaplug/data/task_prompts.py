@@ -1,4 +1,4 @@
-"""Parsing of live prompts: the query, the options, and whether a prompt asks what the task asks."""
+"""Parse live prompts: the query, the options, and whether a prompt belongs to the task."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from personaplug.data.records import Options
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.wording import Wording, text_before
 
-_ANY_TEXT = "Hello, how are you today? I am fine."  # a pattern that matches it tells no prompt from others
+_ANY_TEXT = (
+    "Hello, how are you today? I am fine."  # a pattern that matches this text does not identify the task's prompts
+)
 
 
 @dataclass(frozen=True, repr=False)
 class TaskQuery:
-    """A prompt as a task parses it."""
+    """A prompt that was parsed for a task."""
 
-    text: str  # what the encoder reads
-    options: Options | None  # what the prompt offers to choose from
-    is_on_task: bool  # whether the prompt has the task's wording
+    text: str  # the text for the encoder
+    options: Options | None  # the options in the prompt
+    is_on_task: bool  # True if the prompt has the task's wording
     item_text: str = ""  # the query as a field of an item: without the wording that follows it
 
 
@@ -32,9 +34,9 @@ class TaskPrompts:
         self.task, self.wordings = task, tuple(wordings)
 
     def parse(self, prompt: str) -> TaskQuery:
-        """Parse a prompt; one without the task's wording is the query as a whole.
+        """Parse a prompt. If it does not have the task's wording, the whole prompt is the query.
 
-        A pattern of a task is searched here, so call it outside an event loop.
+        Do not call this in an event loop, because it may search for a pattern.
         """
         try:
             return self._parse(prompt)
@@ -43,10 +45,10 @@ class TaskPrompts:
 
     @property
     def is_distinct(self) -> bool:
-        """Whether something tells a prompt of the task from any other text: a wording, a marker, a pattern."""
-        pattern, own = self.task.query_pattern, [w.opening + w.lead + w.closing for w in self.wordings]
+        """True if a wording, a marker or a pattern distinguishes the task's prompts from other texts."""
+        pattern, texts = self.task.query_pattern, [w.opening + w.lead + w.closing for w in self.wordings]
         is_marked = self.task.query_after.strip() or (pattern and not patterns.search(pattern, _ANY_TEXT))
-        return bool(is_marked) or (bool(own) and all(map(str.strip, own)))
+        return bool(is_marked) or (bool(texts) and all(map(str.strip, texts)))
 
     def describe(self) -> dict[str, Any]:
         """The task and its wordings as JSON."""
@@ -63,13 +65,13 @@ class TaskPrompts:
 
     def _parse(self, prompt: str) -> TaskQuery:
         wordings = [wording for wording in self.wordings if wording.opens(prompt)]
-        if self.wordings and not wordings:  # seen before a pattern is searched
-            raise Flaw("its beginning is not that of the task's prompts")
+        if self.wordings and not wordings:  # checked first, because a pattern search is slower
+            raise Flaw("it does not begin like the task's prompts")
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
         before = text_before(prompt, query=query, options=options)
         matching = next((wording for wording in wordings if wording.matches(prompt, before=before)), None)
         if self.wordings and matching is None:
-            raise Flaw("it has not the wording of the task's prompts")
+            raise Flaw("it does not have the wording of the task's prompts")
         item_text = query if matching is None else matching.without_closing(query)
         if not item_text.strip():
             raise Flaw("it holds no query")
@@ -79,16 +81,16 @@ class TaskPrompts:
 def find_task(
     tasks: Sequence[TaskPrompts], prompt: str, *, can_ask: Callable[[TaskKind], bool] = lambda kind: True
 ) -> tuple[int, TaskQuery]:
-    """Return the index of the task that a prompt is of, and the prompt as this task parses it.
+    """Return the index of the task that a prompt belongs to, and the prompt parsed for this task.
 
-    It is the first task whose whole wording the prompt has, else the first one of conversations. If there is none, the
-    query is off the first task. With several tasks, one whose prompts nothing tells from other texts gets none.
+    This is the first task whose wording the prompt has, else the first chat task. If there is neither, return the first
+    task and an off-task query. Among several tasks, those that are not `is_distinct` are skipped.
 
     Args:
-        can_ask: whether the prompt can be of a task of some kind.
+        can_ask: returns whether the prompt may belong to a task of a kind.
     """
-    by_wording = [index for index, own in enumerate(tasks) if own.task.kind != "chat"]
-    chats = [index for index, own in enumerate(tasks) if own.task.kind == "chat"]
+    by_wording = [index for index, prompts in enumerate(tasks) if prompts.task.kind != "chat"]
+    chats = [index for index, prompts in enumerate(tasks) if prompts.task.kind == "chat"]
     if len(tasks) > 1:
         by_wording = [index for index in by_wording if tasks[index].is_distinct]
     for index in [*by_wording, *chats]:

@@ -25,7 +25,7 @@ _MOVIE_TAGS = (
     "psychology", "fantasy", "romance", "thought-provoking", "social commentary", "violence", "true story",
 )  # fmt: skip
 
-# The candidates stand between fixed words, so quotes inside a title do not end it.
+# Fixed words delimit the candidates, so quotes inside a title do not end it.
 _CANDIDATES = r'without explanation\. \[1\]: "(.*?)" \[2\]: "(.*)"\s*\Z'
 
 _BUILT_IN = (
@@ -49,7 +49,7 @@ _BUILT_IN = (
 )  # fmt: skip
 
 CHAT = Task("Chat", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"), max_new_tokens=256)
-"""Conversations without a task.json of their own."""
+"""The task of conversations without a task.json."""
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
 
@@ -58,7 +58,7 @@ def lamp_task(name: str) -> Task:
     """Return one of LaMP's tasks. `LaMP-1` is the same as `LaMP_1`."""
     key = name.strip().lower().replace("-", "_").replace("lamp", "LaMP")
     if key == "LaMP_6":
-        raise ConfigError("LaMP_6 is made of the Avocado mails, which are not public, so it is not built in.")
+        raise ConfigError("LaMP_6 is not built in: it contains the Avocado emails, which are not public.")
     if key not in LAMP_TASKS:
         raise ConfigError(f"There is no built-in task {name!r}; {nearest(name, LAMP_TASKS)}")
     return LAMP_TASKS[key]
@@ -67,13 +67,13 @@ def lamp_task(name: str) -> Task:
 def _as_label(value: object) -> str:
     label = as_name(value, "a label")
     if label != label.strip():
-        raise ValueError("a label has blanks at its ends; answers are compared without them")
+        raise ValueError("a label has leading or trailing blanks; remove them")
     return label
 
 
 def _are_different(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
-        raise ValueError("the list holds an entry twice")
+        raise ValueError("the list contains an entry twice")
     return values
 
 
@@ -84,7 +84,7 @@ _Labels = Annotated[tuple[_Label, ...], Field(strict=False), AfterValidator(_are
 
 
 class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The keys of a task.json; their meaning is that of Task's attributes."""
+    """The keys of a task.json; `Task` describes them."""
 
     name: str
     kind: TaskKind
@@ -105,15 +105,15 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
         if not self.name.strip():
             raise ValueError("'name' is empty")
         if of_models := {"nll", "choice", "margin"}.intersection(self.metrics):
-            raise ValueError(f"leave {min(of_models)!r} out of 'metrics'; every language model gets this column")
+            raise ValueError(f"remove {min(of_models)!r} from 'metrics'; every language model gets this column anyway")
         if reserved := {"id", "date", PREFERENCE, REJECTED} & {*self.item_fields, self.answer_field}:
-            raise ValueError(f"{min(reserved)!r} has a meaning of its own in items; give the field another name")
+            raise ValueError(f"{min(reserved)!r} is a reserved key of items; rename the field")
         if (self.kind in ("text", "chat")) == bool(self.labels):
             raise ValueError("the kinds 'label' and 'rating' need 'labels'; 'text' and 'chat' have none")
         if self.kind == "chat" and (self.query_after or self.query_pattern):
-            raise ValueError("'chat' takes any prompt, so it has neither 'query_after' nor 'query_pattern'")
+            raise ValueError("'chat' takes any prompt; remove 'query_after' and 'query_pattern'")
         if self.kind == "chat" and (len(self.item_fields) != 2 or self.answer_field != self.item_fields[1]):
-            raise ValueError("an item of 'chat' has two fields: what was asked, then the answer")
+            raise ValueError("an item of 'chat' has two fields: the question, then 'answer_field'")
         if self.kind == "rating":
             try:
                 numbers = [as_number(label, "a label") for label in self.labels]
@@ -122,7 +122,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             if len(numbers) < 2:
                 raise ValueError(f"a rating needs two labels or more, found {list(self.labels)}")
             if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
-                raise ValueError(f"the labels of a rating should be finite and rise, found {list(self.labels)}")
+                raise ValueError(f"the labels of a rating should ascend and be within ±1e9, found {list(self.labels)}")
         return self
 
     @model_validator(mode="after")
@@ -132,7 +132,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
         try:
             groups = group_count(self.query_pattern)
         except ValueError as error:
-            raise ValueError(f"'query_pattern' is not a regular expression of RE2: {error}") from None
+            raise ValueError(f"'query_pattern' is not a valid RE2 regular expression: {error}") from None
         if self.query_pattern and not groups:
             raise ValueError("'query_pattern' needs a group (…) around the query")
         return self
@@ -145,9 +145,9 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             if name not in fields:
                 raise ValueError(f"'item_template' names {{{name}}}; {nearest(name, fields)}")
         if self.item_template and not placeholders:
-            raise ValueError("'item_template' shows no field of an item; put a field's name in braces")
+            raise ValueError("'item_template' contains no field of an item; put the name of a field in braces")
         if sorted(template_parts(self.history_template)[1::2]) != ["history", "input"]:
-            raise ValueError("'history_template' should hold {history} and {input}, each once")
+            raise ValueError("'history_template' should contain {history} and {input}, each once")
         return self
 
 
@@ -166,7 +166,7 @@ _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
-    """Convert a declaration to a task: all its keys, or `like` and the keys that differ."""
+    """Convert a declaration to a task. It has all keys, or `like` and the keys that differ."""
     for key in values:
         if key not in _KEYS:
             raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, _KEYS)}")
@@ -221,14 +221,14 @@ def _declared_task(folder: Path) -> Task | None:
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
+        raise ConfigError(f"{path} should contain one JSON object that declares a task, found {type(values).__name__}.")
     return parse_task(values, source=str(path))
 
 
 def check_declared_task(folder: Path, task: Task) -> None:
-    """Refuse a folder that declares another task."""
+    """Raise RunConflict if a folder declares another task."""
     if _declared_task(folder) not in (None, task):
-        raise RunConflict(f"{folder / 'task.json'} declares another task than {task.name}. Choose a new folder.")
+        raise RunConflict(f"{folder / 'task.json'} declares a task other than {task.name}. Choose a new folder.")
 
 
 def _task_of_outputs(folder: Path) -> Task:
@@ -237,11 +237,11 @@ def _task_of_outputs(folder: Path) -> Task:
         if task := next(stream_values(path, "task", opening=b"{", unit="key"), None):
             files.setdefault(str(task[1]).replace("-", "_"), path.name)
     if len(files) > 1:
-        raise ConfigError(f"{folder}: its files name different tasks: {files}. Choose one by `task`.")
+        raise ConfigError(f"{folder}: its files name different tasks: {files}. Choose one with `task`.")
     if not files:
         raise MissingData(
-            f'{folder} does not name its task: it holds no task.json and no *_outputs.json[.gz] with a "task". '
-            f"Name one of {', '.join(LAMP_TASKS)} by `task`, or write a task.json."
+            f'{folder} declares no task: it has no task.json and no *_outputs.json[.gz] with the key "task". '
+            f"Set `task` to one of {', '.join(LAMP_TASKS)}, or write a task.json."
         )
     name, file = next(iter(files.items()))
     try:

@@ -1,4 +1,4 @@
-"""Values of any container as plain Python values and as text: JSON, CSV, Parquet, DataFrames, HTTP."""
+"""Convert values of JSON, CSV, Parquet, DataFrames and HTTP to plain Python values and to text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import UUID
 import numpy as np
 
 MAX_EXACT_FLOAT = 2**53
-"""From here on, neighboring whole numbers are one float."""
+"""From this number on, neighboring whole numbers share a float."""
 
 _MAX_DIGITS = 4300  # Python's own limit for converting a whole number to text
 _TYPE_NAMES: dict[type, str] = {
@@ -19,16 +19,16 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 class Flaw(ValueError):
-    """A defect of a record, without its position and without the user's text."""
+    """A defect of a record. The message contains neither the position nor the user's text."""
 
 
 def plain_value(value: object) -> object:
-    """Return a NumPy value as a Python value of the same digits; other values as they are."""
+    """Convert a NumPy value to a Python value with the same digits; return other values unchanged."""
     if not isinstance(value, (np.generic, np.ndarray)):
         return value
     if isinstance(value, np.datetime64):
         plain = value.astype("datetime64[us]").item()
-        return str(value) if isinstance(plain, int) else plain  # a year that Python's dates do not have
+        return str(value) if isinstance(plain, int) else plain  # a year outside the range of Python's dates
     if isinstance(value, np.floating):
         return float(str(value))  # 4.1 in single precision is 4.1, not 4.0999999
     if isinstance(value, np.ndarray):
@@ -53,7 +53,7 @@ def as_text(value: object, what: str) -> str:
         return _number_text(value, what)
     if isinstance(value, UUID):
         return str(value)
-    if isinstance(value, (dt.date, dt.time)) and value == value:  # pandas' NaT is a datetime and no time
+    if isinstance(value, (dt.date, dt.time)) and value == value:  # pandas' NaT is a datetime that does not equal itself
         return value.isoformat()
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _decoded(bytes(value), what)
@@ -63,8 +63,8 @@ def as_text(value: object, what: str) -> str:
 def _encodable(value: str, what: str) -> str:
     try:
         value.encode()
-    except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
-        raise Flaw(f"{what} is not valid Unicode; it should be UTF-8") from None
+    except UnicodeEncodeError:  # a lone surrogate would make the tokenizer fail in the middle of a run
+        raise Flaw(f"{what} is not valid Unicode; encode it as UTF-8") from None
     return str(value)
 
 
@@ -72,7 +72,7 @@ def _decoded(value: bytes, what: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise Flaw(f"{what} is {len(value)} bytes that are no UTF-8 text") from None
+        raise Flaw(f"{what} is {len(value)} bytes that are not valid UTF-8") from None
 
 
 def _number_text(value: float | Decimal, what: str) -> str:
@@ -81,7 +81,7 @@ def _number_text(value: float | Decimal, what: str) -> str:
         raise Flaw(f"{what} is not a finite number")
     if isinstance(value, Decimal):
         if abs(value.adjusted()) > _MAX_DIGITS:
-            raise Flaw(f"{what} is a number of more than {_MAX_DIGITS:,} digits")
+            raise Flaw(f"{what} is a number with more than {_MAX_DIGITS:,} digits")
         if value != value.to_integral_value():
             return f"{value:f}".rstrip("0")
         value = int(value)
@@ -89,5 +89,5 @@ def _number_text(value: float | Decimal, what: str) -> str:
         try:
             return str(int(value))
         except ValueError:
-            raise Flaw(f"{what} is a number of more than {_MAX_DIGITS:,} digits") from None
+            raise Flaw(f"{what} is a number with more than {_MAX_DIGITS:,} digits") from None
     return repr(float(value))

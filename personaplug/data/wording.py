@@ -1,7 +1,7 @@
-"""The wording in which a task's prompts are written, learned from the prompts that a plug was trained on.
+"""The wording of a task's prompts, learned from the prompts that a plug was trained on.
 
-A marker such as "review: " also stands in prompts that ask for something else. The text around the query tells whether
-a prompt asks what the plug was trained for.
+A marker such as "review: " also occurs in prompts that ask for something else. The text around the query shows whether
+a prompt belongs to the task that the plug was trained for.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from personaplug.data.records import Options, last_message
 
-_MAX_WORDINGS = 16  # texts before the query that a data set may use side by side
-_MIN_PROMPTS = 5  # that must share a text before it counts as wording, not as something that a user wrote
-_MIN_QUERIES = 20  # different ones, before a common beginning or end of queries counts as wording
+_MAX_WORDINGS = 16  # different texts before the query in one data set
+_MIN_PROMPTS = 5  # that must share a text before it counts as wording and not as a user's text
+_MIN_QUERIES = 20  # different ones that must share a beginning or an end before it counts as wording
 
 
 @dataclass(frozen=True)
 class Wording:
-    """What a prompt consists of besides the query: `opening`, anything, `lead`, query, `closing`.
+    """The text around the query of a prompt: `opening`, any text, `lead`, query, `closing`.
 
     Attributes:
         opening: the beginning of every prompt.
         lead: the text right before the query.
         closing: the end of every prompt; it is part of the query that the encoder reads.
-        is_fixed: whether `opening` is all that stands before the query.
+        is_fixed: True if `opening` is the whole text before the query.
     """
 
     opening: str = ""
@@ -46,29 +46,29 @@ class Wording:
         return ends and self.opens(prompt)
 
     def without_closing(self, query: str) -> str:
-        """The query alone, for an item of a history."""
+        """Return the query without the closing, for a history item."""
         closing = self.closing.rstrip()
         return query.rstrip().removesuffix(closing) if closing else query
 
     @property
     def template(self) -> str:
-        """The wording for readers: `{query}` stands for the query, `{…}` for a text that varies."""
+        """The wording for people: `{query}` stands for the query, `{…}` for a text that varies."""
         before = self.opening if self.is_fixed or not self.lead else f"{self.opening}{{…}}{self.lead}"
         return f"{before}{{query}}{self.closing}"
 
 
 def text_before(prompt: str, *, query: str, options: Options | None) -> str:
-    """The text of a prompt before its query, or before the first of its options."""
+    """Return the text of a prompt before its query, or the question before its first option."""
     if options is not None:
         return options.question
-    return prompt[: max(prompt.rfind(query), 0)]  # a query of several groups of a pattern stands nowhere as a whole
+    return prompt[: max(prompt.rfind(query), 0)]  # a query of several groups is not one substring
 
 
 def learn_wordings(samples: Iterable[Any]) -> tuple[Wording, ...]:
-    """Learn the wordings of training samples, which have a `prompt`, its `query` and `options`.
+    """Learn the wordings of training samples with a `prompt`, a `query` and `options`.
 
-    The texts before the queries are wordings if there are few of them. If they vary, their common beginning and end
-    are. Without samples, nothing is known, and there is no wording.
+    If there are few different texts before the queries, each text is a wording. If the texts vary, the wording is their
+    common beginning and end. Without samples, there is no wording.
     """
     prompts, counts = set[str](), Counter[str]()
     for sample in samples:
@@ -91,7 +91,7 @@ def learn_wordings(samples: Iterable[Any]) -> tuple[Wording, ...]:
 
 
 def _affixes(prompts: set[str]) -> tuple[str, str]:
-    """The common beginning and end of prompts, in whole words; few prompts may have words in common by chance."""
+    """Return the common beginning and end of prompts in whole words; "" for few prompts, which agree by chance."""
     if len(prompts) < _MIN_QUERIES:
         return "", ""
     texts = list(prompts)
@@ -99,7 +99,7 @@ def _affixes(prompts: set[str]) -> tuple[str, str]:
 
 
 def _common_beginning(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # those between them begin likewise
+    first, last = min(texts), max(texts)  # all texts between them share this beginning
     return first[: next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
@@ -108,10 +108,10 @@ def _common_end(texts: Sequence[str]) -> str:
 
 
 def _from_blank(end: str) -> str:
-    """An end from its first white space on: what precedes may be the last letters of a word."""
+    """Return an end from its first white space; the text before may be a part of a word."""
     return end[next((index for index, character in enumerate(end) if character.isspace()), len(end)) :]
 
 
 def _whole_words(beginning: str) -> str:
-    """A beginning up to its last white space or quotation mark: what follows may be the first letters of a word."""
+    """Return a beginning up to its last white space or quotation mark; the text after may be a part of a word."""
     return beginning[: max((index + 1 for index, c in enumerate(beginning) if c.isspace() or c in "\"“'"), default=0)]

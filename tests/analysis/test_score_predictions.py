@@ -299,7 +299,7 @@ def test_file_without_the_expected_keys_is_refused(tmp_path: Path, content: str)
 
 def test_gold_outside_the_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        RecordError, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
+        RecordError, match=r"gold\.json, the gold with id 2: its answer is not one of the 5 labels"
     ) as caught:
         score(tmp_path, ["1", "1"], ["1", SECRET])
     assert SECRET not in str(caught.value)

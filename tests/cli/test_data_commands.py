@@ -46,7 +46,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
     assert "11 samples" in done.output
     assert "from 18 rows of 5 users" in done.output
     assert "1 turns with tool calls left out" in done.output
-    assert "5 rows with too short a history not asked" in done.output
+    assert "5 rows left out because their history is too short" in done.output
     found = {split: list(open_dataset(tmp_path / "set", split)) for split in ("train", "dev")}
     assert {split: len({sample.user_id for sample in samples}) for split, samples in found.items()} == {
         "train": 3,
@@ -64,7 +64,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         ([], "Missing argument 'FILES...'"),
         (["EMPTY/none.jsonl", "--out", "EMPTY/set"], "There is no file"),
         (["CHATS", "--out", "EMPTY/set", "--format", "openai"], "openai-chat"),
-        (["CHATS", "--out", "EMPTY/set", "--format", "aloe"], "line 1: it has an unknown form"),
+        (["CHATS", "--out", "EMPTY/set", "--format", "aloe"], "line 1: its format is unknown"),
         (["CHATS", "--out", "EMPTY/set", "--share", "1"], "between 0 and 1"),
         (["CHATS", "--out", "EMPTY/set", "--max-samples-per-user", "0"], "at least 1"),
         (["CHATS", "--out", "EMPTY/set", "--user", "who"], "apply only to logs"),

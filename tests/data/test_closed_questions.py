@@ -1,4 +1,4 @@
-"""Closed questions: the right answers, worked out a second time from the prompts."""
+"""Closed questions: the right answers are compared with answers worked out from the prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def right_answer(question: ClosedQuestion) -> str:
             return "Yes" if f"The {thing} is {color}." in prompt else "No"
 
 
-def test_right_answers_are_right() -> None:
+def test_answers_follow_from_the_prompts() -> None:
     assert [question.answer for question in QUESTIONS] == [right_answer(question) for question in QUESTIONS]
 
 
@@ -42,7 +42,7 @@ def test_wrong_answers_are_different_and_wrong() -> None:
         assert len(question.wrong) == (1 if question.kind == "yes-or-no" else 3)
 
 
-def test_all_kinds_are_asked_alike_and_no_question_twice() -> None:
+def test_kinds_are_equally_frequent_and_questions_differ() -> None:
     assert set(Counter(question.kind for question in QUESTIONS).values()) == {100}
     assert len({question.prompt for question in QUESTIONS}) == 500
 

@@ -1,4 +1,4 @@
-"""A log gives equal samples whatever container holds it; what a container cannot say is an error that says so."""
+"""A log gives equal samples in every container, and a value that a container cannot express is a clear error."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def stream() -> Iterator[dict[str, Any]]:
 
 
 class Rows:
-    """Rows by index and in order, as a Hugging Face Dataset gives them."""
+    """Rows that can be iterated more than once, like a Hugging Face Dataset."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return stream()
@@ -107,7 +107,7 @@ def test_rows_in_memory_give_equal_samples(expected: list[Sample]) -> None:
     for source in (tuple(ROWS), Rows(), stream()):
         reader = EventLogReader(source, MAPPING, TASK, split="dev")
         assert list(reader) == expected
-        assert list(reader) == expected  # also an iterator, which gives its rows once
+        assert list(reader) == expected  # even for an iterator, which yields its rows once
 
 
 def test_dataframe_of_pandas_gives_equal_samples(expected: list[Sample]) -> None:
@@ -124,7 +124,7 @@ def test_dataframe_of_pandas_gives_equal_samples(expected: list[Sample]) -> None
     assert read(frame.set_index("who", drop=False)) == expected
     by_number = ColumnMapping("0", {"text": "1", "more": "2"}, "3", "Stars? title: {text}", date="4")
     assert read(frame[list(COLUMNS)].set_axis(range(5), axis=1), by_number) == expected
-    with pytest.raises(ConfigError, match="the DataFrame has 0 columns 'star'; did you mean 'stars'"):
+    with pytest.raises(ConfigError, match="the DataFrame has no column 'star'; did you mean 'stars'"):
         read(frame, replace(MAPPING, answer="star"))
 
 
@@ -203,14 +203,14 @@ def test_parquet_ids_are_uuids_and_large_numbers(tmp_path: Path) -> None:
     [
         ("title", [["x"]], "its 'title' is a list"),
         ("title", [{"a": 1}], "its 'title' is an object"),
-        ("title", [b"\xff\xfe"], "its 'title' is 2 bytes that are no UTF-8 text"),
+        ("title", [b"\xff\xfe"], "its 'title' is 2 bytes that are not valid UTF-8"),
         ("stars", [True], "its 'stars' is true or false"),
         ("when", [None], "its 'when' is null"),
         ("who", [None], "its 'who' is null"),
-        ("who", [1.5e300], "its 'who' is a floating-point number that is not exact"),
+        ("who", [1.5e300], "its 'who' is a floating-point number above 2.53, which is not exact"),
     ],
 )
-def test_parquet_value_that_cannot_be_read_is_named(
+def test_parquet_value_that_cannot_be_read_is_described(
     tmp_path: Path, column: str, values: list[Any], message: str
 ) -> None:
     pa = pytest.importorskip("pyarrow")
@@ -220,7 +220,7 @@ def test_parquet_value_that_cannot_be_read_is_named(
     assert SECRET not in str(caught.value)
 
 
-def test_parquet_time_beyond_the_calendar_is_named_for_its_row_alone(tmp_path: Path) -> None:
+def test_parquet_time_beyond_the_calendar_breaks_only_its_row(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     table = pa.table({name: [row[name] for row in ROWS] for name in ("title", "note", "stars")})
     days = [1_704_456_000, 600_000_000_000, 1_707_134_400, 1_707_134_400]
@@ -251,7 +251,7 @@ def test_movielens_files_without_header_are_read_by_number(tmp_path: Path) -> No
     assert samples[0].history[0].date == date(2000, 12, 31)
 
 
-def test_given_delimiter_is_used(tmp_path: Path) -> None:
+def test_delimiter_setting_is_used(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(delimited(ROWS, "^"))
     assert len(read(tmp_path / "log.csv", delimiter="^")) == 2
     with pytest.raises(ConfigError, match="no quote and no line break"):
@@ -262,7 +262,7 @@ def test_error_of_a_missing_column_shows_columns_and_delimiter(tmp_path: Path) -
     (tmp_path / "log.csv").write_text(delimited(ROWS, ";"))
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "log.csv", replace(MAPPING, answer="star"))
-    assert "0 columns 'star'; did you mean 'stars'? Its columns, split at ';', are: who, title, note" in str(
+    assert "no column 'star'; did you mean 'stars'? Its columns, split at ';', are: who, title, note" in str(
         caught.value
     )
 
@@ -271,7 +271,7 @@ def test_error_of_a_missing_header_shows_no_value(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(delimited(ROWS, ";").partition("\n")[2])
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "log.csv")
-    assert "its first line, split at ';', has 5 values, and none is one of the columns 'who'" in str(caught.value)
+    assert "the first line, split at ';', has 5 values, but none of the columns 'who'" in str(caught.value)
     assert "no header" in str(caught.value)
     assert SECRET not in str(caught.value)
 
@@ -305,23 +305,23 @@ def with_broken_text(folder: Path, text: str) -> EventLogReader:
 
 
 @pytest.mark.parametrize("text", ['"x', '"""', '"a\n"b"', '"x""'])
-def test_quote_that_takes_in_other_rows_is_never_skipped(tmp_path: Path, text: str) -> None:
+def test_quote_that_swallows_other_rows_is_never_skipped(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecordError, match=r"line 6: .*rows after it would be lost"):
         list(with_broken_text(tmp_path, text))
 
 
 @pytest.mark.parametrize(("text", "skipped"), [('x"', 0), ('x "y" z', 0), ('"a" b', 1), ("x,y", 1)])
-def test_quote_that_breaks_its_line_alone_costs_this_line(tmp_path: Path, text: str, skipped: int) -> None:
+def test_quote_that_is_invalid_within_a_line_costs_only_this_line(tmp_path: Path, text: str, skipped: int) -> None:
     reader = with_broken_text(tmp_path, text)
-    assert len(list(reader)) == 19 - skipped  # all rows but the last, which is dev's
+    assert len(list(reader)) == 19 - skipped  # all rows except the last one, which is in dev
     assert reader.report.skipped == skipped
 
 
-def test_rows_of_several_lines_are_numbered_by_their_first(tmp_path: Path) -> None:
+def test_rows_of_several_lines_are_numbered_by_their_first_line(tmp_path: Path) -> None:
     rows = [{**row, "title": "one\ntwo\nthree"} for row in quoted_rows(3)]
     rows[2]["stars"] = SECRET
     (tmp_path / "log.csv").write_text(delimited(rows, ",", end="\n"))
-    with pytest.raises(RecordError, match="line 8: its answer is none of the 6 labels"):
+    with pytest.raises(RecordError, match="line 8: its answer is not one of the 6 labels"):
         read(tmp_path / "log.csv")
 
 
@@ -352,7 +352,7 @@ def test_large_number_is_an_id(tmp_path: Path, name: str, number: str, user: str
     ],
     ids=["400 digits", "5000 digits", "1e400", "open", "closed", "500 deep"],
 )
-def test_value_beyond_all_bounds_is_a_clear_error(tmp_path: Path, name: str, value: str, message: str) -> None:
+def test_too_large_or_too_deep_value_is_a_clear_error(tmp_path: Path, name: str, value: str, message: str) -> None:
     lines = [json.dumps({**row, "who": 0}).replace('"who": 0', f'"who": {value}') for row in ROWS]
     (tmp_path / name).write_text(f"[{','.join(lines)}]" if name == "log.json" else "\n".join(lines))
     with pytest.raises(RecordError, match=message):
@@ -365,16 +365,16 @@ def test_value_beyond_all_bounds_is_a_clear_error(tmp_path: Path, name: str, val
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"who": ["a"], "title": ["b"]}, "found a mapping of title, who"),
+        ({"who": ["a"], "title": ["b"]}, "found one mapping with the keys title, who"),
         (7, "found the int"),
         (b"log.csv", "found the bytes"),
     ],
 )
-def test_source_that_holds_no_rows_is_refused(source: object, message: str) -> None:
+def test_source_without_rows_is_refused(source: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(source)
 
 
-def test_row_that_is_no_mapping_is_a_broken_row() -> None:
+def test_row_that_is_not_a_mapping_is_a_broken_row() -> None:
     with pytest.raises(RecordError, match="the list, row 2: it is not a JSON object"):
         read([ROWS[0], ("ann", SECRET)])

@@ -1,4 +1,4 @@
-"""Each format of conversations: exact samples and items, turns that are left out, and broken records."""
+"""Conversation formats: exact samples and items, turns that are left out, and broken records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from conversations import SECRET, assistant, chat, histories, read, reader_of, system, told, user
+from conversations import SECRET, assistant, chat, histories, kind_and_texts, read, reader_of, system, user
 
 from personaplug.data.conversations import FORMATS
 from personaplug.errors import ConfigError, RecordError
@@ -51,7 +51,7 @@ def test_each_reply_of_a_chat_is_a_sample() -> None:
     assert first.context == (("system", "Be kind."),)
     assert (second.id, second.prompt, second.target, second.context) == ("c7/2", "A pun?", "Lettuce.", CONTEXT)
     for sample in (first, second):
-        assert [told(item) for item in sample.history] == [("answer", "Any tips?", "Drink water.")]
+        assert [kind_and_texts(item) for item in sample.history] == [("answer", "Any tips?", "Drink water.")]
         assert [(item.id, item.date) for item in sample.history] == [("row-1/1", date(2024, 1, 1))]
         assert sample.rejected == ()
 
@@ -68,23 +68,23 @@ def test_pair_of_whole_conversations_is_the_same_sample() -> None:
     assert read(EARLIER, WHOLE_PAIR | common) == read(EARLIER, PAIR["trl-preference"] | common)
 
 
-def test_pair_gives_the_history_a_rejection_and_an_exchange() -> None:
+def test_pair_becomes_a_rejection_and_an_exchange_of_the_history() -> None:
     pair = PAIR["trl-preference"] | {"user": "ann", "time": "2023-12-31"}
     (sample,) = read(EARLIER, pair)
-    assert [told(item) for item in sample.history] == [
+    assert [kind_and_texts(item) for item in sample.history] == [
         ("rejection", "A pun?", "No."),
         ("answer", "A pun?", "Lettuce laugh."),
     ]
     assert [item.id for item in sample.history] == ["row-2/1/rejected-1", "row-2/1"]
 
 
-def test_pair_of_equal_answers_is_an_exchange_alone() -> None:
+def test_pair_of_equal_answers_is_only_an_exchange() -> None:
     prompt = [user("A pun?")]
     equal = {"chosen": [*prompt, assistant("No.")], "rejected": [*prompt, assistant("No.")]}
     reader = reader_of(EARLIER, equal | {"user": "ann", "time": LATER})
     (sample,) = reader
     assert (sample.target, sample.rejected) == ("No.", ())
-    assert reader.report.left_out == {"rejected answers that equal the kept one": 1}
+    assert reader.report.left_out == {"rejected answers that equal the kept answer": 1}
 
 
 def test_sharegpt_with_a_system_text_is_read() -> None:
@@ -123,14 +123,14 @@ def test_history_of_an_aloe_turn_is_its_own_earlier_turns() -> None:
         ("user", "Yes, purple!"),
         ("assistant", "Nice."),
     )
-    assert [told(item) for item in two.history] == [("answer", "My arms ache!", "Climbing again?")]
-    assert [told(item) for item in three.history] == [
+    assert [kind_and_texts(item) for item in two.history] == [("answer", "My arms ache!", "Climbing again?")]
+    assert [kind_and_texts(item) for item in three.history] == [
         ("answer", "My arms ache!", "Climbing again?"),
         ("rejection", "Yes, purple!", "Nice."),
     ]
 
 
-def test_aloe_with_users_follows_the_rule_of_all_formats() -> None:
+def test_history_of_aloe_with_users_is_from_other_conversations() -> None:
     lines = [
         aloe((f"Question {day}?", f"Kept {day}", "Other", "preferred"), user="ann", date=f"2024-01-0{day}")
         for day in (1, 2)
@@ -138,17 +138,17 @@ def test_aloe_with_users_follows_the_rule_of_all_formats() -> None:
     assert histories(read(*lines)) == {"Kept 2": ["Kept 1"]}
 
 
-def test_stated_preference_is_an_item_and_no_sample() -> None:
+def test_stated_preference_is_an_item_but_not_a_sample() -> None:
     stated = {"user": "ann", "preference": "Short answers, please.", "time": "2024-01-01", "id": "p1"}
     (sample,) = read(stated, chat("Hi", "Hello!", time=LATER))
-    assert [told(item) for item in sample.history] == [("preference", "Short answers, please.")]
+    assert [kind_and_texts(item) for item in sample.history] == [("preference", "Short answers, please.")]
     assert sample.history[0].id == "p1/1"
 
 
-def test_formats_may_be_mixed_and_one_may_be_demanded() -> None:
+def test_formats_may_be_mixed_unless_one_is_required() -> None:
     pair = PAIR["openai-preference"] | {"user": "ann", "time": LATER}
     assert histories(read(EARLIER, pair)) == {"Lettuce laugh.": ["Drink water."]}
-    with pytest.raises(RecordError, match="row 2: it has an unknown form"):
+    with pytest.raises(RecordError, match="row 2: its format is unknown"):
         read(EARLIER, pair, format="openai-chat")
     with pytest.raises(ConfigError, match="openai-chat"):
         read(EARLIER, format="openai-chats")
@@ -180,11 +180,11 @@ LEFT_OUT: dict[str, tuple[list[dict[str, Any]], str]] = {
         ],
         "turns with tool calls",
     ),
-    "picture": ([user(PICTURE), assistant("A cat.")], "turns with images or other parts that are no text"),  # type: ignore[arg-type]
+    "picture": ([user(PICTURE), assistant("A cat.")], "turns with images or other parts that are not text"),  # type: ignore[arg-type]
     "empty reply": ([user("Hm"), assistant(" ")], "turns with an empty message"),
     "empty question": ([user(""), assistant("Yes?")], "turns with an empty message"),
-    "weight 0": ([user("Hm"), assistant("Bad.", weight=0)], "replies of weight 0"),
-    "greeting": ([assistant("How can I help?")], "replies without a message of the user before them"),
+    "weight 0": ([user("Hm"), assistant("Bad.", weight=0)], "replies with weight 0"),
+    "greeting": ([assistant("How can I help?")], "replies without a preceding message of the user"),
 }
 
 
@@ -199,7 +199,7 @@ def test_unsuitable_turn_is_counted_and_the_next_turn_is_a_sample(name: str) -> 
     assert f"1 {reason} left out" in reader.report.summary()
 
 
-def test_context_keeps_the_texts_of_unsuitable_turns_in_alternation() -> None:
+def test_context_keeps_texts_of_unsuitable_turns_and_alternates_roles() -> None:
     messages = [
         *(message for name in ("tool call", "empty reply", "picture") for message in LEFT_OUT[name][0]),
         user("A pun?"),
@@ -220,14 +220,14 @@ def test_last_message_without_a_reply_is_counted() -> None:
     assert reader.report.left_out == {"messages without a reply": 1}
 
 
-def test_messages_of_one_role_in_a_row_are_one() -> None:
+def test_consecutive_messages_of_one_role_are_joined() -> None:
     messages = [user("Hi"), user("A pun?"), assistant("Lettuce."), assistant("Laugh."), user("More"), assistant("No.")]
     first, second = read(EARLIER, {"user": "ann", "time": LATER, "messages": messages})
     assert (first.prompt, first.target) == ("Hi\n\nA pun?", "Lettuce.\n\nLaugh.")
     assert [role for role, _ in second.context] == ["user", "assistant"]
 
 
-def test_system_message_stands_where_it_was_said() -> None:
+def test_system_message_keeps_its_position() -> None:
     messages = [user("Hi"), assistant("Hello!"), system("Now rhyme."), user("A pun?"), assistant("Lettuce.")]
     first, second = read(EARLIER, {"user": "ann", "time": LATER, "messages": messages})
     assert first.context == ()
@@ -241,13 +241,13 @@ def test_rejected_answer_without_text_is_counted() -> None:
     assert reader.report.left_out == {"rejected answers without text": 1}
 
 
-def test_text_parts_are_one_text() -> None:
+def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "Two", "image_url": None}]
     line = {"user": "ann", "time": LATER, "messages": [user("Count"), assistant(parts, tool_calls=None)]}
     assert [sample.target for sample in read(EARLIER, line)] == ["One\nTwo"]
 
 
-def test_sharegpt_turn_with_a_place_of_a_picture_or_a_tool_is_left_out() -> None:
+def test_sharegpt_turn_with_an_image_or_a_tool_is_left_out() -> None:
     turns = [
         *(said("human", "<image>\nWhat?"), said("gpt", "A cat.")),
         *(said("human", "Rain?"), said("function_call", "{}"), said("observation", "{}"), said("gpt", "Yes.")),
@@ -256,7 +256,7 @@ def test_sharegpt_turn_with_a_place_of_a_picture_or_a_tool_is_left_out() -> None
     reader = reader_of(EARLIER, {"user": "ann", "time": LATER, "conversations": turns})
     assert [sample.target for sample in reader] == ["Ciao."]
     assert reader.report.left_out == {
-        "turns with images or other parts that are no text": 1,
+        "turns with images or other parts that are not text": 1,
         "turns with tool calls": 1,
     }
 
@@ -265,14 +265,14 @@ def test_sharegpt_turn_with_a_place_of_a_picture_or_a_tool_is_left_out() -> None
 
 TURN = {"user": SECRET, "assistant": {"preferred": "Yes", "rejected": ["No"]}, "chosen": "preferred"}
 BROKEN: dict[str, tuple[Any, str]] = {
-    "unknown form": ({"user": "ann", "text": SECRET}, "it has an unknown form; expected the keys"),
-    "half a pair": ({"user": "ann", "chosen": [user(SECRET)]}, "it has an unknown form"),
+    "unknown form": ({"user": "ann", "text": SECRET}, "its format is unknown; expected the keys"),
+    "half a pair": ({"user": "ann", "chosen": [user(SECRET)]}, "its format is unknown"),
     "no object": ([SECRET], "it is not a JSON object"),
     "no user": ({"messages": [user(SECRET)]}, "its 'user' or 'user_id' is missing"),
     "null user": (chat(SECRET, "Yes", user=None), "its 'user' or 'user_id' is missing"),
     "odd role": (
         {"user": "ann", "messages": [user("Hi"), {"role": SECRET, "content": "Yes"}]},
-        "message 2 of its 'messages': its 'role' is none of system, developer, user, assistant, tool, function",
+        "message 2 of its 'messages': its 'role' is not one of system, developer, user, assistant, tool, function",
     ),
     "no role": (
         {"user": "ann", "messages": [{"content": SECRET}]},
@@ -296,14 +296,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "pair without an answer": (
         {"user": "ann", "prompt": [user(SECRET)], "chosen": [], "rejected": [assistant("c")]},
-        "its pair of answers lacks a message of the assistant",
+        "one of its two answers has no message of the assistant",
     ),
     "text as input": (PAIR["openai-preference"] | {"user": "ann", "input": SECRET}, "its 'input' is not an object"),
     "one output": (
         {"user": "ann", "input": {"messages": []}, "preferred_output": []},
         "'non_preferred_output' is missing",
     ),
-    "sharegpt role": ({"user": "ann", "conversations": [said(SECRET, "Hi")]}, "its 'from' is none of system, human"),
+    "sharegpt role": ({"user": "ann", "conversations": [said(SECRET, "Hi")]}, "its 'from' is not one of system, human"),
     "aloe without a choice": (
         {"conversations": [TURN, {**TURN, "chosen": SECRET}]},
         "turn 2 of its 'conversations': its 'chosen'",
@@ -317,7 +317,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "there is no rejected answer",
     ),
     "empty preference": ({"user": "ann", "preference": " "}, "its 'preference' is empty"),
-    "id of another user": (chat(SECRET, "Yes", who="bob", id="c1"), "a record of another user has its id c1"),
+    "id of another user": (chat(SECRET, "Yes", who="bob", id="c1"), "a record of another user has the same id c1"),
 }
 
 
@@ -335,11 +335,11 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(name: str
     assert (reader.report.rows, reader.report.skipped, reader.report.users) == (3, 1, 1)
 
 
-def test_answers_to_different_messages_are_no_pair() -> None:
+def test_answers_to_different_messages_are_not_a_pair() -> None:
     pair = {
         "user": "ann",
         "chosen": [user("A pun?"), assistant("Lettuce.")],
         "rejected": [user("Tea?"), assistant("No.")],
     }
-    with pytest.raises(RecordError, match="its pair of answers replies to different messages"):
+    with pytest.raises(RecordError, match="its two answers reply to different messages"):
         read(EARLIER, pair | {"time": LATER})

@@ -1,4 +1,4 @@
-"""What a history of conversations holds: never the same conversation, nothing later, no copies; and files."""
+"""Histories from conversations have no entry of the same conversation, no later entry and no copies; files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import SECRET, assistant, chat, histories, read, reader_of, told, user
+from conversations import SECRET, assistant, chat, histories, kind_and_texts, read, reader_of, user
 
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.conversations import open_conversations
@@ -25,12 +25,12 @@ def at(day: int, hour: int = 9) -> str:
 # ---- times
 
 
-def test_history_holds_earlier_conversations_whatever_the_order_of_the_lines() -> None:
+def test_history_has_earlier_conversations_in_any_order_of_the_lines() -> None:
     lines = [chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in (3, 1, 2)]
     assert histories(read(*lines)) == {"Reply 2": ["Reply 1"], "Reply 3": ["Reply 1", "Reply 2"]}
 
 
-def test_history_holds_nothing_of_the_same_time() -> None:
+def test_history_has_no_entry_of_the_same_time() -> None:
     lines = [chat("Question 1?", "Reply 1", time=at(1))]
     lines += [chat(f"Question {name}?", f"Reply {name}", time=at(2)) for name in "ab"]
     assert histories(read(*lines)) == {"Reply a": ["Reply 1"], "Reply b": ["Reply 1"]}
@@ -48,21 +48,21 @@ def test_times_of_messages_interleave_two_conversations() -> None:
         ]
         return {"user": "ann", "messages": messages}
 
-    found = histories(read(talk("a", 9, 12), talk("b", 10, 13)))
-    assert found == {
+    answers = histories(read(talk("a", 9, 12), talk("b", 10, 13)))
+    assert answers == {
         "Reply b10": ["Reply a9"],
         "Reply a12": ["Reply b10"],
         "Reply b13": ["Reply a9", "Reply a12"],
     }
 
 
-def test_reply_counts_from_its_own_time_and_not_from_that_of_its_question() -> None:
+def test_reply_is_in_histories_after_its_own_time_and_not_after_the_time_of_its_question() -> None:
     slow = {"user": "ann", "messages": [user("Question 1?", time=at(1)), assistant("Reply 1", time=at(5))]}
     lines = [slow, *(chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in (3, 6))]
     assert histories(read(*lines)) == {"Reply 6": ["Reply 3", "Reply 1"]}
 
 
-def test_without_times_the_order_of_the_lines_counts() -> None:
+def test_without_times_the_lines_are_in_time_order() -> None:
     lines = [chat(f"Question {name}?", f"Reply {name}") for name in "bac"]
     samples = read(*lines)
     assert histories(samples) == {"Reply a": ["Reply b"], "Reply c": ["Reply b", "Reply a"]}
@@ -70,7 +70,7 @@ def test_without_times_the_order_of_the_lines_counts() -> None:
 
 
 @pytest.mark.parametrize("timeless", [chat("Hi", SECRET), {"user": "ann", "preference": SECRET}])
-def test_record_without_time_beside_timed_ones_is_broken(timeless: dict[str, Any]) -> None:
+def test_record_without_time_among_timed_records_is_broken(timeless: dict[str, Any]) -> None:
     lines = [chat("Question 1?", "Reply 1", time=at(1)), timeless, chat("Question 2?", "Reply 2", time=at(2))]
     with pytest.raises(RecordError, match="row 2: it has no time, but other records have one") as caught:
         read(*lines)
@@ -80,7 +80,7 @@ def test_record_without_time_beside_timed_ones_is_broken(timeless: dict[str, Any
     assert reader.report.skipped == 1
 
 
-def test_preference_counts_from_when_it_was_stated() -> None:
+def test_preference_is_in_histories_after_it_was_stated() -> None:
     lines = [chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in (1, 3, 5)]
     stated = [{"user": "ann", "preference": f"Wish {day}", "time": at(day)} for day in (3, 4)]
     assert histories(read(*lines, *stated)) == {
@@ -92,14 +92,14 @@ def test_preference_counts_from_when_it_was_stated() -> None:
 # ---- the same conversation
 
 
-def test_history_holds_nothing_of_the_same_conversation() -> None:
+def test_history_has_no_entry_of_the_same_conversation() -> None:
     talk = chat("One?", "First.", "Two?", "Second.", time=at(2))
-    found = histories(read(chat("Zero?", "Before.", time=at(1)), talk))
-    assert found == {"First.": ["Before."], "Second.": ["Before."]}
+    answers = histories(read(chat("Zero?", "Before.", time=at(1)), talk))
+    assert answers == {"First.": ["Before."], "Second.": ["Before."]}
 
 
 @pytest.mark.parametrize("key", ["id", "conversation_id"])
-def test_lines_with_one_name_are_one_conversation(key: str) -> None:
+def test_lines_with_the_same_id_are_one_conversation(key: str) -> None:
     lines = [chat("Zero?", "Before.", time=at(1), **{key: "c0"})]
     lines += [chat(f"Part {day}?", f"Reply {day}", time=at(day), **{key: "c1"}) for day in (2, 3)]
     samples = read(*lines)
@@ -113,9 +113,9 @@ def test_log_that_repeats_the_conversation_gives_each_turn_once(days: tuple[int,
     times = [{"time": at(day)} for day in (1, *days)] if days else [{}] * 4
     lines = [chat("Zero?", "Before.", id="r0", **times[0])]
     lines += [chat(*texts[: 2 * count], id=f"r{count}", **times[count]) for count in (1, 2, 3)]
-    found = read(*lines)
-    assert {item.answer for sample in found for item in sample.history} == {"Before."}
-    assert [sample.target for sample in found if sample.target != "Yo"] == ["Second.", "Third."]
+    samples = read(*lines)
+    assert {item.answer for sample in samples for item in sample.history} == {"Before."}
+    assert [sample.target for sample in samples if sample.target != "Yo"] == ["Second.", "Third."]
 
 
 def test_branch_of_a_conversation_is_the_same_conversation() -> None:
@@ -127,13 +127,13 @@ def test_branch_of_a_conversation_is_the_same_conversation() -> None:
         "chosen": [assistant("Other.")],
         "rejected": [assistant("Second.")],
     }
-    found = histories(read(chat("Zero?", "Before.", time=at(1)), talk, branch, chat("Last?", "End.", time=at(5))))
-    assert found["Other."] == ["Before."]
-    assert found["End."] == ["Before.", "First.", "Second.", "Third.", "Second.", "Other."]
+    answers = histories(read(chat("Zero?", "Before.", time=at(1)), talk, branch, chat("Last?", "End.", time=at(5))))
+    assert answers["Other."] == ["Before."]
+    assert answers["End."] == ["Before.", "First.", "Second.", "Third.", "Second.", "Other."]
 
 
 @pytest.mark.parametrize("times", [({}, {}), ({"time": at(2, 9)}, {"time": at(2, 10)})])
-def test_question_that_is_asked_anew_has_no_earlier_answer_in_its_history(times: tuple[dict[str, str], ...]) -> None:
+def test_repeated_question_has_no_earlier_answer_in_its_history(times: tuple[dict[str, str], ...]) -> None:
     first = chat("Zero?", "Before.", **({"time": at(1)} if times[0] else {}))
     lines = [first, chat("One?", "First.", **times[0]), chat("One?", "Again.", **times[1])]
     assert histories(read(*lines)) == {"First.": ["Before."], "Again.": ["Before."]}
@@ -145,7 +145,7 @@ def test_same_question_on_another_day_is_another_conversation() -> None:
 
 
 def random_log(seed: int) -> tuple[list[dict[str, Any]], dict[str, tuple[int, int, int]]]:
-    """Return lines in random order, and for each reply its conversation, the minute of its question, and its own."""
+    """Return lines in random order, and for each reply its conversation and the minutes of question and reply."""
     rng = random.Random(seed)
     texts: dict[int, list[dict[str, Any]]] = {number: [] for number in range(5)}
     truth, lines, minute = dict[str, tuple[int, int, int]](), list[dict[str, Any]](), 0
@@ -167,7 +167,7 @@ def random_log(seed: int) -> tuple[list[dict[str, Any]], dict[str, tuple[int, in
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_history_is_exactly_what_is_earlier_in_other_conversations(seed: int) -> None:
+def test_history_is_exactly_the_earlier_entries_of_other_conversations(seed: int) -> None:
     lines, truth = random_log(seed)
     samples = read(*lines)
     for sample in samples:
@@ -175,8 +175,8 @@ def test_history_is_exactly_what_is_earlier_in_other_conversations(seed: int) ->
         allowed = [
             answer for answer, (other, _, answered) in truth.items() if other != conversation and answered < asked
         ]
-        found = [item.answer for item in sample.history if item.kind == "answer"]
-        assert sorted(map(str, found)) == sorted(allowed)
+        answers = [item.answer for item in sample.history if item.kind == "answer"]
+        assert sorted(map(str, answers)) == sorted(allowed)
     others = {conversation for conversation, _, _ in truth.values()}
     assert len(samples) > len(truth) - 2 * len(others)
 
@@ -200,19 +200,21 @@ def test_copies_count_once() -> None:
     assert reader.report.copies == 3
 
 
-def test_copies_with_several_answers_are_never_asked() -> None:
+def test_copies_with_different_answers_are_never_samples() -> None:
     lines = [chat("Hi", answer, id=name) for answer, name in (("Yo", "a"), ("Hello", "b"), ("Yo", "c"))]
     reader = reader_of(*lines, chat("One?", "First."))
     assert histories(list(reader)) == {"First.": ["Yo", "Hello"]}
     assert (reader.report.copies, reader.report.unclear) == (1, 2)
 
 
-def test_reply_without_history_is_no_sample_and_is_counted() -> None:
+def test_reply_without_history_is_counted_but_not_a_sample() -> None:
     lines = [chat("One?", "First.", "Two?", "Second."), chat("Hi", "Hello.", who="bob")]
     reader = reader_of(*lines, chat("Three?", "Third."))
     assert histories(list(reader)) == {"Third.": ["First.", "Second."]}
     assert (reader.report.too_early, reader.report.users) == (3, 2)
-    with pytest.raises(MissingData, match=r"3 rows with too short a history not asked.* from another conversation"):
+    with pytest.raises(
+        MissingData, match=r"3 rows left out because their history is too short.* from another conversation"
+    ):
         read(*lines)
 
 
@@ -220,13 +222,13 @@ def test_samples_beyond_the_maximum_are_spread_and_counted() -> None:
     lines = [chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in range(1, 12)]
     reader = reader_of(*lines, max_samples_per_user=4)
     assert [sample.target for sample in reader] == ["Reply 4", "Reply 6", "Reply 9", "Reply 11"]
-    assert reader.report.left_out == {"replies beyond 4 samples of their user": 6}
+    assert reader.report.left_out == {"replies beyond max_samples_per_user=4": 6}
     assert len(read(*lines, max_samples_per_user=10)) == 10
     with pytest.raises(ConfigError, match="at least 1"):
         reader_of(*lines, max_samples_per_user=0)
 
 
-def test_longest_history_keeps_stated_preferences() -> None:
+def test_max_history_keeps_stated_preferences() -> None:
     lines: list[dict[str, Any]] = [{"user": "ann", "preference": "Short, please.", "time": at(1)}]
     lines += [chat(f"Question {day}?", f"Reply {day}", time=at(day)) for day in range(2, 7)]
     reader = reader_of(*lines, max_history=2)
@@ -284,11 +286,11 @@ def test_data_set_in_lamp_layout_reads_back_equal(tmp_path: Path) -> None:
     again = open_dataset(tmp_path, "train")
     assert list(again) == samples
     assert again.task == reader.task
-    assert {told(item)[0] for sample in samples for item in sample.history} == {"answer", "preference"}
+    assert {kind_and_texts(item)[0] for sample in samples for item in sample.history} == {"answer", "preference"}
     assert [sample.rejected for sample in samples if sample.rejected] == [("No.",)]
 
 
-def test_split_by_user_is_the_same_each_time(tmp_path: Path) -> None:
+def test_split_by_user_is_deterministic(tmp_path: Path) -> None:
     parts = [split_by_user(reader_of(*some_lines()), tmp_path / name, share=0.4) for name in "ab"]
     assert parts[0] == parts[1]
     assert (parts[0].train_users, parts[0].dev_users) == (2, 1)
@@ -307,17 +309,17 @@ def aloe(name: str, question: str) -> dict[str, Any]:
     "other", [chat("Hi", "Hello", who="7"), aloe("7", "Coffee?"), {"user": "7", "preference": "Be brief."}]
 )
 @pytest.mark.parametrize("is_first", [True, False])
-def test_id_of_a_conversation_without_a_user_is_nobody_elses(other: dict[str, Any], is_first: bool) -> None:
+def test_id_of_a_conversation_without_a_user_must_be_unique(other: dict[str, Any], is_first: bool) -> None:
     records = [aloe("7", "Tea?"), other]
-    with pytest.raises(RecordError, match="the id 7 stands for a record without a user and for other data"):
+    with pytest.raises(RecordError, match="the id 7 belongs to a record without a user and also to other data"):
         read(*(records if is_first else reversed(records)))
 
 
-def test_conversation_without_a_user_may_come_twice() -> None:
+def test_conversation_without_a_user_may_occur_twice() -> None:
     assert len(read(aloe("7", "Tea?"), aloe("8", "Coffee?"), aloe("7", "Tea?"))) == 4
 
 
-def test_lines_that_begin_alike_are_one_conversation_however_many() -> None:
+def test_thousands_of_lines_with_the_same_start_are_one_conversation() -> None:
     lines = [chat("Hi", "Hello!", "And?", f"Answer {number}") for number in range(6_000)]
     (sample,) = read(*lines, chat("Tea?", "A drink."), max_history=3)
     assert sample.target == "A drink."

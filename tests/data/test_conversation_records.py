@@ -1,4 +1,4 @@
-"""Items of three kinds, the messages before a prompt, and rejected answers: as JSON and as records."""
+"""Items of three kinds, the context of a prompt, and rejected answers, as JSON and as records."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_items_of_every_task_may_be_preferences_and_rejections() -> None:
 @pytest.mark.parametrize(
     ("record", "defect"),
     [
-        (EXCHANGE | {"preference": "x"}, "beside fields of an answer"),
-        (PREFERENCE | {"rejected": "x"}, "beside fields of an answer"),
-        (EXCHANGE | {"rejected": "x"}, "make it two items"),
+        (EXCHANGE | {"preference": "x"}, "and fields of an answer"),
+        (PREFERENCE | {"rejected": "x"}, "and fields of an answer"),
+        (EXCHANGE | {"rejected": "x"}, "split it into two items"),
         ({"id": "1", "preference": " "}, "its 'preference' is empty"),
         ({"id": "1", "rejected": "x"}, "its 'question' is missing"),
-        (EXCHANGE | {"kind": "rejection"}, "its 'kind' is 'rejection', and its fields are those of the kind 'answer'"),
+        (EXCHANGE | {"kind": "rejection"}, "its 'kind' is 'rejection', but its fields belong to the kind 'answer'"),
     ],
 )
 def test_item_with_fields_of_two_kinds_is_refused(record: dict[str, Any], defect: str) -> None:
@@ -77,7 +77,7 @@ def test_item_with_fields_of_two_kinds_is_refused(record: dict[str, Any], defect
         item(record)
 
 
-def test_conversation_survives_the_lamp_layout(tmp_path: Path) -> None:
+def test_conversation_round_trips_through_the_lamp_layout(tmp_path: Path) -> None:
     sample = conversation()
     write_lamp([sample, replace(sample, id="t", context=(), rejected=())], tmp_path, "train", task=CHAT)
     first, second = open_dataset(tmp_path, "train")
@@ -94,7 +94,7 @@ def test_conversation_survives_the_lamp_layout(tmp_path: Path) -> None:
         ([{"role": "user"}], "message 1 of its context: its 'content' is missing"),
         ([{"role": "user", "content": "a"}, {"role": " ", "content": "a"}], "message 2 of its context: its 'role'"),
         (["hello"], "message 1 of its context: it is not a JSON object"),
-        ([{"role": "User", "content": "a"}], "its 'role' is none of system, developer, user, assistant, tool"),
+        ([{"role": "User", "content": "a"}], "its 'role' is not one of system, developer, user, assistant, tool"),
     ],
 )
 def test_broken_context_is_a_flaw(context: object, defect: str) -> None:
@@ -103,7 +103,7 @@ def test_broken_context_is_a_flaw(context: object, defect: str) -> None:
 
 
 def test_context_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be written .* its 'role' is none of"):
+    with pytest.raises(ConfigError, match=r"cannot be written .* its 'role' is not one of"):
         write_lamp([replace(conversation(), context=(("Ann", "Hi"),))], tmp_path, "train", task=CHAT)
     assert not list(tmp_path.glob("*.json"))
 
@@ -124,20 +124,20 @@ def test_broken_context_names_its_question(tmp_path: Path) -> None:
         ({"query_pattern": "(.*)"}, "'chat' takes any prompt"),
         ({"item_fields": ["question"]}, "two fields"),
         ({"answer_field": "question"}, "two fields"),
-        ({"item_fields": ["question", "preference"], "answer_field": "preference"}, "a meaning of its own"),
+        ({"item_fields": ["question", "preference"], "answer_field": "preference"}, "a reserved key of items"),
     ],
 )
-def test_chat_task_that_could_not_work_is_refused(change: dict[str, Any], defect: str) -> None:
+def test_inconsistent_chat_task_is_refused(change: dict[str, Any], defect: str) -> None:
     with pytest.raises(ConfigError, match=defect):
         parse_task({"name": "Talk", "kind": "chat", **change})
 
 
-def test_chat_task_needs_no_more_than_a_name() -> None:
+def test_chat_task_needs_only_a_name() -> None:
     assert replace(parse_task({"name": "Chat", "kind": "chat"})) == CHAT
 
 
-def test_no_text_of_a_conversation_is_in_a_repr() -> None:
+def test_repr_shows_no_text_of_a_conversation() -> None:
     sample = conversation()
-    for shown in (repr(sample), repr(sample.full_prompt), *map(repr, sample.history)):
-        assert "fine" not in shown.lower()
-        assert "rain" not in shown.lower()
+    for text_of_repr in (repr(sample), repr(sample.full_prompt), *map(repr, sample.history)):
+        assert "fine" not in text_of_repr.lower()
+        assert "rain" not in text_of_repr.lower()

@@ -1,4 +1,4 @@
-"""Dates: the forms that are read without being told, those that need a format, and those that are no date."""
+"""Dates: forms that are detected, forms that need a format, and values that are not dates."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_day_begins_at_midnight(value: Any) -> None:
         ("1704456000123", datetime(2024, 1, 5, 12, 0, 0, 123_000)),
     ],
 )
-def test_years_months_and_epoch_times(value: Any, expected: datetime) -> None:
+def test_years_months_and_epoch_times_are_read(value: Any, expected: datetime) -> None:
     assert as_datetime(value) == expected
 
 
@@ -78,7 +78,7 @@ def test_years_months_and_epoch_times(value: Any, expected: datetime) -> None:
     ],
     ids=lambda value: str(value)[:24],
 )  # fmt: skip
-def test_other_form_is_not_guessed_and_is_shown_without_the_value(value: Any, shape: str) -> None:
+def test_unknown_form_is_refused_and_shown_without_the_value(value: Any, shape: str) -> None:
     with pytest.raises(Flaw) as caught:
         as_datetime(value, "its 'when'")
     assert f"its 'when' has the form {shape}, " in str(caught.value)
@@ -86,7 +86,7 @@ def test_other_form_is_not_guessed_and_is_shown_without_the_value(value: Any, sh
 
 
 @pytest.mark.parametrize("value", [None, "", " ", True, [], float("nan"), np.datetime64("NaT"), "\ud800"])
-def test_no_date_is_a_flaw(value: Any) -> None:
+def test_value_that_is_not_a_date_is_a_flaw(value: Any) -> None:
     with pytest.raises(Flaw, match="its 'date'"):
         as_datetime(value)
 
@@ -101,9 +101,9 @@ def test_no_date_is_a_flaw(value: Any) -> None:
         (202401051200, "%Y%m%d%H%M"),
     ],
 )
-def test_given_format_is_used(text: Any, date_format: str) -> None:
+def test_date_format_is_used(text: Any, date_format: str) -> None:
     assert as_datetime(text, date_format=check_date_format(date_format)) == NOON
-    with pytest.raises(Flaw, match=re.escape(f"which is not that of date_format {date_format!r}")):
+    with pytest.raises(Flaw, match=re.escape(f"which does not match date_format {date_format!r}")):
         as_datetime("2024", date_format=date_format)
     assert as_datetime(NOON, date_format=date_format) == NOON
 
@@ -123,7 +123,7 @@ def test_epoch_times_and_iso_agree(moment: datetime) -> None:
 
 
 @given(st.one_of(st.text(), st.from_regex(r"\d{1,4}[-/. ]\d{1,4}.{0,20}", fullmatch=True), st.integers(), st.floats()))
-def test_anything_is_a_date_or_a_flaw(value: Any) -> None:
+def test_any_value_is_a_date_or_a_flaw(value: Any) -> None:
     with suppress(Flaw):
         assert as_datetime(value).tzinfo is None
 

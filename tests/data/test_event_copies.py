@@ -1,4 +1,4 @@
-"""Events that arrive twice: left out and counted, while repeated events stay, and no question tells its answer."""
+"""Copies of events are left out and counted, repeated events stay, and no history reveals its answer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_log_that_is_imported_twice_gives_the_same_samples(tmp_path: Path) -> No
     assert reader.report.copies == 8
 
 
-def test_long_text_is_a_copy_whatever_the_time() -> None:
+def test_repeated_long_text_is_a_copy_at_any_time() -> None:
     reader = reader_of([row(1, LONG), row(2), row(90, LONG)])
     assert [sample.id for sample in reader] == ["e2"]
     assert reader.report.copies == 1
@@ -102,16 +102,16 @@ def test_chain_of_copies_is_one_event() -> None:
     assert len(list(reader)) == 1
 
 
-def test_copies_with_several_answers_are_not_asked_without_a_time_to_tell_them_apart() -> None:
+def test_undated_copies_with_different_answers_are_not_samples() -> None:
     rows = [row(1, "mood"), row(2, "mood", stars=1), row(3, "mood"), row(4, "else"), row(5, "mood", stars=1)]
     reader = reader_of(rows, UNDATED)
     (sample,) = reader
     assert (sample.query, len(sample.history)) == ("else", 2)
     assert (reader.report.copies, reader.report.unclear) == (2, 1)
-    assert len(list(reader_of(rows))) == 4  # with dates, each is an event of its own
+    assert len(list(reader_of(rows))) == 4  # with dates, each row is a separate event
 
 
-def test_several_answers_without_copies_are_asked() -> None:
+def test_different_answers_without_copies_are_samples() -> None:
     assert len(list(reader_of([row(1, "mood"), row(2, "mood", stars=1)], UNDATED))) == 1
 
 
@@ -130,18 +130,18 @@ event_lists = st.lists(
 
 
 @given(event_lists, st.booleans())
-def test_what_is_left_holds_no_copy_and_loses_no_answer(rows: list[tuple[str, str, int | None]], dated: bool) -> None:
+def test_remaining_events_have_no_copy_and_lose_no_answer(rows: list[tuple[str, str, int | None]], dated: bool) -> None:
     events = [
         event_of([content], answer, START + timedelta(minutes=minute or 0) if dated else None)
         for content, answer, minute in rows
     ]
     events.sort(key=lambda event: event.moment or START)
-    found = find_copies(events)
-    kept = [event for index, event in enumerate(events) if index not in found.copies]
-    assert {(event.content, event.answer) for event in kept} == {(event.content, event.answer) for event in events}
-    assert not found.copies & found.unclear
-    for later, event in enumerate(kept):
-        for old in kept[:later]:
+    copies = find_copies(events)
+    originals = [event for index, event in enumerate(events) if index not in copies.copies]
+    assert {(event.content, event.answer) for event in originals} == {(event.content, event.answer) for event in events}
+    assert not copies.copies & copies.unclear
+    for later, event in enumerate(originals):
+        for old in originals[:later]:
             if (old.content, old.answer) == (event.content, event.answer):
                 assert event.moment
                 assert old.moment
@@ -149,15 +149,15 @@ def test_what_is_left_holds_no_copy_and_loses_no_answer(rows: list[tuple[str, st
                 assert event.length < MIN_LENGTH
 
 
-# ---- nothing usable, and the report
+# ---- logs without samples, and the report
 
 
-def test_rows_of_a_user_at_one_time_are_an_error_that_says_why() -> None:
+def test_rows_of_a_user_at_one_time_are_an_error_with_the_reason() -> None:
     rows = [row(number, hours=0) for number in range(5)]
     with pytest.raises(MissingData) as caught:
         list(reader_of(rows))
     assert "0 samples, 0 items of history, from 5 rows" in str(caught.value)
-    assert "5 rows with too short a history not asked" in str(caught.value)
+    assert "5 rows left out because their history is too short" in str(caught.value)
     assert "needs min_history=1 rows of its user at earlier times" in str(caught.value)
 
 
@@ -166,13 +166,21 @@ def test_rows_of_a_user_at_one_time_are_an_error_that_says_why() -> None:
     [
         ([], {}, "It holds no records"),
         ([row(1, stars=SECRET), row(2, stars=None)], {"skip_bad": 2}, "2 broken records skipped.*row 1: its answer is"),
-        ([row(1), row(2), row(3)], {"min_history": 3}, "3 rows with too short a history not asked.*min_history=3"),
+        (
+            [row(1), row(2), row(3)],
+            {"min_history": 3},
+            "3 rows left out because their history is too short.*min_history=3",
+        ),
         ([row(1), row(2, who="bob")], {"split": "train", "dev_queries": 1}, "'train' asks for each user's rows before"),
-        ([row(1, "a"), row(2, "a", stars=2), row(3, "a")], {"mapping": UNDATED}, "1 rows not asked whose copies have"),
+        (
+            [row(1, "a"), row(2, "a", stars=2), row(3, "a")],
+            {"mapping": UNDATED},
+            "1 rows left out because their copies have",
+        ),
     ],
     ids=["empty", "all broken", "min_history", "one row each", "unclear"],
 )
-def test_log_without_samples_is_an_error_that_says_why(
+def test_log_without_samples_is_an_error_with_the_reason(
     rows: list[dict[str, Any]], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(MissingData, match=message) as caught:
@@ -184,17 +192,17 @@ def test_log_without_samples_is_an_error_that_says_why(
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
 def test_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(MissingData, match=f"{name} gives no sample. It holds no records"):
+    with pytest.raises(MissingData, match=f"{name} yields no samples. It holds no records"):
         list(EventLogReader(tmp_path / name, MAPPING, TASK))
 
 
-def test_file_with_a_header_alone_is_an_error(tmp_path: Path) -> None:
+def test_file_with_only_a_header_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("event,who,title,stars,when\n")
     with pytest.raises(MissingData, match="It holds no records"):
         list(EventLogReader(tmp_path / "log.csv", MAPPING, TASK))
 
 
-def test_report_counts_everything_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_counts_everything_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     rows = [row(1), row(2), row(2), row(3), row(4, stars="x"), row(5), row(6, who="bob")]
     reader = reader_of(rows, skip_bad=1, max_history=1)
     with caplog.at_level(logging.INFO, logger="personaplug"):
@@ -202,8 +210,8 @@ def test_report_counts_everything_and_is_told_once(caplog: pytest.LogCaptureFixt
         assert list(reader) == samples
     assert [record.getMessage() for record in caplog.records] == [
         "the list, split dev: 3 samples, 3 items of history, from 7 rows of 2 users; 1 broken records skipped; "
-        "1 copies of earlier events left out; 2 rows with too short a history not asked; 3 items beyond the longest "
-        "history left out"
+        "1 copies of earlier events left out; 2 rows left out because their history is too short; 3 items beyond "
+        "max_history left out"
     ]
     assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 2, 1)
 

@@ -192,7 +192,7 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "no user": ({"event": "e"}, "line 2: its 'who' is missing"),
     "blank user": (row(2, " "), "line 2: its 'who' is empty"),
     "null answer": (row(2, stars=None), "line 2: its 'stars' is null"),
-    "no label": (row(2, stars=SECRET), "line 2: its answer is none of the 5 labels"),
+    "no label": (row(2, stars=SECRET), "line 2: its answer is not one of the 5 labels"),
     "nan": (row(2, stars=float("nan")), "line 2: its 'stars' is not a finite number"),
     "no date": (row(2, when=SECRET), "line 2: its 'when' has the form aaaaaaaa,"),
     "list for text": (row(2, title=[SECRET]), "line 2: its 'title' is a list"),
@@ -229,7 +229,7 @@ def test_broken_line_of_each_format_is_skipped_alone(tmp_path: Path) -> None:
     assert len(read(path, split="dev", skip_bad=2)) == 1
     table = tmp_path / "log.csv"
     table.write_bytes(as_csv([row(1), row(3)]).encode() + b'e4,ann\r\ne5,ann,2020,"a"b,3\r\ne6,ann,2020,\xff,3\r\n')
-    with pytest.raises(RecordError, match="line 4: it has 2 values, the header 5"):
+    with pytest.raises(RecordError, match="line 4: it has 2 values, but the header has 5"):
         read(table)
     reader = EventLogReader(table, MAPPING, TASK, split="dev", skip_bad=3)
     assert shape(list(reader)) == [("e3", ["e1"])]

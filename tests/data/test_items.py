@@ -18,7 +18,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.errors import MissingData, RecordError
 
 TASK = LAMP_TASKS["LaMP_3"]
-SECRET = "zanzibar"  # part of every user text here, and must be in no error
+SECRET = "zanzibar"  # part of every user text; no error may contain it
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:

@@ -24,21 +24,21 @@ def test_nearest_rounds_half_up_within_the_scale(value: float, label: str) -> No
     assert STARS.nearest(value) == label
 
 
-def test_nearest_compares_numbers_not_steps() -> None:
+def test_nearest_label_is_nearest_by_value_and_not_by_rank() -> None:
     assert [HALVES.nearest(value) for value in (0.2, 0.25, 2.2, 2.25, 9)] == ["0", "0.5", "0.5", "4", "4"]
 
 
-def test_index_of_no_label_is_the_nearest_of_a_scale_only() -> None:
+def test_other_numbers_have_the_nearest_label_only_on_a_rating_scale() -> None:
     assert [STARS.index(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
     assert [TAGS.index(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
-    assert LabelSet(("2", "1")).index("1.0") == -1, "labels that do not rise are no scale"
+    assert LabelSet(("2", "1")).index("1.0") == -1, "labels that do not ascend are not a scale"
 
 
 def test_features_of_ratings_match_hand_computation() -> None:
     answers = ["5", "1", "2.0", " 4 ", "5", "5", "2"]
-    given = np.array([5, 1, 2, 4, 5, 5, 2.0])
+    values = np.array([5, 1, 2, 4, 5, 5, 2.0])
     shares = np.array([1, 2, 0, 1, 3]) / 7
-    expected = [*shares, given.mean(), 4.0, given.std(), (2 + 4 + 5 + 5 + 2) / 5]
+    expected = [*shares, values.mean(), 4.0, values.std(), (2 + 4 + 5 + 5 + 2) / 5]
     assert STARS.features(_items(*answers)) == pytest.approx(expected)
     assert STARS.width == 9
 

@@ -25,7 +25,7 @@ from personaplug.data.task_registry import lamp_task, parse_task
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-SECRET = "zanzibar"  # part of every user text here, and must be in no error
+SECRET = "zanzibar"  # part of every user text; no error may contain it
 REVIEW = "What is the score of the following review on a scale of 1 to 5? review: "
 
 
@@ -68,7 +68,7 @@ def test_built_in_tasks_are_the_public_ones() -> None:
         assert lamp_task(name.replace("_", "-")) is task
 
 
-def test_lamp_task_unavailable_name_says_why() -> None:
+def test_unavailable_lamp_task_error_gives_the_reason() -> None:
     with pytest.raises(ConfigError, match="not public"):
         lamp_task("LaMP-6")
     with pytest.raises(ConfigError, match="did you mean 'LaMP_4'"):
@@ -126,11 +126,11 @@ def test_empty_query_is_an_error() -> None:
         query_of(LAMP_TASKS["LaMP_3"], REVIEW)
 
 
-def test_query_without_marker_is_the_input() -> None:
+def test_without_a_marker_the_input_is_the_query() -> None:
     assert query_of(parse_task({"name": "x", "kind": "text", "item_fields": ["t"]}), "whole") == "whole"
 
 
-# ---- which task a folder holds
+# ---- the task of a folder
 
 OWN = {"name": "Own", "kind": "rating", "labels": ["1", "2"], "query_after": "q: ", "item_fields": ["text"],
        "answer_field": "score", "metrics": ["mae"], "max_new_tokens": 3}  # fmt: skip
@@ -184,13 +184,13 @@ def test_item_template_is_inherited_only_with_its_fields(change: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", LAMP_TASKS)
-def test_task_survives_json(name: str) -> None:
+def test_task_round_trips_through_json(name: str) -> None:
     task = LAMP_TASKS[name]
     assert parse_task(json.loads(json.dumps(asdict(task)))) == task
     assert parse_task({"name": name, "like": name}) == task
 
 
-def test_task_argument_wins_over_task_json_over_outputs(tmp_path: Path) -> None:
+def test_task_argument_precedes_task_json_which_precedes_outputs(tmp_path: Path) -> None:
     put(tmp_path, [], [], task="LaMP-4")
     assert load_task(tmp_path).name == "LaMP_4"
     declare(tmp_path, OWN)
@@ -224,20 +224,20 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"kind": ["text"]}, "'kind' should be 'label', 'rating', 'text' or 'chat', found ['text']"),
         ({"labels": []}, "need 'labels'"),
         ({"labels": ["good", "bad"]}, "should be numbers"),
-        ({"labels": ["2", "1"]}, "should be finite and rise"),
+        ({"labels": ["2", "1"]}, "should ascend and be within ±1e9"),
         ({"labels": ["1", "nan"]}, "should be numbers"),
         ({"labels": ["1", "1_0"]}, "should be numbers"),
         ({"max_new_tokens": 10**12}, "max_new_tokens"),
         ({"labels": ["1"]}, "a rating needs two labels or more"),
         ({"labels": "12"}, "'labels' should be a list"),
         ({"labels": [True, "2"]}, "a label is true or false"),
-        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list holds an entry twice"),
+        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list contains an entry twice"),
         ({"kind": "label", "labels": ["a "]}, "blanks"),
         ({"kind": "text"}, "'text' and 'chat' have none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
         ({"item_fields": []}, "'item_fields': value should have at least 1 item"),
-        ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
-        ({"item_fields": ["id"]}, "'id' has a meaning of its own"),
+        ({"metrics": ["rouge_1", "nll"]}, "remove 'nll' from 'metrics'"),
+        ({"item_fields": ["id"]}, "'id' is a reserved key of items"),
         ({"answer_field": 3}, "'answer_field' should be a valid string, found 3"),
         ({"name": " "}, "'name' is empty"),
         ({"max_new_tokens": "4"}, "'max_new_tokens' should be a valid integer, found '4'"),
@@ -245,14 +245,14 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"metrics": ["mae", ""]}, "'metrics.1': string should have at least 1 character"),
         ({"max_new_tokens": True}, "'max_new_tokens' should be a valid integer, found True"),
         ({"query_pattern": "(a)"}, "not both"),
-        ({"query_after": "", "query_pattern": "("}, "not a regular expression"),
+        ({"query_after": "", "query_pattern": "("}, "not a valid RE2 regular expression"),
         ({"query_after": "", "query_pattern": "a"}, "needs a group"),
         ({"item_template": 3}, "'item_template' should be a valid string, found 3"),
-        ({"item_template": "words"}, "shows no field of an item"),
+        ({"item_template": "words"}, "contains no field of an item"),
         ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
         ({"item_template": "{text} {}"}, "names {}; expected one of: score, text"),
         ({"item_joint": None}, "'item_joint' should be a valid string, found None"),
-        ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
+        ({"history_template": "{input}"}, "should contain {history} and {input}, each once"),
         ({"history_template": "{history} {history} {input}"}, "each once"),
         ({"history_template": "{history} {input} {text}"}, "each once"),
         ({"history_after": 1}, "'history_after' should be a valid string, found 1"),
@@ -304,7 +304,7 @@ def test_question_without_user_date_and_items_is_read(tmp_path: Path) -> None:
     assert (sample.user_id, sample.owner, sample.history) == (None, "sample:1", ())
 
 
-def test_item_needs_only_the_tasks_fields(tmp_path: Path) -> None:
+def test_item_needs_only_the_fields_of_the_task(tmp_path: Path) -> None:
     profile = [{"id": 1, "text": "", "score": 4.0, "category": ["anything"], "title": None}]
     (sample,) = read(put(tmp_path, [question(profile=profile)], [gold()]))
     assert sample.history[0].fields == (("text", ""), ("score", "4"))
@@ -315,7 +315,7 @@ def test_split_without_golds_has_no_targets(tmp_path: Path) -> None:
     assert [sample.target for sample in read(tmp_path, "test", task="LaMP_3")] == [None]
 
 
-def test_gzipped_file_equals_plain_which_is_preferred(tmp_path: Path) -> None:
+def test_gzipped_file_equals_the_plain_file_which_has_precedence(tmp_path: Path) -> None:
     put(tmp_path, [question(1), question(2)], [gold(1), gold(2)])
     plain = read(tmp_path)
     for name in ("dev_questions.json", "dev_outputs.json"):
@@ -339,7 +339,7 @@ def test_reader_second_pass_has_a_new_report(tmp_path: Path) -> None:
     assert reader.report.samples == 2
 
 
-def test_open_dataset_gives_the_readers_samples(tmp_path: Path) -> None:
+def test_open_dataset_accepts_a_task_object(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
     assert list(open_dataset(tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])) == read(tmp_path)
 
@@ -414,9 +414,9 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "item without field": (question(2, profile=[without(ITEM, "score")]), "its 'score' is missing"),
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' has the form aaaaaaaa,"),
-    "no marker": (question(2, input=SECRET), "does not hold the marker 'review: '"),
+    "no marker": (question(2, input=SECRET), "does not contain the marker 'review: '"),
     "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
-    "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
+    "no gold": (question(99), "question 2 (id 99): its id is not among the 3 golds"),
 }
 
 
@@ -430,11 +430,11 @@ def test_broken_question_is_reported_and_can_be_skipped(tmp_path: Path, name: st
     put(tmp_path, three_with(broken), [gold(1), gold(2), gold(3)])
     with pytest.raises(RecordError, match=re.escape(message)) as caught:
         read(tmp_path)
-    shown = "".join(traceback.format_exception(caught.value))
+    text = "".join(traceback.format_exception(caught.value))
     assert caught.value.file.endswith("dev_questions.json")
     assert SECRET not in str(caught.value)
-    assert f"{SECRET} x" not in shown
-    # Where the question's own id is lost, its gold is left over as a second problem.
+    assert f"{SECRET} x" not in text
+    # If the question has no valid id, its gold has no question, which is a second problem.
     reader = open_dataset(tmp_path, "dev", skip_bad=2)
     assert [sample.id for sample in reader] == ["1", "3"]
     assert 1 <= reader.report.skipped <= 2
@@ -446,7 +446,7 @@ def test_broken_question_is_reported_and_can_be_skipped(tmp_path: Path, name: st
     [
         ({"id": 2}, "question 2 (id 2): its gold: its 'output' is missing"),
         (gold(2, None), "its gold: its 'output' is null"),
-        (gold(2, "6"), "its answer is none of the 5 labels"),
+        (gold(2, "6"), "its answer is not one of the 5 labels"),
         (gold(1), "question 1 (id 1): two golds have its id"),
     ],
 )
@@ -526,7 +526,7 @@ def test_brackets_in_strings_do_not_count_as_nesting(tmp_path: Path) -> None:
      '{"max_new_tokens": ' + "1" * 5000 + "}", "\ud800", '{"name": NaN}'],
     ids=["open", "closed", "900 deep", "5000 digits", "surrogate", "nan"],
 )  # fmt: skip
-def test_task_json_of_any_kind_is_read_or_a_clear_error(tmp_path: Path, content: str) -> None:
+def test_unusable_task_json_is_a_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "task.json").write_text(content, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(ConfigError, match=r"task\.json"):
         load_task(tmp_path)
@@ -546,7 +546,7 @@ def test_large_numbers_are_ids(tmp_path: Path, number: int) -> None:
     [("1" * 5000, "question 1: .*digits"), ("1e400", "question 1: .*1e308"),
      ("1" * 400, r"\(id 2\).*has 400 characters")],
 )  # fmt: skip
-def test_number_beyond_all_bounds_is_a_clear_error(tmp_path: Path, value: str, message: str) -> None:
+def test_too_large_number_is_a_clear_error(tmp_path: Path, value: str, message: str) -> None:
     put(tmp_path, [question(1), question(2, user_id=0)], [gold(1), gold(2)])
     path = tmp_path / "dev_questions.json"
     path.write_text(path.read_text().replace('"user_id": 0', f'"user_id": {value}'))
@@ -569,7 +569,9 @@ def test_missing_file_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
         open_dataset(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
-    with pytest.raises(MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"):
+    with pytest.raises(
+        MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*in the folder: train"
+    ):
         open_dataset(tmp_path, "dev")
 
 
@@ -603,7 +605,7 @@ def peak_of_reading(folder: Path, count: int) -> int:
 def test_reader_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     few, many = peak_of_reading(tmp_path / "few", 300), peak_of_reading(tmp_path / "many", 3000)
     size = (tmp_path / "many" / "dev_questions.json").stat().st_size
-    # Ten times the questions cost their golds and ids alone: a few hundred bytes each, not their texts.
+    # More questions cost only their golds and ids, a few hundred bytes each, and not their texts.
     assert many - few < 2700 * 400
     assert many < size / 8
 
@@ -649,7 +651,7 @@ def test_samples_without_targets_leave_no_outputs_file(tmp_path: Path) -> None:
 
 def test_empty_split_is_written_and_refused_when_read(tmp_path: Path) -> None:
     write_lamp([], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    with pytest.raises(MissingData, match=r"dev_questions\.json gives no sample\. It holds no records"):
+    with pytest.raises(MissingData, match=r"dev_questions\.json yields no samples\. It holds no records"):
         read(tmp_path)
 
 
@@ -661,14 +663,14 @@ def test_split_whose_records_are_all_skipped_is_refused(tmp_path: Path) -> None:
         read(tmp_path, skip_bad=9)
 
 
-# ---- answers that stand in the history
+# ---- answers in the history
 
 
 def leaking(number: int, *, text: str = SECRET, score: Any = "3", query: str = SECRET) -> dict[str, Any]:
     return question(number, input=f"{REVIEW}{query}", profile=[{"id": "i", "text": text, "score": score}])
 
 
-def test_question_in_its_own_history_is_counted_and_warned_of_but_kept(
+def test_question_in_its_own_history_is_kept_with_a_warning_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     questions = [leaking(1), leaking(2, text=f" {SECRET}\n", score=3.0), leaking(3, score="4"), leaking(4, text="else")]
@@ -678,12 +680,12 @@ def test_question_in_its_own_history_is_counted_and_warned_of_but_kept(
     assert reader.report.own_answers == 2
     assert list(reader)
     warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 1  # however often the data is read
+    assert len(warnings) == 1  # although the data is read twice
     assert "in 2 of 4 samples" in warnings[0]
     assert SECRET not in warnings[0]
 
 
-def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
+def test_target_that_is_an_item_of_the_history_is_counted(tmp_path: Path) -> None:
     tweets = [question(n, input=f"Paraphrase: say {n}", profile=[{"id": "i", "text": f"tweet {n}"}]) for n in (1, 2)]
     put(tmp_path, tweets, [gold(1, "tweet 1"), gold(2, "tweet 1")], task="LaMP_7")
     reader = open_dataset(tmp_path, "dev")
@@ -697,13 +699,13 @@ def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
         ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
-        ([sample("a\nb")], "holds the control character U\\+000A"),
+        ([sample("a\nb")], "contains the control character U\\+000A"),
         ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
-        ([sample("a", target="9")], "none of the 5 labels"),
+        ([sample("a", target="9")], "not one of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "its 'text' is missing"),
     ],
 )
-def test_unreadable_samples_are_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:
+def test_samples_that_could_not_be_read_back_are_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:
     write_lamp([sample("old")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
     with pytest.raises(ConfigError, match=message):
         write_lamp(bad, tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
@@ -713,7 +715,7 @@ def test_unreadable_samples_are_not_written(tmp_path: Path, bad: list[Sample], m
 
 def test_folder_of_another_task_is_not_changed(tmp_path: Path) -> None:
     write_lamp([sample("a")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    with pytest.raises(RunConflict, match="another task than LaMP_4"):
+    with pytest.raises(RunConflict, match="a task other than LaMP_4"):
         write_lamp([], tmp_path, "train", task=LAMP_TASKS["LaMP_4"])
 
 
@@ -727,7 +729,7 @@ def test_folder_not_writable_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def shared_table() -> list[tuple[str, str, int, int, int]]:
-    """The rows of the README's table: set, split, questions, least and greatest history."""
+    """Return the rows of the README's table: set, split, questions, shortest and longest history."""
     row = re.compile(r"\| (\w+) \| \w+ \| (train|dev) \| \d+ \| (\d+) \| (\d+) / \d+ / [\d.]+ / (\d+) \|")
     readme = SHARED / "README.md"
     rows = row.findall(readme.read_text()) if readme.is_file() else []

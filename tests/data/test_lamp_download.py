@@ -24,7 +24,7 @@ from personaplug.data import lamp_download as module
 from personaplug.data.lamp_download import download_lamp
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
-SECRET = "zanzibar"  # part of every text here, and must be in no error
+SECRET = "zanzibar"  # part of every text; no error may contain it
 DEV = "/LaMP_3/dev/dev_questions.json"
 
 
@@ -40,7 +40,7 @@ def outputs(count: int) -> bytes:
 
 @dataclass
 class Site:
-    """The server's files, its faults at the next requests (a status, or a number of bytes), and the paths requested."""
+    """The server's files, its faults for the next requests (a status or a number of bytes), and the requested paths."""
 
     files: dict[str, bytes]
     faults: list[int] = field(default_factory=list)
@@ -115,9 +115,7 @@ def is_complete(site: Site, out: Path) -> bool:
         ("lamp-2-news:time", "/time/LaMP_2/", "LaMP_2_news"),
     ],
 )
-def test_download_each_name_has_its_address_and_task(
-    tmp_path: Path, site: Site, name: str, path: str, task: str
-) -> None:
+def test_each_name_has_its_address_and_task(tmp_path: Path, site: Site, name: str, path: str, task: str) -> None:
     expected = [f"{path}{split}/{split}_questions.json" for split in ("train", "dev", "test")]
     expected += [f"{path}{split}/{split}_outputs.json" for split in ("train", "dev")]
     site.files = {each: questions(1) if "questions" in each else outputs(1) for each in expected}
@@ -130,7 +128,7 @@ def test_download_each_name_has_its_address_and_task(
     assert load_task(tmp_path) == LAMP_TASKS.get(task, module._NEWS)
 
 
-def test_download_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_unknown_name_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     for name in ("lamp-6", "LaMP_6:time"):
         with pytest.raises(ConfigError, match=r"Avocado.*not public"):
             download_lamp(name, tmp_path)
@@ -160,7 +158,7 @@ def test_news_task_reads_the_older_files(tmp_path: Path, site: Site) -> None:
 # ---- complete downloads
 
 
-def test_download_twice_requests_files_and_states_terms_once(
+def test_second_download_requests_no_file_and_repeats_no_terms(
     tmp_path: Path, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -177,7 +175,7 @@ def test_download_twice_requests_files_and_states_terms_once(
     assert (site.paths, caplog.records) == ([], [])
 
 
-def test_download_test_split_has_no_targets(tmp_path: Path, site: Site) -> None:
+def test_downloaded_test_split_has_no_targets(tmp_path: Path, site: Site) -> None:
     (path,) = download(site, tmp_path, splits="test")
     assert path.name == "test_questions.json"
     assert [sample.target for sample in open_dataset(tmp_path, "test")] == [None, None]
@@ -196,7 +194,7 @@ def test_checksums_are_in_the_format_of_sha256sum(tmp_path: Path, site: Site) ->
 # ---- faults of the server
 
 
-def test_download_interrupted_is_tried_again(tmp_path: Path, site: Site) -> None:
+def test_interrupted_download_is_tried_again(tmp_path: Path, site: Site) -> None:
     site.faults = [50_000, 503, 30_000, 429]
     download(site, tmp_path)
     assert is_complete(site, tmp_path)
@@ -204,20 +202,20 @@ def test_download_interrupted_is_tried_again(tmp_path: Path, site: Site) -> None
 
 
 @pytest.mark.parametrize("fault", [503, 50_000])
-def test_download_interrupted_five_times_leaves_nothing(tmp_path: Path, site: Site, fault: int) -> None:
+def test_download_that_fails_five_times_leaves_no_data_file(tmp_path: Path, site: Site, fault: int) -> None:
     site.faults = [fault] * 5
     with pytest.raises(MissingData, match=r"dev_questions\.json was not downloaded after 5 attempts.*`source`"):
         download(site, tmp_path)
     assert (len(site.paths), [path.name for path in tmp_path.iterdir()]) == (5, ["task.json"])
 
 
-def test_download_unreachable_server_is_an_error(tmp_path: Path, site: Site) -> None:
+def test_unreachable_server_is_an_error(tmp_path: Path, site: Site) -> None:
     with pytest.raises(MissingData, match=r"after 5 attempts \(ConnectionError\).*`source`"):
         download(site, tmp_path, base_url="http://127.0.0.1:1/")
 
 
 @pytest.mark.parametrize("status", [404, 403, 410])
-def test_download_missing_file_is_not_tried_again(tmp_path: Path, site: Site, status: int) -> None:
+def test_download_of_a_missing_file_is_not_tried_again(tmp_path: Path, site: Site, status: int) -> None:
     site.faults = [status]
     with pytest.raises(MissingData, match=rf"http://.*/LaMP_3/dev/dev_questions\.json.*answered {status}.*`source`"):
         download(site, tmp_path)
@@ -228,10 +226,10 @@ def test_download_missing_file_is_not_tried_again(tmp_path: Path, site: Site, st
     ("body", "message"),
     [
         (f"<html>Please log in, {SECRET}</html>".encode(), r"at the start: expected JSON that begins with \["),
-        (questions(2)[:-30], "at the end: it breaks off"),
+        (questions(2)[:-30], "at the end: the file is truncated"),
     ],
 )
-def test_download_of_something_else_than_json_is_refused(tmp_path: Path, site: Site, body: bytes, message: str) -> None:
+def test_download_that_is_not_json_is_refused(tmp_path: Path, site: Site, body: bytes, message: str) -> None:
     site.files[DEV] = body
     with pytest.raises(RecordError, match=rf"dev_questions\.json, {message}") as caught:
         download(site, tmp_path)
@@ -239,7 +237,7 @@ def test_download_of_something_else_than_json_is_refused(tmp_path: Path, site: S
     assert [path.name for path in tmp_path.iterdir()] == ["task.json"]
 
 
-def test_download_full_disk_is_a_storage_error(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_storage_error(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -248,10 +246,10 @@ def test_download_full_disk_is_a_storage_error(tmp_path: Path, site: Site, monke
         download(site, tmp_path)
 
 
-# ---- checksums that differ, folders that hold something else
+# ---- checksums that differ, folders with other data
 
 
-def test_changed_file_is_an_error_and_stays(tmp_path: Path, site: Site) -> None:
+def test_changed_file_is_an_error_and_is_kept(tmp_path: Path, site: Site) -> None:
     download(site, tmp_path)
     path = tmp_path / "dev_questions.json"
     path.write_bytes(questions(1))
@@ -285,7 +283,7 @@ def test_folder_of_another_data_set_is_refused(tmp_path: Path, site: Site) -> No
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(RunConflict, match=r"dev_questions\.json exists, but SHA256SUMS does not list it"):
         download(site, tmp_path)
-    with pytest.raises(RunConflict, match=r"task\.json declares another task than LaMP_4"):
+    with pytest.raises(RunConflict, match=r"task\.json declares a task other than LaMP_4"):
         download_lamp("lamp-4", tmp_path, splits=["train"], base_url=site.url)
 
 

@@ -1,4 +1,4 @@
-"""Manners: what the rules write, they read; and they read texts of any origin as a person would."""
+"""Manners: the rules read what they write, and they read other texts like a person."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from personaplug.data.simulated_manners import all_topics
 SENTENCES = ("It is best to wait.", "You will not need more.", "Do not open the lid.")
 
 
-def shown(manners: Manners, sentences: tuple[str, ...] = SENTENCES) -> dict[str, str | None]:
-    """The manners that a text of these sentences shows: a list needs several sentences, contractions a form."""
+def visible_manners(manners: Manners, sentences: tuple[str, ...] = SENTENCES) -> dict[str, str | None]:
+    """Return the manners that a text shows: no layout of one sentence, and no contractions without a form of them."""
     values: dict[str, str | None] = dict(asdict(manners))
     if manners.length == "one":
         values["layout"] = None
@@ -30,11 +30,11 @@ ALL_VALUES = [(name, value) for name, values in VALUES.items() for value in valu
 
 
 @pytest.mark.parametrize(("dimension", "value"), ALL_VALUES)
-def test_each_value_is_read_from_what_it_writes(dimension: str, value: str) -> None:
+def test_each_value_is_read_as_written(dimension: str, value: str) -> None:
     question = VALUES["question"][1]
     for manners in (Manners(), Manners("one", emoji="👍"), Manners(casing="lower", layout="list", question=question)):
         changed = replace(manners, **{dimension: value})
-        assert read_manners(changed.apply(SENTENCES)) == shown(changed)
+        assert read_manners(changed.apply(SENTENCES)) == visible_manners(changed)
 
 
 def test_random_combinations_on_all_topics_are_read_as_written() -> None:
@@ -44,14 +44,14 @@ def test_random_combinations_on_all_topics_are_read_as_written() -> None:
         manners = Manners(*(values[int(rng.integers(len(values)))] for values in VALUES.values()))
         sentences = topics[index % len(topics)].sentences[:3]
         text = manners.apply(sentences)
-        assert read_manners(text) == shown(manners, sentences)
+        assert read_manners(text) == visible_manners(manners, sentences)
         assert share_met(text, text) == 1
 
 
 def test_all_combinations_without_other_parts_are_read_as_written() -> None:
     for values in product(*(VALUES[name] for name in ("length", "layout", "contractions", "casing"))):
         manners = Manners(values[0], values[1], contractions=values[2], casing=values[3])
-        assert read_manners(manners.apply(SENTENCES)) == shown(manners)
+        assert read_manners(manners.apply(SENTENCES)) == visible_manners(manners)
 
 
 FREE_TEXTS: list[tuple[str, dict[str, str | None]]] = [
@@ -109,7 +109,7 @@ def test_free_text_is_read_as_a_person_reads_it(text: str, manners: dict[str, st
     assert read_manners(text) == manners
 
 
-def test_share_met_counts_what_the_reference_shows() -> None:
+def test_share_met_counts_only_manners_that_the_reference_shows() -> None:
     reference = Manners("one", emoji="👍", greeting="Hola!").apply(["Rest is enough."])
     assert set(manners_met("x", reference)) == {*DIMENSIONS} - {"layout", "contractions"}
     assert share_met("Sleep is good.", reference) == pytest.approx(4 / 6)
@@ -123,12 +123,12 @@ def test_share_met_counts_what_the_reference_shows() -> None:
      ("There it is.", "There it is."), ("Cannot, do not.", "Can't, don't."), ("A habit is fine.", "A habit is fine."),
      ("Bread is not hot.", "Bread isn't hot."), ("They are what it will be.", "They're what it'll be.")],
 )  # fmt: skip
-def test_contractions_are_those_of_english(full: str, short: str) -> None:
+def test_contract_writes_english_contractions(full: str, short: str) -> None:
     assert contract(full) == short
     assert contract(short) == short
 
 
-def test_every_manner_is_stated_in_different_words() -> None:
+def test_every_manner_has_three_wordings() -> None:
     for name, values in VALUES.items():
         for value in values:
             sentences = stated(name, value)
@@ -138,7 +138,7 @@ def test_every_manner_is_stated_in_different_words() -> None:
 
 
 @pytest.mark.parametrize("dimension", INSTRUCTIONS)
-def test_instruction_changes_its_own_manners_alone(dimension: str) -> None:
+def test_instruction_changes_only_its_manners(dimension: str) -> None:
     instruction = INSTRUCTIONS[dimension]
     before = Manners("several", "prose", "👍", "Hola!", "Cheers!", "short", "lower", "Shall I go on?")
     after = instruction.obeyed_by(before)

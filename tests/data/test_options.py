@@ -1,4 +1,4 @@
-"""Options behind markers in prompts, and the question in front of them."""
+"""Options after markers in prompts, and the question before the options."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_option_finder_removes_the_wording_that_all_questions_share() -> None:
     assert finder.find(_prompt("On Cows\nand Calves", "a", "b")) == Options("On Cows and Calves", ("a", "b"))
 
 
-def test_option_finder_short_question_is_empty() -> None:
+def test_option_finder_question_is_empty_without_text_before_the_options() -> None:
     finder = OptionFinder([_prompt("On Cats", "a", "b"), _prompt("About Dogs", "a", "b")], LABELS)
     assert finder.find("[1]: a [2]: b") == Options("", ("a", "b"))
 
 
-def test_option_finder_listed_labels_are_no_options() -> None:
+def test_option_finder_does_not_take_a_list_of_labels_for_options() -> None:
     labels = ("politics", "sports")
     prompts = ["categories: [politics, sports] article: politics: sports won.", "which of [sports, politics]: x"]
     assert not OptionFinder(prompts, labels).everywhere

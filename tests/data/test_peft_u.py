@@ -65,7 +65,7 @@ BROKEN_LABELLED: dict[str, tuple[list[str], Any, str]] = {
     "in train too": (
         ["7", "train", "s1"],
         labelled(),
-        "user 7, sample s1: the user's train holds a sample of the same id",
+        "user 7, sample s1: the user's train split has a sample with the same id",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""PersonalLLM: simulated users follow their weights, train holds no request of dev, and a seed determines all."""
+"""PersonalLLM: simulated users follow their weights, train has no request of dev, and a seed determines all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def published(folder: Path) -> Path:
 
 
 def best(user: int, number: int, alpha: float = FEW.alpha) -> str:
-    """The response that a user prefers by `choice`, of which each reward model likes one."""
+    """Return the response that a user prefers among those of `choice`; each reward model prefers one response."""
     weights = np.random.default_rng([FEW.seed, user]).dirichlet([alpha] * 10)
-    liked = np.zeros(8)
-    np.add.at(liked, (np.arange(10) + number) % 8, weights)
-    return f"answer {liked.argmax() + 1} to {number}"
+    scores = np.zeros(8)
+    np.add.at(scores, (np.arange(10) + number) % 8, weights)
+    return f"answer {scores.argmax() + 1} to {number}"
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
@@ -38,10 +38,10 @@ def test_target_is_the_response_with_the_best_weighted_score(tmp_path: Path, spl
         user, number = int(str(sample.user_id)[5:]), int(sample.id.split("/")[1])
         request, *options = sample.query.split("\n\n")
         assert request == f"Tell of {SECRET} {number}"
-        shown = dict(option.split(": ") for option in options)
-        assert list(shown) == list("ABCDEFGH")
-        assert set(shown.values()) == {f"answer {index} to {number}" for index in range(1, 9)}
-        assert shown[str(sample.target)] == best(user, number)
+        responses = dict(option.split(": ") for option in options)
+        assert list(responses) == list("ABCDEFGH")
+        assert set(responses.values()) == {f"answer {index} to {number}" for index in range(1, 9)}
+        assert responses[str(sample.target)] == best(user, number)
         for item in sample.history:
             assert item.fields == (
                 ("request", f"Tell of {SECRET} {item.id}"),
@@ -57,7 +57,7 @@ def test_scores_are_standardized_before_weighting(tmp_path: Path) -> None:
             assert dict(item.fields)["response"] == best(int(str(sample.user_id)[5:]), int(item.id), alpha=1.0)
 
 
-def test_train_holds_no_request_of_dev_or_test(tmp_path: Path) -> None:
+def test_train_has_no_request_of_dev_or_test(tmp_path: Path) -> None:
     train, dev, test = (
         list(PersonalLLMReader(published(tmp_path), split, users=FEW)) for split in ("train", "dev", "test")
     )
@@ -67,10 +67,10 @@ def test_train_holds_no_request_of_dev_or_test(tmp_path: Path) -> None:
     assert {sample.id.split("/")[1] for sample in test} <= {"100", "101", "102"}
     assert train_ids.isdisjoint({"9", "19", "29", "100", "101", "102"})
     assert [len(dev), len(test), len(train)] == [3, 3, 6]
-    for earlier, later, held in zip(train[::2], train[1::2], dev, strict=True):
+    for earlier, later, dev_sample in zip(train[::2], train[1::2], dev, strict=True):
         assert 4 <= len(earlier.history) <= 6
         assert shape([later])[0][1] == [*shape([earlier])[0][1], earlier.id.split("/")[1]]
-        assert shape([held])[0][1] == [*shape([later])[0][1], later.id.split("/")[1]]
+        assert shape([dev_sample])[0][1] == [*shape([later])[0][1], later.id.split("/")[1]]
 
 
 def test_user_does_not_depend_on_the_number_of_users(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_unusable_file_or_setting_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
     with pytest.raises(ConfigError, match="'test' needs the folder"):
         PersonalLLMReader(folder / "data" / "train.jsonl", "test")
-    with pytest.raises(ConfigError, match="chooses up to 53 times, for which there are 27 rows"):
+    with pytest.raises(ConfigError, match="makes up to 53 choices, but there are 27 rows"):
         list(PersonalLLMReader(folder, "dev"))
     for wrong in ({"count": 0}, {"alpha": 0.0}, {"seed": -1}, {"shortest": 50}, {"choices": 1}, {"choices": 9}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import told
+from conversations import kind_and_texts
 from published import SECRET, write
 
 from personaplug.data import open_dataset, write_lamp
@@ -51,12 +51,12 @@ def published(folder: Path, **changes: Any) -> Path:
 
 
 def histories(form: Form) -> list[tuple[str, ...]]:
-    found: dict[Form, list[tuple[str, ...]]] = {
+    by_form: dict[Form, list[tuple[str, ...]]] = {
         "explicit": [("preference", f"I avoid {SECRET} 0.")],
         "choice": [("answer", "Which one of 0?", "1. this 2. that"), ("answer", "That.", "Good.")],
         "persona": [("answer", f"Say {turn}", f"Said {turn}") for turn in (0, 1, 2)],
     }
-    return found[form]
+    return by_form[form]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,7 +68,7 @@ def test_fitting_option_is_the_target_and_the_others_are_rejected(tmp_path: Path
         "fitting option 0",
         ("first option 0", "second option 0", "third option 0"),
     )
-    assert [told(item) for item in sample.history] == histories(form)
+    assert [kind_and_texts(item) for item in sample.history] == histories(form)
     assert (reader.task.name, reader.task.kind) == (f"PrefEval_{form}", "chat")
 
 
@@ -96,12 +96,16 @@ def test_data_set_in_lamp_layout_reads_back_equal(tmp_path: Path, form: Form) ->
 
 
 BROKEN: dict[str, tuple[Form, dict[str, Any], str]] = {
-    "three options": ("explicit", mcq(0, classification_task_options=["a", SECRET, "c"]), "is not a list of 4"),
+    "three options": ("explicit", mcq(0, classification_task_options=["a", SECRET, "c"]), "is not a list of 4 options"),
     "empty option": ("explicit", mcq(0, classification_task_options=[SECRET, "", "c", "d"]), "an option is empty"),
     "no preference": ("explicit", mcq(0, question=SECRET, preference=""), "its 'preference' is empty"),
-    "another question": ("choice", choice(0, question=SECRET), "its question is not that of the same place"),
+    "another question": (
+        "choice",
+        choice(0, question=SECRET),
+        "its question differs from the question at the same position",
+    ),
     "no selection": ("choice", choice(0, conversation={"query": SECRET, "assistant_options": "1"}), "'user_selection'"),
-    "odd turn": ("persona", persona(0, conversation={SECRET: {}}), "a turn of its 'conversation' has no number"),
+    "odd turn": ("persona", persona(0, conversation={SECRET: {}}), "a turn of its 'conversation' is not numbered"),
     "no reply": ("persona", persona(0, conversation={"0": {"user": SECRET}}), "its 'assistant' is missing"),
 }
 
@@ -119,18 +123,18 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(tmp_path:
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
     reader = PrefEvalReader(folder, "train", form=form, skip_bad=1)
-    assert next(iter(reader)).id == "pets/3"  # the second is of dev
+    assert next(iter(reader)).id == "pets/3"  # the second record is in dev
     assert reader.report.skipped == 1
 
 
 def test_unusable_folder_or_split_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
-    with pytest.raises(ConfigError, match="'train' and 'dev', and no 'test'"):
+    with pytest.raises(ConfigError, match="has no split 'test'"):
         PrefEvalReader(folder, "test", form="choice")
-    with pytest.raises(MissingData, match=r"holds no mcq_options/\*\.json"):
+    with pytest.raises(MissingData, match=r"has no mcq_options/\*\.json"):
         PrefEvalReader(folder / "implicit_preference", "dev", form="choice")
     write(folder / FOLDERS["persona"] / "trips.json", [persona(0)])
-    with pytest.raises(RecordError, match=r"it has 1 records, and .*trips\.json has 20"):
+    with pytest.raises(RecordError, match=r"it has 1 records, but .*trips\.json has 20"):
         list(PrefEvalReader(folder, "dev", form="persona", skip_bad=9))
     (folder / FOLDERS["choice"] / "pets.json").unlink()
     with pytest.raises(MissingData, match=r"no file .*pets\.json"):
@@ -142,7 +146,7 @@ def test_published_files_give_a_thousand_samples(shared_data: Path, form: Form, 
     if not (shared_data / "PrefEval").is_dir():
         pytest.skip("the files of PrefEval are not there")
     samples = {split: list(PrefEvalReader(shared_data / "PrefEval", split, form=form)) for split in ("train", "dev")}
-    assert {split: len(found) for split, found in samples.items()} == {"train": 797, "dev": 203}
+    assert {split: len(part) for split, part in samples.items()} == {"train": 797, "dev": 203}
     for sample in (*samples["train"], *samples["dev"]):
         assert len(sample.rejected) == 3
         assert len(sample.history) >= items

@@ -1,4 +1,4 @@
-"""Published benchmarks: behavior that all readers share, and exact samples and defects of LaMP-QA and LongLaMP."""
+"""Published benchmarks: behavior of all readers, and exact samples and defects of LaMP-QA and LongLaMP."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_max_history_keeps_last_items_and_counts_others(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_gzipped_file_is_equal_and_truncated_is_never_skipped(tmp_path: Path, name: str) -> None:
+def test_gzipped_file_is_equal_and_truncated_file_is_never_skipped(tmp_path: Path, name: str) -> None:
     reader = READERS[name](tmp_path)
     (path,) = (path for path in tmp_path.iterdir() if path.is_file())
     packed = path.with_name(f"{path.name}.gz")
@@ -106,7 +106,7 @@ def test_benchmark_is_opened_by_name(tmp_path: Path) -> None:
                 reader_of(tmp_path, **{setting: -1})
 
 
-def test_split_files_in_folder_are_found_and_never_guessed(tmp_path: Path) -> None:
+def test_split_files_are_found_in_folders_but_never_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "data" / "pets_validation.json", [])
     assert split_files(tmp_path, "dev") == (path,)
     with pytest.raises(MissingData, match="no file of the split 'test'"):
@@ -219,7 +219,7 @@ def test_parquet_shards_are_one_split(tmp_path: Path) -> None:
     shards = [tmp_path / "val" / f"val-0000{index}-of-00002.parquet" for index in range(2)]
     shards[0].parent.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(papers[:2]), shards[0])
-    with pytest.raises(MissingData, match="1 shards of that split, their names say 00002"):
+    with pytest.raises(MissingData, match="1 shards of this split, but their names say 00002"):
         LongLampReader(tmp_path, "dev")
     parquet.write_table(pyarrow.Table.from_pylist(papers[2:]), shards[1])
     assert list(LongLampReader(tmp_path, "dev")) == list(LongLampReader(write(tmp_path / "a.jsonl", papers), "dev"))

@@ -1,4 +1,4 @@
-"""Simulated users with manners: new users, combinations and topics in dev, and the oracle meets every manner."""
+"""Simulated users with manners: dev has new users, combinations and topics, and the oracle has every manner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dev() -> Simulation:
 
 
 def topic_of(text: str) -> str:
-    """The topic of a question, whatever instruction follows it."""
+    """Return the topic of a question, which an instruction may follow."""
     return next(name for ask, name in TOPIC_OF.items() if text.startswith(ask))
 
 
@@ -49,11 +49,11 @@ def preferences(sample: Sample) -> list[HistoryItem]:
 
 
 def manners_of(sample: Sample) -> str:
-    """A user's manners as the history shows them: all that any item shows, in one text."""
-    shown: dict[str, str] = {}
+    """Return all manners that the items of a history show, as one text."""
+    manners: dict[str, str] = {}
     for item in exchanges(sample):
-        shown |= {name: value for name, value in read_manners(str(item.answer)).items() if value}
-    return repr(sorted(shown.items()))
+        manners |= {name: value for name, value in read_manners(str(item.answer)).items() if value}
+    return repr(sorted(manners.items()))
 
 
 def first_of_users(samples: Sequence[Sample]) -> list[Sample]:
@@ -87,7 +87,7 @@ def test_oracle_meets_every_manner(train: Simulation, dev: Simulation) -> None:
         assert set(scores.values()) == {1.0}
 
 
-def test_dev_has_other_users_combinations_and_topics(train: Simulation, dev: Simulation) -> None:
+def test_dev_has_new_users_combinations_and_topics(train: Simulation, dev: Simulation) -> None:
     assert (len(train.samples), len(dev.samples)) == (600, 160)
     assert {sample.user_id for sample in train.samples}.isdisjoint(sample.user_id for sample in dev.samples)
     seen, new = ({manners_of(sample) for sample in each.samples} for each in (train, dev))
@@ -98,18 +98,18 @@ def test_dev_has_other_users_combinations_and_topics(train: Simulation, dev: Sim
     assert asked.isdisjoint(unseen)
 
 
-def test_answers_are_in_the_manners_of_the_own_history(dev: Simulation) -> None:
+def test_answers_have_the_manners_of_the_users_history(dev: Simulation) -> None:
     samples = dev.samples
     own = [share_met(str(exchanges(sample)[0].answer), str(sample.target)) for sample in samples]
     other = [
         share_met(str(exchanges(stranger)[0].answer), str(sample.target))
         for sample, stranger in zip(samples, samples[2:] + samples[:2], strict=True)
     ]
-    assert sum(own) / len(own) > 0.97  # now and then an item shows no contraction
+    assert sum(own) / len(own) > 0.97  # a few items show no contraction
     assert sum(other) / len(other) < 0.5
 
 
-def test_history_never_holds_the_topic_of_a_question(train: Simulation, dev: Simulation) -> None:
+def test_history_never_has_the_topic_of_a_question(train: Simulation, dev: Simulation) -> None:
     for sample in (*train.samples, *dev.samples, *(s for name in INSTRUCTED for s in simulate(CONFIG, name).samples)):
         topics = [topic_of(item.fields[0][1]) for item in exchanges(sample)]
         context = [topic_of(text) for role, text in sample.context if role == "user"]
@@ -117,7 +117,7 @@ def test_history_never_holds_the_topic_of_a_question(train: Simulation, dev: Sim
         assert len({*topics, *context, topic_of(sample.prompt)}) == len(topics) + len(context) + 1
 
 
-def test_a_third_states_no_preference_and_the_others_one_to_all(train: Simulation) -> None:
+def test_a_third_of_users_state_no_preference_and_the_others_one_to_all(train: Simulation) -> None:
     users = first_of_users(train.samples)
     counts = [len(preferences(sample)) for sample in users]
     assert 0.25 < counts.count(0) / len(counts) < 0.42
@@ -127,9 +127,7 @@ def test_a_third_states_no_preference_and_the_others_one_to_all(train: Simulatio
     assert max(places) > 0.8
 
 
-def test_a_tenth_of_the_questions_of_a_history_got_an_answer_that_was_rejected_first(
-    train: Simulation, dev: Simulation
-) -> None:
+def test_a_tenth_of_the_questions_in_a_history_have_a_rejected_answer_first(train: Simulation, dev: Simulation) -> None:
     for samples in (train.samples, dev.samples):
         histories = [sample.history for sample in first_of_users(samples)]
         pairs = [(item, later) for history in histories for item, later in itertools.pairwise(history)]
@@ -137,7 +135,7 @@ def test_a_tenth_of_the_questions_of_a_history_got_an_answer_that_was_rejected_f
         kept = sum(item.kind == "answer" for history in histories for item in history)
         assert 0.05 < len(rejected) / kept < 0.15
         for item, later in rejected:
-            if later.kind == "answer":  # and no preference between them
+            if later.kind == "answer":  # there is no preference between them
                 assert item.fields[0] == later.fields[0]
                 assert share_met(item.answer_text or "", later.answer_text or "") < 1
 
@@ -154,12 +152,12 @@ def test_some_train_prompts_have_an_instruction_some_a_context_and_all_a_rejecte
     assert all(sample.rejected and sample.rejected[0] != sample.target for sample in samples)
 
 
-def test_dev_prompts_are_bare(dev: Simulation) -> None:
+def test_dev_prompts_have_no_instruction_context_or_rejected_answer(dev: Simulation) -> None:
     assert all(sample.prompt in TOPIC_OF and not sample.context and not sample.rejected for sample in dev.samples)
 
 
 @pytest.mark.parametrize("split", INSTRUCTED)
-def test_instruction_overrules_one_manner_of_the_same_dev_user(split: str, dev: Simulation) -> None:
+def test_instruction_overrides_one_manner_of_the_same_dev_user(split: str, dev: Simulation) -> None:
     dimension = split.removeprefix("instructed-")
     instruction = INSTRUCTIONS[dimension]
     plain = {sample.owner: sample for sample in reversed(dev.samples)}
@@ -204,7 +202,7 @@ def test_written_splits_read_back_equal(tmp_path: Path) -> None:
         assert {gold["id"]: gold["output"] for gold in oracle["golds"]} == simulation.oracle["mode"]
 
 
-def test_split_in_which_nobody_is_instructed_is_not_written(tmp_path: Path) -> None:
+def test_instructed_split_without_samples_is_not_written(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(task="manners", users=1, dev_users=1), tmp_path / "d")
     always = {"d", "d-closed"}
     assert always < {path.name for path in tmp_path.iterdir()} < always | {f"d-{name}" for name in INSTRUCTED}
@@ -223,11 +221,11 @@ def test_history_longer_than_the_topics_is_refused() -> None:
         SimulationConfig(task="manners", max_items=37)
 
 
-def test_users_differ_only_in_the_manners_that_are_named() -> None:
+def test_users_differ_only_in_the_named_manners() -> None:
     differing = ("length", "layout", "emoji", "greeting")
     few = simulate(replace(CONFIG, differing=differing), "train")
-    shown = [read_manners(str(item.answer)) for sample in few.samples for item in exchanges(sample)]
-    values = {name: {each[name] for each in shown if each[name]} for name in DIMENSIONS}
+    answers = [read_manners(str(item.answer)) for sample in few.samples for item in exchanges(sample)]
+    values = {name: {each[name] for each in answers if each[name]} for name in DIMENSIONS}
     assert {name for name in DIMENSIONS if len(values[name]) > 1} == set(differing)
 
 
@@ -237,6 +235,6 @@ def test_too_few_unordered_or_unknown_manners_are_refused(differing: tuple[str, 
         SimulationConfig(task="manners", differing=differing)
 
 
-def test_each_manner_has_a_column_of_its_own_and_obedience_leads(dev: Simulation) -> None:
+def test_each_manner_has_a_metric_and_obedience_is_the_main_one(dev: Simulation) -> None:
     assert dev.task.metrics == ("manners", "rouge_1", *(metric.name for metric in MANNER_METRICS))
     assert simulate(CONFIG, "instructed-emoji").task.metrics == ("manners_emoji", "manners")

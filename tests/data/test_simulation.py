@@ -1,4 +1,4 @@
-"""Simulated users: the oracle scores what it expects, nothing beats it, and a seed determines everything."""
+"""Simulated users: the oracle's scores match their expectation, nothing beats it, and a seed determines everything."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_default_settings_leave_room_for_a_personal_gain() -> None:
     shares = Counter(targets(train).values())
     assert set(shares) == {"1", "2", "3", "4", "5"}
     assert max(shares.values()) < 0.4 * 1600
-    # A constant answer must leave room below the oracle, or the set could not show a personal gain.
+    # If a constant answer were as good as the oracle, the set could not show a personal gain.
     assert dev.expected["mode"]["accuracy"] > max(shares.values()) / 1600 + 0.2
 
 
@@ -68,8 +68,8 @@ def test_rater_probabilities_match_drawn_scores() -> None:
 
 def test_oracle_score_matches_its_expectation(ratings: Simulation) -> None:
     gold = targets(ratings)
-    for way, expected in ratings.expected.items():
-        predictions = dict(ratings.oracle[way])
+    for estimate, expected in ratings.expected.items():
+        predictions = dict(ratings.oracle[estimate])
         # Three standard errors of a mean over 2,400 targets.
         assert accuracy(predictions, gold) == pytest.approx(expected["accuracy"], abs=0.03)
         assert mae(predictions, gold) == pytest.approx(expected["mae"], abs=0.03)
@@ -78,8 +78,8 @@ def test_oracle_score_matches_its_expectation(ratings: Simulation) -> None:
 def test_expected_scores_match_redrawn_targets(ratings: Simulation) -> None:
     rng = np.random.default_rng(1)
     chances = np.array(list(ratings.probabilities.values()))
-    for way, expected in ratings.expected.items():
-        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.probabilities])
+    for estimate, expected in ratings.expected.items():
+        guesses = np.array([int(ratings.oracle[estimate][name]) for name in ratings.probabilities])
         scores = 1 + (rng.random((200, len(chances), 1)) > chances.cumsum(axis=1)).sum(axis=2)
         assert (scores == guesses).mean() == pytest.approx(expected["accuracy"], abs=0.004)
         assert abs(scores - guesses).mean() == pytest.approx(expected["mae"], abs=0.004)
@@ -100,7 +100,7 @@ def test_constant_predictions_do_not_beat_the_oracle(ratings: Simulation) -> Non
 
 
 def test_history_mean_predicts_its_own_user_best() -> None:
-    # The user's own mean is nearer than another user's: without that the set could show no personal gain.
+    # If another user's mean were as near to the target, the set could not show a personal gain.
     samples = simulate(SimulationConfig(users=200), "train").samples
     means = {sample.owner: np.mean([int(str(item.answer)) for item in sample.history]) for sample in samples}
     owners = list(means)

@@ -1,4 +1,4 @@
-"""Splits of the training set: every sample once, no user in both parts, and equal parts for an equal seed."""
+"""Splits of the training set have every sample once and no user in both parts; equal seeds give equal parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests for synthetic samples, and how a model's replies are read."""
+"""Prompts for synthetic samples, and parsing of a model's replies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _sample(prompt: str, query: str) -> Sample:
     return Sample("1", "ann", prompt, query, "4")
 
 
-def test_the_examples_of_inputs_are_numbered_answers() -> None:
+def test_input_request_has_the_examples_as_numbered_replies() -> None:
     request = input_request(["a film", "a song", "a book"])
     assert request.number == 4
     assert request.prompt == Chat((
@@ -40,7 +40,7 @@ def test_the_examples_of_inputs_are_numbered_answers() -> None:
     ))  # fmt: skip
 
 
-def test_the_examples_of_answers_follow_the_task_and_stated_preferences() -> None:
+def test_answer_request_has_task_and_preferences_before_the_examples() -> None:
     pairs = [Example("a film", "3"), Example("a song", "5")]
     request = answer_request("a book", pairs, opening="Which score? review: ", preferences=["Be strict.", "No 5."])
     assert request.number == 3
@@ -70,7 +70,7 @@ def test_an_input_ends_at_the_next_number(reply: str, text: str) -> None:
     assert (read.text, read.is_whole) == (text, True)
 
 
-def test_a_reply_that_stopped_is_whole_only_up_to_a_next_number() -> None:
+def test_a_truncated_reply_is_whole_only_before_a_next_number() -> None:
     assert not read_input("A fine fi", finished=False).is_whole
     assert read_input("A fine film.\n6. A du", finished=False).is_whole
     assert not read_answer("Because it", number=5, finished=False).is_whole
@@ -102,14 +102,14 @@ def test_an_item_gives_its_input_and_answer() -> None:
     assert (input_of(preference), example_of(preference)) == ("Short, please", None)
 
 
-def test_a_new_query_stands_in_the_wording_of_the_sample() -> None:
+def test_a_new_query_replaces_the_query_of_the_sample() -> None:
     sample = _sample("Score? review: a film", "a film")
     assert with_query(STARS, sample, "a book") == "Score? review: a book"
     assert with_query(STARS, sample, " ") is None, "a blank query cannot be read back"
     assert with_query(CHAT, _sample("Hello", "Hello"), "Tea?\nOr milk?") == "Tea?\nOr milk?"
 
 
-def test_a_query_that_would_be_read_back_otherwise_has_no_prompt() -> None:
+def test_a_query_that_the_task_would_parse_differently_has_no_prompt() -> None:
     values = {"name": "T", "kind": "rating", "labels": ["1", "2"], "item_fields": ["text"]}
     task = parse_task({**values, "query_pattern": r"film: \[(.*?)\]"})
     sample = _sample("Which score? film: [a film] Be brief.", "a film")
@@ -117,6 +117,6 @@ def test_a_query_that_would_be_read_back_otherwise_has_no_prompt() -> None:
     assert with_query(task, sample, "a ] book") is None
 
 
-def test_options_are_no_query_in_one_piece() -> None:
+def test_a_query_of_several_options_cannot_be_replaced() -> None:
     prompt = 'Choose without explanation. [1]: "a" [2]: "b"'
     assert with_query(lamp_task("LaMP_1"), _sample(prompt, "a b"), "c d") is None

@@ -1,4 +1,4 @@
-"""Texts, numbers and ids: one reading of each value, whatever container it came from."""
+"""Texts, numbers and ids: a value has the same meaning in every container."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_number_in_single_precision_keeps_its_digits() -> None:
     "value", ["", " ", "four", "4 stars", "4/5", "1,234.5", "1.2.3", "4_0", "0x4", "nan", "inf", "-Infinity", "1e999",
               "9" * 5000, math.nan, math.inf, Decimal("NaN"), Decimal("Infinity"), True, np.bool_(True), None, [], {}],
 )  # fmt: skip
-def test_no_number_is_refused(value: Any) -> None:
+def test_value_that_is_not_a_number_is_refused(value: Any) -> None:
     assert number_or_none(value) is None
     with pytest.raises(Flaw, match="it is"):
         as_number(value, "it")
@@ -62,12 +62,12 @@ def test_no_number_is_refused(value: Any) -> None:
         target_of(STARS, as_text(value, "it"))
 
 
-def test_answer_that_is_no_label_stays_as_it_is() -> None:
+def test_answer_that_is_not_a_label_is_unchanged() -> None:
     assert field_of(STARS, {"score": "9,0"}, "score") == "9,0"
     assert field_of(TEXTS, {"title": "4,0"}, "title") == "4,0"
 
 
-def test_null_is_an_empty_text_and_no_label() -> None:
+def test_null_is_an_empty_text_but_not_a_label() -> None:
     assert (field_of(STARS, {"text": None}, "text"), field_of(TEXTS, {"title": None}, "title")) == ("", "")
     with pytest.raises(Flaw, match="its 'score' is null"):
         field_of(STARS, {"score": None}, "score")
@@ -80,7 +80,7 @@ def test_null_is_an_empty_text_and_no_label() -> None:
         st.decimals(allow_nan=False, allow_infinity=False),
     )
 )
-def test_text_of_a_number_is_this_number(value: float | Decimal) -> None:
+def test_text_of_a_number_has_the_same_value(value: float | Decimal) -> None:
     text = as_text(value, "it")
     assert Decimal(text) == (Decimal(repr(value)) if isinstance(value, float) else value)
     assert not text.endswith(".0")
@@ -104,17 +104,17 @@ def test_text_of_a_number_is_this_number(value: float | Decimal) -> None:
     ],
     ids=short_repr,
 )
-def test_text_of_other_values(value: Any, text: str) -> None:
+def test_other_values_are_converted_to_text(value: Any, text: str) -> None:
     assert as_text(value, "it") == text
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (b"\xff\xfe", "it is 2 bytes that are no UTF-8 text"),
-        (10**5000, "it is a number of more than 4,300 digits"),
-        (Decimal("1e5000"), "it is a number of more than 4,300 digits"),
-        (Decimal("1e-5000"), "it is a number of more than 4,300 digits"),
+        (b"\xff\xfe", "it is 2 bytes that are not valid UTF-8"),
+        (10**5000, "it is a number with more than 4,300 digits"),
+        (Decimal("1e5000"), "it is a number with more than 4,300 digits"),
+        (Decimal("1e-5000"), "it is a number with more than 4,300 digits"),
         (dt.timedelta(1), "it is a value of type timedelta"),
         (np.array([1]), "it is a list"),
         (np.datetime64("NaT"), "it is null"),
@@ -122,7 +122,7 @@ def test_text_of_other_values(value: Any, text: str) -> None:
     ],
     ids=short_repr,
 )
-def test_value_that_is_no_text_is_named(value: Any, message: str) -> None:
+def test_value_that_cannot_become_text_is_described(value: Any, message: str) -> None:
     with pytest.raises(Flaw, match=message):
         as_text(value, "it")
 
@@ -138,12 +138,12 @@ def test_id_is_the_same_in_every_form(value: Any) -> None:
 @pytest.mark.parametrize(
     "value", ["a", " a ", "007", "7.0", "Jürgen", "a/b", "..", "👩‍👩‍👧", "می‌خواهم", "x" * MAX_ID_LENGTH], ids=ascii
 )
-def test_id_of_text_is_kept(value: str) -> None:
+def test_text_id_is_unchanged(value: str) -> None:
     assert as_id(value, "it") == value
 
 
 @pytest.mark.parametrize("value", [2**63, 2**64, 10**254, -(2**63)], ids=lambda value: f"{value:.0e}")
-def test_id_of_many_digits_is_kept(value: int) -> None:
+def test_id_of_many_digits_is_unchanged(value: int) -> None:
     assert as_id(value, "it") == str(value)
 
 
@@ -152,16 +152,16 @@ def test_id_of_many_digits_is_kept(value: int) -> None:
     [
         ("", "is empty"), (" \t", "is empty"), (None, "is null"), (True, "is true or false"), ([7], "is a list"),
         ("x" * 256, "has 256 characters"), (10**400, "has 401 characters"), (math.nan, "not a finite number"),
-        (float(2**53), "not exact above"), (1.7e18, "not exact above"), (np.float64(2**60), "not exact above"),
+        (float(2**53), "which is not exact"), (1.7e18, "which is not exact"), (np.float64(2**60), "which is not exact"),
         ("a\0b", "U+0000"), ("a\nb", "the control character U+000A"), ("a\x7f", "U+007F"), ("a\x85", "U+0085"),
         ("a\u2028", "U+2028"), ("a\u202e", "the control character U+202E"), ("a\u2066", "U+2066"),
         ("a\u200f", "U+200F"), ("a\u061c", "U+061C"),
         ("J\ufffdrgen", "the replacement character U+FFFD"), ("a\ud800", "is not valid Unicode"),
-        (b"J\xfcrgen", "no UTF-8"),
+        (b"J\xfcrgen", "not valid UTF-8"),
     ],
     ids=short_repr,
 )  # fmt: skip
-def test_no_id_is_refused_without_showing_it(value: Any, message: str) -> None:
+def test_invalid_id_is_refused_without_showing_it(value: Any, message: str) -> None:
     with pytest.raises(Flaw) as caught:
         as_id(value, "its 'id'")
     assert message in str(caught.value)
@@ -169,7 +169,7 @@ def test_no_id_is_refused_without_showing_it(value: Any, message: str) -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.binary(), st.booleans()))
-def test_id_is_read_or_refused_by_a_flaw_and_is_its_own_id(value: Any) -> None:
+def test_any_value_is_a_valid_id_or_a_flaw(value: Any) -> None:
     try:
         text = as_id(value, "it")
     except Flaw:

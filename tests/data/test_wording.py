@@ -1,4 +1,4 @@
-"""The wording of a task's prompts: what is learned from training prompts, and which prompts have it."""
+"""The wording of a task's prompts: how it is learned from training prompts, and which prompts match it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _prompts(task: Task, prompts: Iterable[str]) -> TaskPrompts:
 
 
 @pytest.mark.parametrize("name", LAMP)
-def test_lamps_prompts_are_recognized_and_no_others(name: str) -> None:
+def test_only_lamp_prompts_are_recognized(name: str) -> None:
     task, template = LAMP_TASKS[name], LAMP[name]
     prompts = _prompts(task, [template.format(a, b) for a, b in zip(TEXTS, reversed(TEXTS), strict=True)])
     other = template.format("A new text", "Another one")
@@ -68,14 +68,14 @@ def test_lamps_prompts_are_recognized_and_no_others(name: str) -> None:
         "Would you rate this film: tea Give a number.",
     ],
 )
-def test_prompt_that_merely_holds_the_marker_is_another_task(prompt: str) -> None:
+def test_prompt_that_only_contains_the_marker_is_off_task(prompt: str) -> None:
     prompts = _prompts(RATE, [f"Rate this film: {text} Give a number." for text in TEXTS])
     assert prompts.wordings == (Wording("Rate this film: ", "Rate this film: ", " Give a number.", is_fixed=True),)
     query = prompts.parse(prompt)
     assert (query.is_on_task, query.text, query.item_text) == (False, prompt, "")
 
 
-def test_query_keeps_its_closing_words_and_the_item_does_not() -> None:
+def test_query_keeps_the_closing_words_but_the_item_does_not() -> None:
     prompts = _prompts(RATE, [f"Rate this film: {text} Give a number." for text in TEXTS])
     query = prompts.parse(" Rate this film: tea, on a film: twice Give a number.\n")
     assert query.is_on_task
@@ -91,7 +91,7 @@ def test_several_wordings_are_learned_side_by_side() -> None:
     assert not prompts.parse("How good is it? Rate this film: tea").is_on_task
 
 
-def test_words_that_vary_before_the_query_are_left_open() -> None:
+def test_words_that_vary_before_the_query_may_be_anything() -> None:
     prompts = _prompts(RATE, [f"I am {text}. Rate the film: {text}" for text in TEXTS])
     assert prompts.describe()["wordings"] == ["I am {…} Rate the film: {query}"]
     assert prompts.parse("I am Ann. Rate the film: tea").is_on_task
@@ -108,15 +108,15 @@ def test_prompt_without_a_marker_is_recognized_by_its_beginning_and_end() -> Non
     assert anything.parse("whatever it is").is_on_task
 
 
-def test_few_prompts_teach_no_words_of_their_users() -> None:
+def test_words_of_users_in_few_prompts_are_not_wording() -> None:
     few = [f"{text}. Rate the film: {text} again." for text in ("I love it", "I love tea", "I love you")]
     prompts = _prompts(RATE, few)
     assert prompts.wordings == (Wording(),)
-    assert prompts.parse("Tell me. Rate the film: tea").is_on_task  # as the marker alone tells
+    assert prompts.parse("Tell me. Rate the film: tea").is_on_task  # because of the marker alone
     assert TaskPrompts(RATE, learn_wordings([])).wordings == ()
 
 
-def test_full_stop_that_all_prompts_end_with_is_no_wording() -> None:
+def test_full_stop_after_all_prompts_is_not_wording() -> None:
     prompts = _prompts(RATE, [f"Rate this film: {text}." for text in TEXTS])
     assert prompts.parse("Rate this film: tea").is_on_task
 

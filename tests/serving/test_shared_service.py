@@ -241,9 +241,9 @@ def test_a_second_task_of_conversations_gets_no_prompt_and_the_log_says_so(caplo
 
 
 def test_a_preference_beside_fields_of_any_task_is_refused() -> None:
-    with pytest.raises(RequestError, match="beside fields of an answer"):
+    with pytest.raises(RequestError, match="and fields of an answer"):
         _read({"preference": "Be brief.", "text": "a", "title": "b"}, FILMS, POST)
-    with pytest.raises(RequestError, match="beside fields of an answer"):
+    with pytest.raises(RequestError, match="and fields of an answer"):
         _read({"preference": "Be brief.", "title": "b"}, FILMS, POST)
     assert _read({"preference": "Be brief."}, FILMS, POST).kind == "preference"
 

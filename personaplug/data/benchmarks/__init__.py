@@ -1,4 +1,4 @@
-"""Readers of published benchmarks by name."""
+"""Open published benchmarks by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BENCHMARKS: dict[str, ReaderFactory] = {
 
 
 def register_reader(name: str, factory: ReaderFactory) -> None:
-    """Add a reader, so that `open_benchmark` and `personaplug convert` know its name."""
+    """Add a reader to `open_benchmark` and `personaplug convert`."""
     register(BENCHMARKS, _key(name), factory, kind="reader")
 
 

@@ -1,7 +1,7 @@
 """Find and read the files of published benchmarks.
 
-A file is a JSON list (*.json), one JSON object a line (*.jsonl), both also *.gz, or Parquet, whole or in shards named
-as on the Hugging Face hub (`train-00000-of-00007.parquet`).
+A file is a JSON list (*.json) or has one JSON object per line (*.jsonl), both also with .gz. It may also be Parquet,
+whole or in shards with names as on the Hugging Face hub (`train-00000-of-00007.parquet`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
 
 SPLITS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
-"""The names of the splits here, with the publishers' names."""
+"""The names of the splits, each with the names that publishers use."""
 
 _KINDS = (".json", ".jsonl", ".parquet")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
@@ -28,14 +28,14 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a benchmark's records; "" stands for a column that it lacks.
+    """The columns of a benchmark's records; "" stands for a missing column.
 
     Attributes:
-        instruction: the text (no column) before the input in a prompt.
-        id: the record's id; without it, the number of the record in the split makes one ("row-1").
+        instruction: the text before the input in a prompt; not a column.
+        id: the record's id; without it, the id is the number of the record in the split ("row-1").
         user: the user's id.
         output: the target.
-        item_id: an item's id; without it, the number of the item in its profile.
+        item_id: an item's id; without it, the id is the number of the item in its profile.
     """
 
     task: Task
@@ -49,7 +49,7 @@ class Layout:
 
 
 class PublishedReader(RecordReader):
-    """A split with one sample a record and a list of items in its "profile", streamed."""
+    """Stream a split with one sample per record, whose "profile" is the list of items."""
 
     def __init__(self, files: Sequence[Path], layout: Layout, **limits: Unpack[Limits]) -> None:
         super().__init__(layout.task, origin=files[0], **limits)
@@ -71,7 +71,7 @@ class PublishedReader(RecordReader):
 
 
 def check_split(split: str) -> str:
-    """Return the name of a split that exists."""
+    """Return the name of a split if it exists, else raise ConfigError."""
     if split not in SPLITS:
         raise ConfigError(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
     return split
@@ -80,8 +80,8 @@ def check_split(split: str) -> str:
 def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
     """Find the files of a split; `path` is the split's file, or a folder.
 
-    The folder, its `data` and a folder of the split's name are searched for `{split}.json`, `{anything}_{split}.json`
-    and the like.
+    Search the folder, its folder `data` and its folder with the split's name for `{split}.json`,
+    `{anything}_{split}.json` and similar names.
     """
     path, names = Path(path), SPLITS[check_split(split)]
     if not path.exists():
@@ -107,12 +107,15 @@ def _files_in(path: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
             continue
         shards = [match for file in files if (match := _SHARD.search(file.name))]
         if len(files) > 1 and (len(shards) < len(files) or len({m.string[: m.start()] for m in shards}) > 1):
-            names_there = ", ".join(file.name for file in files)
-            raise ConfigError(f"{folder} holds several files of that split: {names_there}. Name one.")
+            file_names = ", ".join(file.name for file in files)
+            raise ConfigError(
+                f"{folder} has several files of this split: {file_names}. Choose one of them as the path."
+            )
         if any(int(match[2]) != len(shards) for match in shards):
-            raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
+            raise MissingData(f"{folder} has {len(shards)} shards of this split, but their names say {shards[0][2]}.")
         return tuple(files)
     raise MissingData(
-        f"{path} holds no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
-        f"or *.parquet there or in a folder 'data' or {' or '.join(map(repr, names))}. Name the file itself."
+        f"{path} has no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
+        f"or *.parquet, in the folder itself or in its folder 'data' or {' or '.join(map(repr, names))}. "
+        f"Or give the path of the file."
     )

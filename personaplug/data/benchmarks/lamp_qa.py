@@ -4,8 +4,8 @@ A split is a JSON list of records {id, question, narrative, category, profile: [
 per category (`Art_and_Entertainment_validation.json`), as `utils/download_datasets.py` of the repository
 LaMP-Benchmark/LaMP-QA writes it.
 
-There are no correct answers: a large language model outside this project judges each aspect of the rubric. So targets
-are None, and the samples serve prediction alone. The aspects come from the narrative, so it never enters a prompt.
+There are no correct answers: a large language model outside this project judges each aspect of the rubric. Targets are
+therefore None, and the samples are for prediction only. The aspects come from the narrative, so no prompt contains it.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ class LampQAReader(PublishedReader):
     """One split of one category. Posts are in the file's order, without dates; users are not named."""
 
     def __init__(self, path: str | Path, split: str, **limits: Unpack[Limits]) -> None:
-        """Find the split's file; `path` is that file, or a folder that holds one file of the split."""
+        """Find the split's file; `path` is that file, or a folder with one file of the split."""
         super().__init__(split_files(path, split), _LAYOUT, **limits)

@@ -2,7 +2,7 @@
 
 A split is Parquet in shards, one folder for each of the six subsets {abstract_generation, product_review,
 topic_writing} × {user, temporal} of the hub's LongLaMP/LongLaMP, with the splits train, val and test. A record is
-{user, input, output, profile}; the column of the user tells the tasks apart. E-mail is not public.
+{user, input, output, profile}; the name of the user's column identifies the task. The e-mails are not public.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError
 
 
 def _layout(name: str, fields: tuple[str, ...], *, user: str, item_id: str = "", item_date: str = "") -> Layout:
-    # The whole input is the query: its wording differs between tasks, and all of it says what to write.
+    # The whole input is the query: its wording differs between tasks, and every part says what to write.
     task = Task(f"LongLaMP_{name}", "text", fields, fields[-1], ("rouge_1", "rouge_l"), max_new_tokens=512)
     return Layout(task, "input", user=user, output="output", item_id=item_id, item_date=item_date)
 

@@ -1,9 +1,9 @@
-"""PEFT-U (arXiv 2407.18078): give a text the label that a certain user gives it.
+"""PEFT-U (arXiv 2407.18078): predict the label that a user gives to a text.
 
 A dataset is one JSON object {user: {"train" | "val" | "test": {sample: {"text": …, "label": ["…", …]}}}}, as
 `peft_u/preprocess/convert_data_format.py` of the repository ChrisIsKing/Parameter-Efficient-Personalization writes
-it: `user_data_no_leak.json` (no text of test is in anybody's train) or `user_data_leaked.json`. The sets with
-generated texts (Goodreads, Stack Exchange) are not read. The benchmark's instructions are in its code, not in the
+it: `user_data_no_leak.json` (no test text is in the train split of any user) or `user_data_leaked.json`. The sets with
+generated texts (Goodreads, Stack Exchange) are not supported. The benchmark's instructions are in its code, not in the
 file; pass one as `instruction`.
 """
 
@@ -24,15 +24,15 @@ from personaplug.errors import ConfigError, MissingData
 
 _FILES = ("user_data_no_leak.json", "user_data_leaked.json")
 _MAX_LABELS = 2048
-_MARKER = "\ntext: "  # it begins a line, so that an instruction may speak of a text
+_MARKER = "\ntext: "  # begins a line, so that an instruction may contain 'text: '
 
 
 class PeftUReader(RecordReader):
     """One split of a dataset.
 
-    The file is one JSON object and declares no labels, so it is held in memory, and read once at the start for its
-    labels. Several labels of a sample count as one, sorted and joined by ", ". Items are not dated: a history is the
-    user's train samples in the file's order; for a sample of train, those before it. Ids are `user/sample`.
+    The file is one JSON object and declares no labels, so it is held in memory and first read for its labels. Several
+    labels of a sample count as one label, sorted and joined by ", ". Items have no dates. A history consists of the
+    user's train samples in file order; for a train sample, of those before it. Ids are `user/sample`.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class PeftUReader(RecordReader):
         """Find the file and read its labels.
 
         Args:
-            path: the file, or the folder of one dataset; its file without leak is preferred.
-            queries_per_user: the maximum number of a user's last samples in train.
+            path: the file, or the folder of one dataset, where the file without leak is preferred.
+            queries_per_user: in train, the maximum number of samples of a user; the last ones are used.
             instruction: the prompt before the text; None for a sentence that lists the labels.
         """
         path, self._split = Path(path), "val" if check_split(split) == "dev" else split
         files = [path] if path.is_file() else [file for name in _FILES if (file := plain_or_gz(path, name))]
         if not files:
-            raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
+            raise MissingData(f"{path} is neither a file nor a folder with {' or '.join(_FILES)}, plain or .gz.")
         self._path = files[0]
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
@@ -99,7 +99,7 @@ class PeftUReader(RecordReader):
         for sample_id, values in samples.items():
             try:
                 if sample_id in train:
-                    raise Flaw("the user's train holds a sample of the same id")
+                    raise Flaw("the user's train split has a sample with the same id")
                 # A sample may become a query, so its text must not be blank.
                 text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
                 fields, labels = (("text", text), ("label", label)), self.task.labels
@@ -129,9 +129,11 @@ def _labels_in(path: Path) -> tuple[str, ...]:
                 except Flaw:
                     continue  # reported with its position when the samples are read
     if not labels:
-        raise MissingData(f"{path} holds no sample with a label; expected user → split → sample → text and label.")
+        raise MissingData(f"{path} has no sample with a label; expected user → split → sample → text and label.")
     if len(labels) > _MAX_LABELS:
-        raise ConfigError(f"{path} holds {len(labels)} different labels: its answers are texts, which are not read.")
+        raise ConfigError(
+            f"{path} has {len(labels)} different labels, so its answers are free text, which is not supported."
+        )
     return tuple(sorted(labels))
 
 

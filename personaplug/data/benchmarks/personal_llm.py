@@ -2,13 +2,13 @@
 
 The files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row holds
 `prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
-(`response_1_gemma_2b` …). The simulation and the constants are those of `gen_pref_interaction_database.py` and
+(`response_1_gemma_2b` …). The simulation and the constants are from `gen_pref_interaction_database.py` and
 `constants.py` of the repository namkoong-lab/PersonalLLM.
 
 The files name no users. As in the paper, a user is a weight for each reward model, drawn from a symmetric Dirichlet
 distribution, and prefers the response with the greatest weighted sum of standardized scores. The users are drawn from
-a seed and are not the paper's thousand; the splits of the train file are this project's. The paper scores generated
-responses with the reward models; choosing among given responses needs no reward model.
+a seed and are not the paper's 1,000 users. The split of the train file into train and dev is this project's. The paper
+scores generated responses with the reward models; choosing among existing responses needs no reward model.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _INSTRUCTION = "Which response to the request does this user prefer? Answer with
 
 @dataclass(frozen=True)
 class SimulatedUsers:
-    """The number of users and of their choices.
+    """The settings of the simulated users.
 
     Attributes:
-        count: the number of users; a user does not depend on it.
+        count: the number of users; it does not change the individual users.
         alpha: the Dirichlet parameter; the smaller, the more a user follows one reward model.
         shortest: the minimum number of choices before the first query; `longest` is the maximum.
-        choices: the number of responses on offer, of eight, in random order.
+        choices: how many of the eight responses are offered, in random order.
     """
 
     count: int = 1000
@@ -71,9 +71,11 @@ class SimulatedUsers:
 
     def __post_init__(self) -> None:
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
-            raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
+            raise ConfigError("count and queries_per_user should be at least 1, alpha above 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
-            raise ConfigError(f"Choices before the first query: 0 <= shortest <= longest, found {self}.")
+            raise ConfigError(
+                f"Expected 0 <= shortest <= longest, found shortest={self.shortest}, longest={self.longest}."
+            )
         if not 2 <= self.choices <= _RESPONSES:
             raise ConfigError(f"choices should be from 2 to {_RESPONSES}, found {self.choices}.")
 
@@ -81,9 +83,10 @@ class SimulatedUsers:
 class PersonalLLMReader(RecordReader):
     """One split of simulated choices. All rows are held in memory.
 
-    `train` and `dev` come from the train file: every tenth row is a request of dev alone, the others make the
-    histories and train's queries. `test` asks for rows of the test file. A user has one query in dev and in test, after
-    all choices in train. A history holds requests with the preferred response, in the order of the choices.
+    `train` and `dev` come from the train file: every tenth row is only for queries of dev, and the others are for the
+    histories and the queries of train. The queries of `test` come from the test file. A user has one query in dev and
+    one in test, after all choices in train. A history contains requests with the preferred response, in the order of
+    the choices.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class PersonalLLMReader(RecordReader):
             raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")
         self._split, self._users = split, users or SimulatedUsers()
         self._train, self._test = split_files(path, "train"), split_files(path, "test") if split == "test" else ()
-        # The preferred response is not the answer_field: it is no label, and the encoder reads it with the request.
+        # The preferred response is not the answer_field: it is not a label, and the encoder reads it with the request.
         task = Task(
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
             labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
@@ -108,8 +111,8 @@ class PersonalLLMReader(RecordReader):
         choices = self._users.longest + self._users.queries_per_user
         if len(train) < choices or (self._split != "train" and not queries):
             raise ConfigError(
-                f"{self._train[0]}: a user chooses up to {choices} times, for which there are {len(train)} rows, and "
-                f"{len(queries)} for the queries of {self._split}. Set shorter histories by `users`."
+                f"{self._train[0]}: a user makes up to {choices} choices, but there are {len(train)} rows and "
+                f"{len(queries)} rows for the queries of {self._split}. Set a smaller `longest` in `users`."
             )
         for user in range(self._users.count):
             yield from self._samples_of(user, train, queries)
@@ -159,10 +162,10 @@ class _Choice:
 
 def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.random.Generator) -> _Choice:
     """Offer responses in random order and let a user choose."""
-    shown = rng.permutation(_RESPONSES)[:choices]
-    preferred = int(np.argmax(row.scores[shown] @ weights))
-    item = HistoryItem(row.id, (("request", row.prompt), ("response", row.responses[shown[preferred]])))
-    options = (f"{letter}: {row.responses[index]}" for letter, index in zip(_LETTERS, shown, strict=False))
+    offered = rng.permutation(_RESPONSES)[:choices]
+    preferred = int(np.argmax(row.scores[offered] @ weights))
+    item = HistoryItem(row.id, (("request", row.prompt), ("response", row.responses[offered[preferred]])))
+    options = (f"{letter}: {row.responses[index]}" for letter, index in zip(_LETTERS, offered, strict=False))
     return _Choice(item, "\n\n".join((f"{_INSTRUCTION}{_MARKER}{row.prompt}", *options)), _LETTERS[preferred])
 
 

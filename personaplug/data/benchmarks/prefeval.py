@@ -1,12 +1,12 @@
-"""PrefEval (arXiv 2502.09597): questions where a preference matters that the user stated or showed before.
+"""PrefEval (arXiv 2502.09597): questions whose answer depends on a preference that the user stated or showed before.
 
 The folder is `benchmark_dataset` of the repository amazon-science/PrefEval (CC BY-NC 4.0). Each topic is a JSON list in
-`mcq_options`, `implicit_preference/choice-based` and `implicit_preference/persona-driven`; equal places in the lists
-are the same preference. The first of the four options is the one that fits (`utils/utils_mcq.py`).
+`mcq_options`, `implicit_preference/choice-based` and `implicit_preference/persona-driven`. Records at the same position
+of the lists have the same preference. The first of the four options fits the preference (`utils/utils_mcq.py`).
 
 The paper puts the preference into the conversation and lets the model choose a letter. Here the preference is the
 user's history, the fitting option is the target, and the other three are rejected answers. The splits are this
-project's: a fifth of the preferences is dev, the same in all three forms.
+project's: a fifth of the preferences is in dev, and the three forms have the same split.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ _DIALOGUE = (("query", "assistant_options"), ("user_selection", "assistant_ackno
 class PrefEvalReader(RecordReader):
     """One split of one form. Each preference is a user.
 
-    The history of "explicit" is the stated preference. That of "choice" is a dialogue in which the user picks the
-    fitting one of some options; that of "persona" is a longer dialogue that lets the preference show.
+    The history is the stated preference ("explicit"), a dialogue in which the user picks the fitting one of several
+    options ("choice"), or a longer dialogue that shows the preference indirectly ("persona").
     """
 
     def __init__(self, path: str | Path, split: str, *, form: Form, **limits: Unpack[Limits]) -> None:
-        """Find the topics; `path` is the folder that holds `mcq_options`."""
+        """Find the topics; `path` is the folder that contains `mcq_options`."""
         if check_split(split) == "test":
-            raise ConfigError("PrefEval has the splits 'train' and 'dev', and no 'test'. Choose one of them.")
+            raise ConfigError("PrefEval has no split 'test'. Choose 'train' or 'dev'.")
         task = Task(f"PrefEval_{form}", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"))
         super().__init__(task, origin=path, **limits)
         self._folder, self._split, self._form = existing_folder(path), split, form
         self._topics = sorted(self._folder.joinpath("mcq_options").glob("*.json"))
         if not self._topics:
-            raise MissingData(f"{path} holds no mcq_options/*.json; give the folder 'benchmark_dataset' of PrefEval.")
+            raise MissingData(f"{path} has no mcq_options/*.json; give the folder 'benchmark_dataset' of PrefEval.")
 
     def _samples(self) -> Iterator[Sample]:
         for topic in self._topics:
-            shown = self._folder / _FOLDERS[self._form] / topic.name
-            for number, (question, dialogue) in enumerate(_pairs(topic, shown), 1):
+            dialogues_path = self._folder / _FOLDERS[self._form] / topic.name
+            for number, (question, dialogue) in enumerate(_pairs(topic, dialogues_path), 1):
                 self.report.rows += 1
                 name, file = f"{topic.stem}/{number}", topic
                 try:
-                    asked = _question(as_record(question))
-                    file = shown
-                    items = self._history(name, asked, as_record(dialogue))
+                    query = _question(as_record(question))
+                    file = dialogues_path
+                    items = self._history(name, query, as_record(dialogue))
                 except Flaw as flaw:
                     self._skip(file, f"record {number}", flaw)
                     continue
-                if _is_dev(asked.preference) == (self._split == "dev"):
-                    yield self._sample(name, asked, items)
+                if _is_dev(query.preference) == (self._split == "dev"):
+                    yield self._sample(name, query, items)
 
-    def _sample(self, name: str, asked: _Question, items: Sequence[HistoryItem]) -> Sample:
-        fitting, *others = asked.options
+    def _sample(self, name: str, query: _Question, items: Sequence[HistoryItem]) -> Sample:
+        fitting, *others = query.options
         timeless = [(None, item) for item in items]
-        return self._sample_of(name, name, asked.text, target=fitting, items=timeless, rejected=others)
+        return self._sample_of(name, name, query.text, target=fitting, items=timeless, rejected=others)
 
-    def _history(self, name: str, asked: _Question, record: Mapping[str, Any]) -> list[HistoryItem]:
+    def _history(self, name: str, query: _Question, record: Mapping[str, Any]) -> list[HistoryItem]:
         if self._form == "explicit":
-            return [HistoryItem(f"{name}/preference", ((PREFERENCE, asked.preference),), kind="preference")]
-        if name_of(record, "question") != asked.text:
-            raise Flaw("its question is not that of the same place in mcq_options")
+            return [HistoryItem(f"{name}/preference", ((PREFERENCE, query.preference),), kind="preference")]
+        if name_of(record, "question") != query.text:
+            raise Flaw("its question differs from the question at the same position in mcq_options")
         dialogue = as_record(value_of(record, "conversation"))
         if self._form == "choice":
             turns = [(name_of(dialogue, one), name_of(dialogue, two)) for one, two in _DIALOGUE]
@@ -107,23 +107,23 @@ class _Question:
 def _question(record: Mapping[str, Any]) -> _Question:
     options = value_of(record, "classification_task_options")
     if not isinstance(options, list) or len(options) != _OPTIONS:
-        raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS}")
+        raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS} options")
     texts = tuple(as_name(option, "an option") for option in options)
     return _Question(name_of(record, "question"), name_of(record, "preference"), texts)
 
 
 def _is_dev(preference: str) -> bool:
-    """Draw a fifth of the preferences by their text, so that one that occurs twice is in one split."""
+    """Draw a fifth of the preferences by their text, so that equal preferences are in the same split."""
     digest = hashlib.sha256(comparable(preference).encode()).digest()
     return int.from_bytes(digest[:8]) % _DEV_STEP == 0
 
 
-def _pairs(topic: Path, shown: Path) -> Iterator[tuple[object, object]]:
-    """Return the records of two files that stand at the same place."""
-    questions, dialogues = _values(topic), _values(shown)
+def _pairs(topic: Path, dialogues_path: Path) -> Iterator[tuple[object, object]]:
+    """Pair the records of two files by their position."""
+    questions, dialogues = _values(topic), _values(dialogues_path)
     if len(questions) != len(dialogues):
-        reason = f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
-        raise RecordError(shown, "in the file", reason=reason)
+        reason = f"it has {len(dialogues)} records, but {topic} has {len(questions)}"
+        raise RecordError(dialogues_path, "in the file", reason=reason)
     return zip(questions, dialogues, strict=True)
 
 
@@ -133,5 +133,5 @@ def _values(path: Path) -> list[object]:
 
 def _place(key: str) -> int:
     if not key.isdecimal():
-        raise Flaw("a turn of its 'conversation' has no number")
+        raise Flaw("a turn of its 'conversation' is not numbered")
     return int(key)

@@ -1,4 +1,4 @@
-"""Readers of conversations by the name of their format."""
+"""Open conversations by the name of their format."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def open_conversations(
     max_samples_per_user: int = MAX_SAMPLES_PER_USER,
     **limits: Unpack[Limits],
 ) -> ConversationReader:
-    """Open files of conversations, or iterables of mappings; lines with stated preferences may stand among them.
+    """Open files or iterables of mappings with conversations. They may also contain stated preferences.
 
-    Without the name of a format, each record tells its own.
+    Without `format`, the format of each record is detected.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"There is no format {format!r}; {nearest(format, FORMATS)}")
@@ -52,7 +52,7 @@ def open_conversations(
 
 
 def holds_conversations(path: Path) -> bool:
-    """Return whether one of a file's first records is a conversation or a stated preference; else it is a log."""
+    """Return whether one of a file's first records is a conversation or a stated preference; other files are logs."""
     if kind_of(path) in DELIMITED_KINDS:
         return False
     records = (record for _, _, record in islice(record_source(path).read(()), _FIRST_RECORDS))
@@ -60,5 +60,5 @@ def holds_conversations(path: Path) -> bool:
 
 
 def _is_conversation(record: Mapping[str, object]) -> bool:
-    has_form = any(one.fits(record) for one in FORMATS.values())
-    return has_form or (PREFERENCE in record and len(record) <= 4)  # with a user, a time and an id
+    has_format = any(format_.fits(record) for format_ in FORMATS.values())
+    return has_format or (PREFERENCE in record and len(record) <= 4)  # others: at most a user, a time and an id

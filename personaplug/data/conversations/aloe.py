@@ -1,6 +1,6 @@
-"""ALOE (arXiv 2410.03642): conversations with a preferred answer and others at every turn.
+"""ALOE (arXiv 2410.03642): conversations with a preferred answer and rejected answers at every turn.
 
-The repository ShujinWu-0814/ALOE draws at random which answer the user sees, and the conversation goes on from it.
+The repository ShujinWu-0814/ALOE draws at random which answer the user sees. The conversation continues from there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _ANSWERS = ("preferred", "rejected")
 class Aloe(ConversationFormat):
     """`{"conversations": [{"user", "assistant": {"preferred", "rejected"}, "chosen": "preferred"}, …]}`.
 
-    `rejected` is a text or a list of texts. `chosen` names the answer that the user saw; of several rejected ones, it
-    is the first. The target of a turn is the preferred answer. An item of the history is the answer that the user saw:
-    an exchange if it was the preferred one, else a rejection.
+    `rejected` is a text or a list of texts. `chosen` tells which answer the user saw: the preferred one or the first
+    rejected one. The target of a turn is the preferred answer. A history item has the answer that the user saw. It is
+    an exchange if that answer was the preferred one, else a rejection.
 
-    The published conversations have no users. The history of a turn is the earlier turns of its own conversation, so
-    the first turn has none.
+    The published conversations name no users, so the history of a turn consists of the earlier turns of its
+    conversation. The first turn has no history.
     """
 
     form = '"conversations" of "user" and "assistant"'
@@ -43,7 +43,7 @@ class Aloe(ConversationFormat):
 
 
 def is_aloe(record: Mapping[str, Any]) -> bool:
-    """Return whether a record's conversation consists of turns with several answers."""
+    """Return whether the turns of a record's conversation have several answers."""
     turns = record.get("conversations")
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "assistant" in turns[0]
 
@@ -51,13 +51,13 @@ def is_aloe(record: Mapping[str, Any]) -> bool:
 def _turn(turn: Mapping[str, Any]) -> list[Message]:
     moment, answers = moment_of(turn), present(as_record(value_of(turn, "assistant")))
     preferred = text_of(answers, "preferred").strip()
-    others = value_of(answers, "rejected")
-    texts = [as_text(text, "a rejected answer").strip() for text in (others if isinstance(others, list) else [others])]
+    value = value_of(answers, "rejected")
+    rejected = [as_text(text, "a rejected answer").strip() for text in (value if isinstance(value, list) else [value])]
     if (chosen := value_of(turn, "chosen")) not in _ANSWERS:
         raise Flaw("its 'chosen' is neither 'preferred' nor 'rejected'")
-    if chosen == "rejected" and not texts:
-        raise Flaw("its 'chosen' is 'rejected', and there is no rejected answer")
-    shown = preferred if chosen == "preferred" else texts[0]
-    verdict = Verdict(preferred, tuple(texts), is_all_shown=False)
-    asked = Message("user", text_of(turn, "user").strip(), moment)
-    return [asked, Message("assistant", shown, moment, verdict=verdict)]
+    if chosen == "rejected" and not rejected:
+        raise Flaw("its 'chosen' is 'rejected', but there is no rejected answer")
+    reply = preferred if chosen == "preferred" else rejected[0]
+    verdict = Verdict(preferred, tuple(rejected), is_all_shown=False)
+    question = Message("user", text_of(turn, "user").strip(), moment)
+    return [question, Message("assistant", reply, moment, verdict=verdict)]

@@ -1,4 +1,4 @@
-"""The base class of all formats of conversations. A format knows its records and turns them into messages."""
+"""The base class of conversation formats. A format recognizes its records and converts them to messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from personaplug.data.conversations.messages import Message
 
 
 class ConversationFormat(ABC):
-    """A form of records that hold a conversation each.
+    """A format of records with one conversation each.
 
     Attributes:
-        form: the keys of a record, for people.
-        has_users: False if records name no users as a rule. A record without a user then counts as a user of its
-            own, and the history of a turn is the earlier turns of its own conversation.
+        form: the keys of a record, for error messages.
+        has_users: False if records usually name no users. Each record without a user then counts as a separate user,
+            and the history of a turn consists of the earlier turns of its conversation.
     """
 
     form: ClassVar[str]
@@ -23,8 +23,8 @@ class ConversationFormat(ABC):
 
     @abstractmethod
     def fits(self, record: Mapping[str, Any]) -> bool:
-        """Return whether a record has this form. No record fits two formats."""
+        """Return whether a record has this format. No record fits two formats."""
 
     @abstractmethod
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """Return the messages of a record that fits; raise Flaw for one that is broken."""
+        """Return the messages of a record that fits; raise Flaw if it is broken."""

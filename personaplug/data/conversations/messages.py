@@ -1,4 +1,4 @@
-"""Messages as all formats of conversations give them: a role, a text, a time, and what the user made of a reply."""
+"""Messages, to which all conversation formats are converted: role, text, time, and the verdict on a reply."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from personaplug.data.parsing import Flaw, as_datetime, as_record, as_text, name
 Role = Literal["system", "user", "assistant", "tool"]
 
 TOOL_CALLS = "turns with tool calls"
-NO_TEXT = "turns with images or other parts that are no text"
-WEIGHT_ZERO = "replies of weight 0"
+NO_TEXT = "turns with images or other parts that are not text"
+WEIGHT_ZERO = "replies with weight 0"
 TIME_KEYS = ("time", "timestamp", "created_at", "date")
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -22,11 +22,11 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Verdict:
-    """What the user made of a reply.
+    """The user's verdict on a reply.
 
     Attributes:
-        rejected: answers that the user did not want; one without text is "".
-        is_all_shown: False if the user saw only the reply that stands in the conversation.
+        rejected: answers that the user rejected; "" for an answer without text.
+        is_all_shown: False if the user saw only the reply in the conversation.
     """
 
     kept: str
@@ -39,9 +39,9 @@ class Message:
     """One message of a conversation.
 
     Attributes:
-        text: without blanks at its ends; "" if there is no text.
-        defect: why the message's turn is no sample; "" if it may be one.
-        verdict: None for a reply that nobody judged, such as those in the prompt of a pair.
+        text: without leading and trailing blanks; "" if there is no text.
+        defect: the reason why the turn of the message cannot be a sample; "" without a defect.
+        verdict: None for a reply without a verdict, such as a reply in the prompt of a pair.
     """
 
     role: Role
@@ -53,7 +53,7 @@ class Message:
 
 @dataclass(frozen=True)
 class MessageKeys:
-    """The keys of a message, and the roles by their names in a format."""
+    """The keys of a message in a format, and the roles by their names in this format."""
 
     role: str
     text: str
@@ -68,16 +68,16 @@ CHAT_KEYS = MessageKeys(
         "function": "tool",
     }),
 )  # fmt: skip
-"""OpenAI's messages, which TRL takes too."""
+"""The keys of OpenAI's messages, which TRL also uses."""
 
 
 def present(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values that are not null; in Parquet, every record has all keys."""
+    """Leave out null values, because a record in Parquet has all keys."""
     return {key: value for key, value in values.items() if value is not None}
 
 
 def moment_of(values: Mapping[str, Any]) -> datetime | None:
-    """Return the time of a record or message, if it has one."""
+    """Return the time of a record or message; None without a time."""
     for key in TIME_KEYS:
         if key in values:
             return as_datetime(value_of(values, key), f"its {key!r}")
@@ -99,18 +99,18 @@ def messages_of(record: Mapping[str, Any], key: str, *, keys: MessageKeys = CHAT
 
 
 def kept(messages: Sequence[Message]) -> list[Message]:
-    """Return messages whose replies the user kept."""
+    """Return the messages with the verdict that the user kept all replies."""
     return [replace(one, verdict=Verdict(one.text)) if one.role == "assistant" else one for one in messages]
 
 
 def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
-    """Return a conversation that ends with a chosen answer, whose verdict holds the rejected one.
+    """Return a conversation that ends with the chosen answer; its verdict contains the rejected answer.
 
-    Nobody judged the replies in the prompt, so they are only its context.
+    Replies in the prompt have no verdict, so they are only context.
     """
     answer, other = _first_answer(chosen), _first_answer(rejected)
     if [(one.role, one.text) for one in chosen[:answer]] != [(one.role, one.text) for one in rejected[:other]]:
-        raise Flaw("its pair of answers replies to different messages")
+        raise Flaw("its two answers reply to different messages")
     answers = kept(chosen)
     answers[answer] = replace(answers[answer], verdict=Verdict(chosen[answer].text, (rejected[other].text,)))
     return [*prompt, *answers]
@@ -119,14 +119,14 @@ def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Seque
 def _first_answer(messages: Sequence[Message]) -> int:
     answer = next((number for number, message in enumerate(messages) if message.role == "assistant"), None)
     if answer is None:
-        raise Flaw("its pair of answers lacks a message of the assistant")
+        raise Flaw("one of its two answers has no message of the assistant")
     return answer
 
 
 def _message_of(values: Mapping[str, Any], keys: MessageKeys) -> Message:
     role = keys.roles.get(name_of(values, keys.role).strip().lower())
     if role is None:
-        raise Flaw(f"its {keys.role!r} is none of {', '.join(keys.roles)}")
+        raise Flaw(f"its {keys.role!r} is not one of {', '.join(keys.roles)}")
     text, defect = _text_of(values, keys.text)
     if role == "tool" or values.get("tool_calls") or values.get("function_call"):
         defect = TOOL_CALLS
@@ -136,7 +136,7 @@ def _message_of(values: Mapping[str, Any], keys: MessageKeys) -> Message:
 
 
 def _text_of(values: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """Return the text of a message, and the reason why it is no sample, if there are parts that are no text."""
+    """Return the text of a message and its defect: NO_TEXT if some parts are not text, else ""."""
     content = values.get(key, "")
     if not isinstance(content, list):
         return as_text(content, f"its {key!r}"), ""

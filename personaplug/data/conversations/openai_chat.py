@@ -1,4 +1,4 @@
-"""OpenAI's lines for fine-tuning a chat model, also the log of a chat: every reply is one that the user kept."""
+"""OpenAI's format for fine-tuning a chat model, also used for chat logs. The user kept every reply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from personaplug.data.conversations.messages import Message, kept, messages_of
 
 
 class OpenAIChat(ConversationFormat):
-    """`{"messages": [{"role", "content"}, …]}`; a reply of `"weight": 0` is context alone."""
+    """`{"messages": [{"role", "content"}, …]}`; a reply with `"weight": 0` is only context."""
 
     form = '"messages"'
 

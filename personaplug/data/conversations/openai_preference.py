@@ -1,4 +1,4 @@
-"""OpenAI's lines for preference fine-tuning: a prompt, the answer that was preferred, and one that was not."""
+"""OpenAI's format for preference fine-tuning: a prompt, a preferred answer, and a non-preferred answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class OpenAIPreference(ConversationFormat):
         return "preferred_output" in record or "non_preferred_output" in record
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        asked = value_of(record, "input")
-        if not isinstance(asked, Mapping):
+        prompt = value_of(record, "input")
+        if not isinstance(prompt, Mapping):
             raise Flaw("its 'input' is not an object with 'messages'")
-        preferred, other = (messages_of(record, key) for key in ("preferred_output", "non_preferred_output"))
-        return paired(messages_of(asked, "messages"), preferred, other)
+        preferred, rejected = (messages_of(record, key) for key in ("preferred_output", "non_preferred_output"))
+        return paired(messages_of(prompt, "messages"), preferred, rejected)

@@ -1,6 +1,6 @@
-"""Read conversations as a data set: a sample is a reply that the user kept, with the user's earlier conversations.
+"""Read conversations as a data set. A sample is a reply that the user kept; earlier conversations are its history.
 
-All records are held in memory, because those of a user may be anywhere in the files.
+All records stay in memory, because a user's records may be anywhere in the files.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _NAMED = "named"
 class ConversationReader(RecordReader):
     """Samples from files of conversations, or from mappings in memory.
 
-    A sample is a reply that the user kept: the prompt is the user's message, the context what stood before it. The
-    history holds the user's exchanges, rejections and stated preferences of other conversations at strictly earlier
-    times; without any times, those of earlier lines. A reply without history is no sample. A conversation of a format
-    that has no users is a user of its own; see `ConversationFormat`.
+    A sample is a reply that the user kept. Its prompt is the user's message, and its context the messages before it.
+    The history contains the user's exchanges, rejections and stated preferences from other conversations at strictly
+    earlier times. Without times, it contains the entries of earlier lines. A reply without history is not a sample.
+    If a format has no users, each conversation counts as a separate user; see `ConversationFormat`.
 
-    Users come in the order of their first record, their samples in the order of time.
+    Users are in the order of their first record, and the samples of a user in time order.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ConversationReader(RecordReader):
         max_samples_per_user: int = MAX_SAMPLES_PER_USER,
         **limits: Unpack[Limits],
     ) -> None:
-        """Open the sources; of a user with more samples than the maximum, as many are spread over the time."""
+        """Open the sources. If a user has more samples than the maximum, keep samples at equal distances."""
         if max_samples_per_user < 1:
             raise ConfigError(f"max_samples_per_user should be at least 1, found {max_samples_per_user}.")
         self._sources = [record_source(source, kinds=(*JSON_KINDS, ".parquet")) for source in sources]
@@ -56,7 +56,7 @@ class ConversationReader(RecordReader):
 
     def _samples(self) -> Iterator[Sample]:
         for user, timeline in self._timelines():
-            for index in self._asked(timeline):
+            for index in self._sample_indices(timeline):
                 yield self._sample(user, timeline, index)
 
     def histories(self) -> Iterator[tuple[str, list[HistoryItem]]]:
@@ -77,7 +77,7 @@ class ConversationReader(RecordReader):
 
     def _reason_for_nothing(self) -> str:
         return (
-            f"{super()._reason_for_nothing()} A reply is a sample if its user has an earlier item from another "
+            f"{super()._reason_for_nothing()} A reply is a sample only if its user has an earlier item from another "
             f"conversation."
         )
 
@@ -94,50 +94,50 @@ class ConversationReader(RecordReader):
     def _line(self, source: RecordSource, position: str, values: Mapping[str, Any], names: _Names) -> Line:
         format_, moment = self._format_of(values), moment_of(values)
         name = id_of(values, "id") if "id" in values else f"row-{self.report.rows}"
-        named = _user_of(values)
-        if named is None and (format_ is None or format_.has_users):
-            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; a history needs to know whose it is")
-        user = name if named is None else named
+        named_user = _user_of(values)
+        if named_user is None and (format_ is None or format_.has_users):
+            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; every history needs a user")
+        user = name if named_user is None else named_user
         if format_ is None:
             names.check_user(user, start=_NAMED)
-            stated = name_of(values, PREFERENCE).strip()
-            entry = Entry(names.new(name, user), moment, preference=stated)
+            preference = name_of(values, PREFERENCE).strip()
+            entry = Entry(names.new(name, user), moment, preference=preference)
             return Line(source.name, position, user, _keys(values, name), (entry,))
         conversation = conversation_of(format_.messages(values), moment=moment)
-        names.check_user(user, start=conversation.start if named is None else _NAMED)
+        names.check_user(user, start=conversation.start if named_user is None else _NAMED)
         self.report.left_out.update(conversation.left_out)
         entries = tuple(Entry(names.new(name, user), one.kept_at, one) for one in conversation.exchanges)
         keys = _keys(values, name, conversation.start)
-        return Line(source.name, position, user, keys, entries, is_alone=named is None)
+        return Line(source.name, position, user, keys, entries, is_alone=named_user is None)
 
     def _format_of(self, values: Mapping[str, Any]) -> ConversationFormat | None:
-        """Return the format of a record; None stands for a stated preference."""
-        format_ = next((one for one in self._formats if one.fits(values)), None)
+        """Return the format of a record; None for a stated preference."""
+        format_ = next((candidate for candidate in self._formats if candidate.fits(values)), None)
         if format_ is None and PREFERENCE not in values:
-            forms = "; ".join(one.form for one in self._formats)
-            raise Flaw(f"it has an unknown form; expected the keys {forms}; or {PREFERENCE!r}")
+            forms = "; ".join(candidate.form for candidate in self._formats)
+            raise Flaw(f"its format is unknown; expected the keys {forms}; or {PREFERENCE!r}")
         return format_
 
     def _without_missing_times(self, lines: Sequence[Line]) -> Iterator[Line]:
-        """Yield the lines; if any of them has a time, skip those without."""
+        """Yield the lines; if any line has a time, skip lines without a time."""
         is_timed = any(entry.moment for line in lines for entry in line.entries)
         for line in lines:
             if is_timed and not all(_has_times(entry) for entry in line.entries):
-                flaw = Flaw(f"it has no time, but other records have one; give each a {' or '.join(TIME_KEYS)}")
+                flaw = Flaw(f"it has no time, but other records have one; give each record a {' or '.join(TIME_KEYS)}")
                 self._skip(line.file, line.position, flaw)
             else:
                 yield line
 
-    def _asked(self, timeline: Timeline) -> list[int]:
+    def _sample_indices(self, timeline: Timeline) -> list[int]:
         """Return the indices of a user's samples."""
         exchanges = [index for index, entry in enumerate(timeline.entries) if entry.exchange]
         clear = [index for index in exchanges if index not in timeline.unclear]
-        asked = [index for index in clear if timeline.is_alone or any(timeline.history(index))]
+        answerable = [index for index in clear if timeline.is_alone or any(timeline.history(index))]
         self.report.unclear += len(exchanges) - len(clear)
-        self.report.too_early += len(clear) - len(asked)
-        excess = max(len(asked) - self._max_samples, 0)
-        self.report.left_out += Counter({f"replies beyond {self._max_samples} samples of their user": excess})
-        return _spread(asked, self._max_samples)
+        self.report.too_early += len(clear) - len(answerable)
+        excess = max(len(answerable) - self._max_samples, 0)
+        self.report.left_out += Counter({f"replies beyond max_samples_per_user={self._max_samples}": excess})
+        return _spread(answerable, self._max_samples)
 
     def _sample(self, user: str, timeline: Timeline, index: int) -> Sample:
         entry = timeline.entries[index]
@@ -155,7 +155,7 @@ class ConversationReader(RecordReader):
 
 
 class _Names:
-    """Ids of entries: the record's, and the number of the entry among all of that id."""
+    """Unique ids of entries: the id of the record, and the number of the entry with this id."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -163,17 +163,19 @@ class _Names:
         self._starts: dict[str, Hashable] = {}
 
     def check_user(self, user: str, *, start: Hashable) -> None:
-        """Raise a Flaw if the id of a conversation without a user is also that of a user, or of another conversation.
+        """Raise a Flaw if a conversation without a user has the id of a user or of another conversation.
 
         Args:
-            start: tells conversations without a user from each other; `_NAMED` for a user that a record names.
+            start: identifies a conversation without a user; `_NAMED` for a user that a record names.
         """
         if self._starts.setdefault(user, start) != start:
-            raise Flaw(f"the id {short_id(user)} stands for a record without a user and for other data; rename one")
+            raise Flaw(
+                f"the id {short_id(user)} belongs to a record without a user and also to other data; rename one of them"
+            )
 
     def new(self, name: str, user: str) -> str:
         if self._users.setdefault(name, user) != user:
-            raise Flaw(f"a record of another user has its id {short_id(name)}")
+            raise Flaw(f"a record of another user has the same id {short_id(name)}")
         self._counts[name] += 1
         return as_id(f"{name}/{self._counts[name]}", "its id with the number of the turn")
 
@@ -183,7 +185,7 @@ def _user_of(values: Mapping[str, Any]) -> str | None:
 
 
 def _keys(values: Mapping[str, Any], name: str, start: int | None = None) -> tuple[tuple[str, Any], ...]:
-    """Return what the lines of a conversation share."""
+    """Return the keys that connect the lines of a conversation."""
     if _CONVERSATION in values:
         return (("id", name), (_CONVERSATION, id_of(values, _CONVERSATION)))
     return (("id", name), *((("start", start),) if start is not None else ()))

@@ -1,4 +1,4 @@
-"""ShareGPT's records, as FastChat, Axolotl and LLaMA-Factory take them."""
+"""ShareGPT's format, which FastChat, Axolotl and LLaMA-Factory also read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _KEYS = MessageKeys(
         "chatgpt": "assistant", "function_call": "tool", "observation": "tool", "tool": "tool",
     }),
 )  # fmt: skip
-_PICTURES = ("<image>", "<video>", "<audio>")  # their places in a text
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 
 class ShareGPT(ConversationFormat):
-    """`{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, …]}`, perhaps with a `"system"`."""
+    """`{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, …]}`, optionally with a `"system"`."""
 
     form = '"conversations" of "from" and "value"'
 
@@ -38,4 +38,8 @@ class ShareGPT(ConversationFormat):
 
 
 def _marked(message: Message) -> Message:
-    return replace(message, defect=NO_TEXT) if any(place in message.text for place in _PICTURES) else message
+    return (
+        replace(message, defect=NO_TEXT)
+        if any(placeholder in message.text for placeholder in _PLACEHOLDERS)
+        else message
+    )

@@ -1,11 +1,11 @@
-"""What one user did in order of time, and what of it a reply's history may hold.
+"""The entries of one user in time order, and the rules for the history of a reply.
 
-An entry is never from the conversation that is being answered. Lines are of one conversation if they have the same
-conversation id or the same id. If they have no conversation id, they are also of one if they begin with the same
-question and reply: a log of requests repeats the conversation in every line. Nor is an entry the same question again,
-asked at most an hour apart or without times: then the user let it be answered anew.
+The history has no entry from the conversation of the reply. Lines belong to one conversation if they have the same
+conversation id or the same id. Without a conversation id, lines with the same first question and reply also belong to
+one conversation, because a log of requests repeats the conversation in every line. The history also leaves out the same
+question, asked at most an hour apart or without times, because the user then asked for another answer.
 
-An entry is strictly earlier than the question. Without times, it stands in an earlier line.
+An entry of the history is strictly earlier than the question. Without times, it is in an earlier line.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Entry:
     """An exchange, or a stated preference.
 
     Attributes:
-        moment: when the user kept the reply or stated the preference.
-        conversation: a name that all entries of a conversation share.
+        moment: the time of the reply or of the stated preference.
+        conversation: a key that all entries of a conversation share.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Entry:
 
     @cached_property
     def items(self) -> list[TimedItem]:
-        """The items of a history: a preference, or the answers that the user saw, the kept one last."""
+        """The history items: a preference, or the answers that the user saw, with the kept answer last."""
         day = self.moment.date() if self.moment else None
         if self.exchange is None:
             item = HistoryItem(self.id, ((PREFERENCE, self.preference),), None, day, "preference")
@@ -62,7 +62,8 @@ class Line:
     """A record of a user.
 
     Attributes:
-        keys: what lines of the same conversation share, at least one of them.
+        keys: lines of the same conversation share at least one key.
+        is_alone: True for a conversation without a user.
     """
 
     file: str
@@ -78,9 +79,9 @@ class Timeline:
     """The entries of a user without copies.
 
     Attributes:
-        copies: the number of entries that were copies.
-        unclear: indices of entries that are no samples; see `personaplug.data.event_copies`.
-        is_alone: True for a conversation without a user, whose own turns are the history.
+        copies: the number of copies that were left out.
+        unclear: indices of entries that must not become samples; see `personaplug.data.event_copies`.
+        is_alone: True for a conversation without a user; earlier turns are then the history.
     """
 
     entries: tuple[Entry, ...]
@@ -89,7 +90,7 @@ class Timeline:
     is_alone: bool
 
     def history(self, index: int) -> Iterator[Entry]:
-        """Yield the entries that the history of an exchange may hold, oldest first."""
+        """Yield the entries for the history of an exchange, oldest first."""
         if self.is_alone:
             yield from self.entries[:index]
             return
@@ -101,35 +102,35 @@ class Timeline:
                 yield other
 
     def _may_have_history(self, index: int) -> bool:
-        """Look at the first entry of another conversation alone: one conversation may have thousands of turns."""
+        """Check only the first entry of another conversation, because a conversation may have thousands of turns."""
         entry = self.entries[index]
         others = (self.entries[first] for first in self._firsts if first < index)
         return any(other.conversation != entry.conversation and _is_earlier(other, entry) for other in others)
 
     @cached_property
     def _firsts(self) -> tuple[int, ...]:
-        """The indices of the first entry, and of the first one of another conversation."""
+        """The indices of the first entry, and of the first entry of another conversation."""
         first = self.entries[0].conversation
         others = (index for index, other in enumerate(self.entries) if other.conversation != first)
         return (0, *islice(others, 1))
 
 
 def timeline_of(lines: Sequence[Line]) -> Timeline:
-    """Sort a user's entries by time, or keep the order of the lines if there are no times, and leave out copies."""
+    """Sort a user's entries by time and leave out copies. Without times, keep the order of the lines."""
     entries = _once_each(_joined(lines))
-    found = find_copies([entry.event for entry in entries])
-    kept = [index for index in range(len(entries)) if index not in found.copies]
+    copies = find_copies([entry.event for entry in entries])
+    originals = [index for index in range(len(entries)) if index not in copies.copies]
     total = sum(len(line.entries) for line in lines)
     return Timeline(
-        tuple(entries[index] for index in kept),
-        copies=total - len(kept),
-        unclear=frozenset(place for place, index in enumerate(kept) if index in found.unclear),
+        tuple(entries[index] for index in originals),
+        copies=total - len(originals),
+        unclear=frozenset(place for place, index in enumerate(originals) if index in copies.unclear),
         is_alone=lines[0].is_alone,
     )
 
 
 def _answers(exchange: Exchange) -> Iterator[tuple[ItemKind, str]]:
-    """Yield the answers that the user saw: the rejected ones, then the kept one."""
+    """Yield the answers that the user saw: rejected answers, then the kept answer."""
     for text in exchange.rejected:
         if exchange.is_all_shown or text == exchange.shown:
             yield "rejection", text
@@ -138,12 +139,12 @@ def _answers(exchange: Exchange) -> Iterator[tuple[ItemKind, str]]:
 
 
 def _joined(lines: Sequence[Line]) -> list[Entry]:
-    """Name the conversation of each entry, and sort by time."""
+    """Set the conversation of each entry, and sort the entries by time."""
     parents: dict[Hashable, Hashable] = {}
 
     def root(key: Hashable) -> Hashable:
         while (parent := parents.setdefault(key, key)) != key:
-            parents[key] = parents[parent]  # halves the path: thousands of lines may begin with the same words
+            parents[key] = parents[parent]  # path halving: thousands of lines may have the same start
             key = parent
         return key
 
@@ -155,7 +156,7 @@ def _joined(lines: Sequence[Line]) -> list[Entry]:
 
 
 def _once_each(entries: Sequence[Entry]) -> list[Entry]:
-    """Leave out turns that later lines of their conversation repeat; a first turn may be another conversation's."""
+    """Leave out turns that later lines of the conversation repeat, except first turns, which may be new ones."""
     firsts: dict[Hashable, Entry] = {}
     for entry in entries:
         has_context = entry.exchange is not None and entry.exchange.place > 0

@@ -12,8 +12,8 @@ from personaplug.data.conversations.messages import Message, messages_of, paired
 class TRLPreference(ConversationFormat):
     """`{"prompt": […], "chosen": […], "rejected": […]}`, each a list of messages.
 
-    If `chosen` begins with the user's message, it holds the whole conversation, as does `rejected`. The prompt is
-    then what both begin with.
+    If `chosen` does not begin with a reply, `chosen` and `rejected` contain the whole conversation. The prompt is then
+    their common beginning.
     """
 
     form = '"prompt", "chosen" and "rejected"'
@@ -30,7 +30,7 @@ class TRLPreference(ConversationFormat):
 
 
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Return how many messages at the start are equal."""
+    """Count the equal messages at the start."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     differing = (number for number, (one, other) in pairs if (one.role, one.text) != (other.role, other.text))
     return next(differing, min(len(chosen), len(rejected)))

@@ -1,4 +1,4 @@
-"""The turns of a conversation: a message of the user, what stood before it, and the reply that the user kept."""
+"""The turns of a conversation: a message of the user, the messages before it, and the reply that the user kept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from personaplug.data.records import Turn
 
 EMPTY = "turns with an empty message"
 UNANSWERED = "messages without a reply"
-UNASKED = "replies without a message of the user before them"
-PARTLY_JUDGED = "replies of which only a part was judged"
+UNASKED = "replies without a preceding message of the user"
+PARTLY_JUDGED = "replies that were only partly judged"
 NO_ALTERNATIVE = "rejected answers without text"
-EQUAL = "rejected answers that equal the kept one"
+EQUAL = "rejected answers that equal the kept answer"
 
-_JOINT = "\n\n"  # between messages of one role in a row, which many chat templates refuse
+_JOINT = "\n\n"  # joins consecutive messages of one role, which many chat templates reject
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -26,11 +26,12 @@ class Exchange:
     """A turn with a reply that the user kept.
 
     Attributes:
-        messages: the texts of the conversation, which all its exchanges share; the first `place` of them stood before
-            the question.
-        shown: the reply that stands in the conversation.
-        is_all_shown: whether the user saw the kept reply and the rejected ones, not only `shown`.
-        asked_at: the time of the question; `kept_at` is that of the reply.
+        messages: the texts of the conversation, which all its exchanges share; the first `place` texts precede the
+            question.
+        shown: the reply in the conversation.
+        is_all_shown: True if the user saw the kept reply and the rejected answers, not only `shown`.
+        asked_at: the time of the question.
+        kept_at: the time of the reply.
         path: a hash of all messages up to the reply; equal for the same turn of the same conversation.
     """
 
@@ -57,7 +58,7 @@ class Exchange:
 
 @dataclass(slots=True, repr=False)
 class _Turn:
-    """Messages of the user in a row, and everything up to the user's next message."""
+    """Consecutive messages of the user, and the other messages up to the next message of the user."""
 
     asked: list[Message] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
@@ -75,10 +76,10 @@ class _Turn:
         return [message for message in self.replies if message.verdict]
 
     def defect(self) -> str:
-        """Return why the turn is no sample, or ""."""
-        found = next((message.defect for message in (*self.asked, *self.replies) if message.defect), "")
-        if found or not self.asked:
-            return found or UNASKED
+        """Return the reason why the turn cannot be a sample, or ""."""
+        defect = next((message.defect for message in (*self.asked, *self.replies) if message.defect), "")
+        if defect or not self.asked:
+            return defect or UNASKED
         if not self.replies:
             return UNANSWERED
         if any(message.verdict is None for message in self.replies):
@@ -87,7 +88,7 @@ class _Turn:
 
     @property
     def is_context(self) -> bool:
-        """True if nobody judged the replies that there are."""
+        """True if there are replies, but no verdict on any reply."""
         return bool(self.replies) and not self.judged
 
     @property
@@ -95,12 +96,12 @@ class _Turn:
         return _joined(message.verdict.kept for message in self.replies if message.verdict)
 
     def texts(self) -> list[Turn]:
-        """Return what later turns see: nothing of a turn that lacks one of its two texts."""
+        """Return the context for later turns: question and reply, or a reply before any question, else nothing."""
         texts = [("user", self.question), ("assistant", self.reply)]
         return texts if self.question and self.reply else texts[1:] if self.reply and not self.asked else []
 
     def exchange(self, messages: Sequence[Turn], path: int, left_out: Counter[str]) -> Exchange:
-        """Return the exchange; `messages` holds what stood before the turn, and grows afterwards."""
+        """Return the exchange; `messages` contains the texts before the turn, and grows afterwards."""
         kept, verdicts = self._kept, [message.verdict for message in self.replies if message.verdict]
         return Exchange(
             messages=messages,
@@ -122,7 +123,7 @@ class Conversation:
 
     Attributes:
         start: a hash of the first question and its reply; None without them.
-        left_out: how many turns are no exchanges, by the reason.
+        left_out: counts of turns that are not exchanges, by reason.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -131,7 +132,7 @@ class Conversation:
 
 
 def conversation_of(messages: Sequence[Message], *, moment: datetime | None) -> Conversation:
-    """Split messages into turns; a message without a time has that of the one before it, or that of the record."""
+    """Split messages into turns. A message without a time has the time of the message before it or of the record."""
     exchanges: list[Exchange] = []
     texts: list[Turn] = []
     left_out: Counter[str] = Counter()
@@ -152,7 +153,7 @@ def conversation_of(messages: Sequence[Message], *, moment: datetime | None) -> 
 
 
 def _parts(messages: Sequence[Message], moment: datetime | None) -> Iterator[Message | _Turn]:
-    """Yield system messages and turns in order; a system message between a question and its reply comes first."""
+    """Yield system messages and turns in order. A system message between question and reply precedes the turn."""
     turn = _Turn()
     for message in messages:
         moment = message.moment or moment
@@ -169,7 +170,7 @@ def _parts(messages: Sequence[Message], moment: datetime | None) -> Iterator[Mes
 
 
 def _differing(answers: Sequence[str], kept: str, left_out: Counter[str]) -> tuple[str, ...]:
-    """Return the rejected answers that differ from the kept one and from each other."""
+    """Return the rejected answers that differ from the kept answer and from each other."""
     left_out[NO_ALTERNATIVE] += sum(not answer for answer in answers)
     left_out[EQUAL] += sum(answer == kept for answer in answers)
     return tuple(dict.fromkeys(answer for answer in answers if answer and answer != kept))

@@ -119,7 +119,7 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
         assert process.wait(30) in (0, -signal.SIGTERM)
         assert process.stderr is not None
         message = process.stderr.read()
-        assert "this machine alone" in message
+        assert "this machine only" in message
         assert "Traceback" not in message
     result = _call("explain", "--run", folder / "run", "--store", store, "--user", "ann", "--prompt", question["input"],
                  "--answer", "5", "--most", 2, "--since", "2000-01-01", "--until", "2100-01-01")  # fmt: skip
@@ -181,7 +181,7 @@ def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_pat
         (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
         (["--run", "RUN", "--persona-scale", "nan"], "not a number"),
         (["--run", "RUN", "--phrases"], "closed set of labels"),
-        (["--run", "RUN", "--engine", "remote"], "An engine is one of local, http, https"),
+        (["--run", "RUN", "--engine", "remote"], "Choose one of local, http, https"),
     ],
 )
 def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:

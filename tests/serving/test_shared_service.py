@@ -165,7 +165,7 @@ def test_a_record_of_no_task_is_refused_with_their_fields(url: str) -> None:
     reply = _add(url, {"title": "secret"})
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert "item 1: it has the fields of no task" in message
+    assert "item 1: its fields fit no task" in message
     assert "Manners: question, answer; Simulated_rating: text, score" in message
     assert "secret" not in message
 

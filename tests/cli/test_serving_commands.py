@@ -216,13 +216,13 @@ def test_serve_on_a_taken_port_is_refused_before_models_are_loaded(
         port = taken.getsockname()[1]
         result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--port", port)
     assert result.exit_code == 2, result.output
-    assert f"The address 127.0.0.1:{port} cannot be served" in result.output
+    assert f"Cannot listen on 127.0.0.1:{port}" in result.output
     assert not (tmp_path / "h.db").exists()
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1", "127.0.0.1.5", "x" * 300])
 def test_bind_refuses_an_address_of_another_machine(host: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be served"):
+    with pytest.raises(ConfigError, match="Cannot listen on"):
         bind(host, 0)
 
 
@@ -240,7 +240,7 @@ def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
     given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
     result = _call("serve", *given)
-    assert (result.exit_code, "Leave --phrases out" in result.output) == (2, True)
+    assert (result.exit_code, "Remove --phrases" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 
 
@@ -253,7 +253,7 @@ def test_serve_without_its_vllm_server_fails_with_a_sentence(
     with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
         result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
         assert handler.stream is not None, "a server closes nobody's log"
-    assert (result.exit_code, "no vLLM server at http://127.0.0.1:9" in result.output) == (1, True)
+    assert (result.exit_code, "Cannot reach a vLLM server at http://127.0.0.1:9" in result.output) == (1, True)
 
 
 class _CountingEngine(Engine):

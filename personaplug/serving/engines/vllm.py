@@ -208,7 +208,7 @@ def _checked_url(url: str) -> str:
     except ValueError:
         is_address = False
     if not is_address or " " in url:
-        raise ConfigError("The address of the vLLM server is not valid. Use the form http://127.0.0.1:8123.")
+        raise ConfigError("The address of the vLLM server is not valid. Use an address such as http://127.0.0.1:8123.")
     if parts.username is not None or parts.password is not None:
         raise ConfigError("The address of the vLLM server must not have a name or password. Use --engine-key.")
     return url.rstrip("/").removesuffix("/v1")

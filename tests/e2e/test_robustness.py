@@ -42,7 +42,7 @@ def test_fault_and_broken_attack_are_rows_with_faults(tmp_path: Path, capsys: py
 
     row = robustness.run_case(Lab(tmp_path, "hash:32"), Case("a case", fails))
     robustness.print_row(row)
-    assert (row["tried"], row["wrong"]) == (3, ["two users are one", "the case broke off: ValueError"])
+    assert (row["tried"], row["wrong"]) == (3, ["two users are one", "the case failed: ValueError"])
     assert "two users are one" in capsys.readouterr().out
 
 

@@ -128,7 +128,7 @@ def test_start_accepts_the_training_template(stand_in: StandIn, address: str, pl
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_start_refuses_a_template_that_differs_from_training(stand_in: StandIn, address: str, placement: str) -> None:
     stand_in.tokenizer = table_of("{% for m in messages %}{{ m.content }}{% endfor %}").tokenizer
-    with pytest.raises(ConfigError, match="otherwise than training"):
+    with pytest.raises(ConfigError, match="differently from training"):
         ask(address, table_of(CHATML), placement=placement)
 
 
@@ -139,5 +139,5 @@ def test_start_refuses_a_template_that_writes_todays_date(stand_in: StandIn, add
         ask(address, table, chat_date=day)
     stand_in.tokenizer = table_of(dated_template(DATED, day)).tokenizer
     ask(address, table, chat_date=day)
-    with pytest.raises(ConfigError, match="otherwise than training"):
+    with pytest.raises(ConfigError, match="differently from training"):
         ask(address, table, chat_date="2024-02-06")

@@ -253,7 +253,7 @@ def _ways(
     slowest = statistics.median(ways[0].seconds)
     for way in ways:
         seconds = statistics.median(way.seconds)
-        floor = rate / work(models, way.plug, batch, kept=way.name.startswith("c"), labels=run.task.labels)
+        floor = rate / work(models, way.plug, batch, cached=way.name.startswith("c"), labels=run.task.labels)
         views = len(batch) / seconds
         results[way.name] = {
             "views_per_second": views,
@@ -355,7 +355,7 @@ def matrix_rate(models: Models) -> float:
 
 
 def work(
-    models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, kept: bool, labels: Sequence[str]
+    models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, cached: bool, labels: Sequence[str]
 ) -> float:
     """Return the minimum operations of a view. Mean lengths replace the lengths, which only lowers the number."""
     config, prompt_tokenizer = models.llm.model.config, models.llm.prompt_tokenizer
@@ -367,13 +367,13 @@ def work(
     )
     head: int = 2 * config.vocab_size * config.hidden_size
     # The model never reads an answer's last token.
-    live: float = soft + target - 1 + (0 if kept else prompt)
-    pairs = live * prompt + live**2 / 2 if kept else live**2 / 2
+    live: float = soft + target - 1 + (0 if cached else prompt)
+    pairs = live * prompt + live**2 / 2 if cached else live**2 / 2
     attention: float = 4 * config.num_hidden_layers * config.hidden_size * pairs
     # A backward pass to the inputs only costs as much as the forward pass. Attention costs twice as much, because both
     # factors get a gradient. If the prompt is cached, half of these gradients are not needed.
     frozen: float = 2 * (2 * linear * live + head * target)
-    return frozen + (2 if kept else 3) * attention + 6 * _of_plug(plug, samples)
+    return frozen + (2 if cached else 3) * attention + 6 * _of_plug(plug, samples)
 
 
 def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:

@@ -2,8 +2,8 @@
 
     python benchmarks/store.py [--users 100000] [--where FILE|URL] [--json FILE]
 
-Users with ten generated items each are added in bulk, beside a hundred users with 512 items, whose histories are read
-again and again while the number of users grows. Then some of the users are erased.
+Adds users with ten generated items each in bulk. A hundred further users have 512 items each. Their histories are read
+repeatedly while the number of users grows. Then some users are erased.
 """
 
 from __future__ import annotations

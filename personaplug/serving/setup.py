@@ -88,15 +88,15 @@ def _load_other(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | No
 
 
 def _log_task(prompts: TaskPrompts, *, is_alone: bool) -> None:
-    about = prompts.describe()
+    description = prompts.describe()
     if prompts.task.kind == "chat":
         condition = "" if is_alone else " that matches no other task's wording"
-        logger.info("task %s: uses a persona for every user message of a chat%s", about["name"], condition)
+        logger.info("task %s: uses a persona for every user message of a chat%s", description["name"], condition)
         return
-    wordings = " or ".join(map(repr, about["wordings"]))
-    logger.info("task %s: uses a persona for prompts with the wording %s", about["name"], wordings)
+    wordings = " or ".join(map(repr, description["wordings"]))
+    logger.info("task %s: uses a persona for prompts with the wording %s", description["name"], wordings)
     if not is_alone and not prompts.is_distinct:
-        logger.warning("task %s: answers no prompts, because no wording identifies its prompts", about["name"])
+        logger.warning("task %s: answers no prompts, because no wording identifies its prompts", description["name"])
     elif not any(wording.opening or wording.lead for wording in prompts.wordings):
         logger.warning("the training prompts share no wording, so only the task's marker or pattern identifies them")
 

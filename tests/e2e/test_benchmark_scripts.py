@@ -49,7 +49,7 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
 
     def work(tokens: int, *, kept: bool, labels: tuple[str, ...] = ()) -> float:
         monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
-        return float(speed.work(models, plug, samples, kept=kept, labels=labels))
+        return float(speed.work(models, plug, samples, cached=kept, labels=labels))
 
     linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if speed._linear(n, p))
     width = model.num_hidden_layers * model.hidden_size

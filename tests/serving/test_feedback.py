@@ -238,17 +238,17 @@ def test_text_of_a_stream_is_reported_at_its_end(kind: Any) -> None:
 
 def test_recent_requests_are_limited_and_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent_requests, "_MAX_BYTES", 20_000)
-    kept, ticket = RecentRequests(), Ticket("shop", {"ann": "hash"}, {})
+    requests, ticket = RecentRequests(), Ticket("shop", {"ann": "hash"}, {})
     for number in range(10):
-        kept.add(ticket, request_id=str(number), query="q", answer="x" * 4_000)
-    assert len(kept) == 4
-    assert kept.find("shop", "ann", request_id="9").answer == "x" * 4_000
+        requests.add(ticket, request_id=str(number), query="q", answer="x" * 4_000)
+    assert len(requests) == 4
+    assert requests.find("shop", "ann", request_id="9").answer == "x" * 4_000
     with pytest.raises(RequestError, match="no recent request with this id"):
-        kept.find("shop", "ann", request_id="0")
-    kept.set_answer(ticket, request_id="9", answer="y" * 30_000)
-    assert kept.find("shop", "ann", request_id="9").answer == "x" * 4_000, "too large to store"
-    kept.set_answer(ticket, request_id="0", answer="late")
-    kept.forget("shop", "ann")
-    kept.set_answer(ticket, request_id="9", answer="late")
-    kept.add(ticket, request_id="10", query="q", answer="of a request from before")
-    assert len(kept) == 0
+        requests.find("shop", "ann", request_id="0")
+    requests.set_answer(ticket, request_id="9", answer="y" * 30_000)
+    assert requests.find("shop", "ann", request_id="9").answer == "x" * 4_000, "too large to store"
+    requests.set_answer(ticket, request_id="0", answer="late")
+    requests.forget("shop", "ann")
+    requests.set_answer(ticket, request_id="9", answer="late")
+    requests.add(ticket, request_id="10", query="q", answer="of a request from before")
+    assert len(requests) == 0

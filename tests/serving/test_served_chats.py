@@ -107,8 +107,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             answer = {"id": "1", "question": "Hi?", "answer": "Hello" + "!" * (number % 3)}
             profile = [answer, {"id": "2", "question": "Hi?", "rejected": "Yo"}, {"id": "3", "preference": "Be brief."}]
             context = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-            asked = {"id": f"{split}{number}", "user_id": f"{split} {number % 6}", "input": f"Tell me of {number}"}
-            questions.append(asked | {"profile": profile} | ({"context": context} if number % 2 else {}))
+            sample = {"id": f"{split}{number}", "user_id": f"{split} {number % 6}", "input": f"Tell me of {number}"}
+            questions.append(sample | {"profile": profile} | ({"context": context} if number % 2 else {}))
             golds.append({"id": f"{split}{number}", "output": f"well{'!' * (number % 3)}"})
         (folder / "data" / f"{split}_questions.json").write_text(json.dumps(questions))
         outputs = {"task": "Chats", "golds": golds}
@@ -330,16 +330,16 @@ def test_chat_that_offers_tools_or_ends_with_their_result_is_plain(toy: CausalLM
         engine = VLLMEngine(address, table=table, width=WIDTH, placement="suffix")
         with served(open_chats(toy, tmp_path, engine=engine)) as url:
             httpx.post(f"{url}/v1/users/ann/history", json={"question": "Hi?", "answer": "Hello."})
-            asked: dict[str, Any] = {"role": "user", "content": "What time is it?"}
+            question: dict[str, Any] = {"role": "user", "content": "What time is it?"}
             result = {"role": "tool", "content": "noon", "tool_call_id": "1"}
             call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
             calling = {"role": "assistant", "content": None, "tool_calls": [call]}
             for messages, fields, persona in (
-                ([asked], {"tools": TOOLS}, "plain"),
-                ([asked], {"tools": TOOLS, "tool_choice": "none"}, "user"),
-                ([asked, calling, result], {"tools": TOOLS}, "plain"),
-                ([asked, calling, result], {}, "plain"),
-                ([asked, calling, result, asked], {}, "user"),
+                ([question], {"tools": TOOLS}, "plain"),
+                ([question], {"tools": TOOLS, "tool_choice": "none"}, "user"),
+                ([question, calling, result], {"tools": TOOLS}, "plain"),
+                ([question, calling, result], {}, "plain"),
+                ([question, calling, result, question], {}, "user"),
             ):
                 body = {"messages": messages, "user": "ann", **fields}
                 reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)

@@ -18,7 +18,7 @@ from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-# Messages that replace those of errors with these statuses, because the originals may name paths or settings.
+# Replacement messages for errors with these statuses, because the original messages may name paths or settings.
 _SERVER_MESSAGES = {
     500: "The server is not configured for this request. See the server's log.",
     503: "The history store is not available. Try again later.",

@@ -1,12 +1,11 @@
-"""What the checksums cost: a run's files read with and without them, in turns, in one run.
+"""Measure the cost of checksums: read a run's files with and without them, in turn, in one run.
 
     python benchmarks/checksums.py [--users N] [--json FILE]
 
-Seconds of processor time, the lowest of the rounds, because other work on the machine only adds. `read` is what every
-evaluation and training does first: read a
-simulated data set, look the items up in a full embedding store and gather each history's vectors once from a store that
-was opened anew. `gather` is the last part alone, `gather again` the same vectors a second time. `plug` loads weights of
-the default plug's size.
+Reports seconds of processor time, the minimum of the rounds, because other work on the machine only adds to it. `read`
+is the first part of every evaluation and training. It reads a simulated data set, finds the items in a full embedding
+store, and gathers each history's vectors once from a newly opened store. `gather` is only the last of these steps, and
+`gather again` gathers the same vectors a second time. `plug` loads weights of the default plug's size.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROUNDS = 15
 
 
 class NoiseEncoder(HashEncoder):
-    """Random vectors: what they are costs nothing here and counts for nothing."""
+    """Returns random vectors, because this benchmark does not depend on their values."""
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         vectors = np.random.default_rng(0).normal(size=(len(texts), self.width)).astype(np.float32)
@@ -49,10 +48,10 @@ class NoiseEncoder(HashEncoder):
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Read without checksums within a block."""
+    """Read without checksums inside a `with` block."""
     with (
         patch.object(EmbeddingStore, "_check", lambda *_, **__: None),
-        patch("personaplug.encoders.embedding_store._checked_rows", lambda found, _, salt: [row[:2] for row in found]),
+        patch("personaplug.encoders.embedding_store._checked_rows", lambda rows, _, salt: [row[:2] for row in rows]),
         patch.object(tensor_files, "checksum", lambda _: None),
         patch.object(tensor_files, "_is_finite", lambda _: True),
         patch.object(tensor_files, "KEY", "none"),
@@ -97,7 +96,7 @@ def _gather(store: EmbeddingStore, rows: Sequence[RowIds]) -> None:
 
 def _read(path: Path) -> None:
     for tensor in tensor_files.load_tensors(path, remedy="").values():
-        tensor.clone()  # the file is mapped: only this reads it
+        tensor.clone()  # the file is memory-mapped, and only a copy reads it
 
 
 def _store(place: Path, encoder: HashEncoder) -> EmbeddingStore:

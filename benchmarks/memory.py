@@ -1,9 +1,9 @@
-"""Peak memory of training on a large history and long prompts: 200,000 items, simulated, a real model.
+"""Measure the peak memory of training on large histories and long prompts, with a real model.
 
     python benchmarks/memory.py [--items 200000] [--steps 20] [--json FILE] [key=value …]
 
-Writes a data set of that many different items in LaMP's format, trains a few steps on it in this process and prints
-its peak.
+Writes a simulated data set with this number of different items in LaMP's format, trains a few steps on it in this
+process, and prints the process's peak memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from personaplug.run import Run, open_models
 from personaplug.training.parts import train
 
 PER_USER = 250
-LONGEST_QUERY = 400  # words; each is a token or more
+LONGEST_QUERY = 400  # words of at least one token
 _MIDDLE = ("long", "and", "slow", "and", "then", "rather", "loud", "but", "never", "dull", "yet", "kind")
 LIMIT_GIB = 4
 
 
 def samples(items: int) -> Iterator[Sample]:
-    """One query a user, of up to 400 words, each with 250 reviews that occur nowhere else."""
+    """Yield one sample per user: a query of up to 400 words, and 250 unique reviews as history."""
     for user in range(items // PER_USER):
         history = tuple(
             HistoryItem(
@@ -50,7 +50,7 @@ def samples(items: int) -> Iterator[Sample]:
             )
             for i in range(PER_USER)
         )
-        # Lengths from all of the range in any order, so that every batch has long ones and short ones.
+        # Lengths cover the range in a mixed order, so that every batch has long and short queries.
         words = 10 + user * 97 % (LONGEST_QUERY - 9)
         query = " ".join([f"Another film, number {user}, with a", *islice(cycle(_MIDDLE), words - 8), "middle part."])
         prompt = (
@@ -67,24 +67,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
-    given = parser.parse_args()
-    settings = [*PACKAGED_MODELS, f"max_steps={given.steps}", "controls=false", *given.settings]
+    arguments = parser.parse_args()
+    settings = [*PACKAGED_MODELS, f"max_steps={arguments.steps}", "controls=false", *arguments.settings]
     config = load_config(overrides=settings, base=Config(plug=PAPER))
-    with tempfile.TemporaryDirectory() as place:
-        write_lamp(samples(given.items), place, "train", task=lamp_task("LaMP_3"))
-        run = Run.create(Path(place) / "run", config=config, task=load_task(place))
-        train(run, open_dataset(place, "train", task=run.task), models=open_models(config))
+    with tempfile.TemporaryDirectory() as folder:
+        write_lamp(samples(arguments.items), folder, "train", task=lamp_task("LaMP_3"))
+        run = Run.create(Path(folder) / "run", config=config, task=load_task(folder))
+        train(run, open_dataset(folder, "train", task=run.task), models=open_models(config))
     peak = peak_memory()
     print(
-        f"{given.items:,} items of history, {given.steps} steps, batches of {config.training.batch_size}: "
+        f"{arguments.items:,} items of history, {arguments.steps} steps, batches of {config.training.batch_size}: "
         f"peak {peak / 2**30:.2f} GiB ({'under' if peak < LIMIT_GIB * 2**30 else 'OVER'} {LIMIT_GIB} GiB)"
     )
-    if given.json:
+    if arguments.json:
         write_json(
-            given.json,
+            arguments.json,
             {
-                "items": given.items,
-                "steps": given.steps,
+                "items": arguments.items,
+                "steps": arguments.steps,
                 "peak_memory_bytes": peak,
                 "versions": package_versions(),
                 "machine": machine_info(),

@@ -1,10 +1,10 @@
-"""Build a tiny random model of each family of transformers that writes text, and see which of them can be used.
+"""Build a tiny random model of each text generation family in transformers, and check which families are supported.
 
     python benchmarks/model_families.py --out docs/families.md      # all families
-    python benchmarks/model_families.py llama mamba t5              # some, printed
+    python benchmarks/model_families.py llama mamba t5              # some families, printed
 
-Each model is loaded, checked, trained for a step, scored and asked to write. Its losses, scores and texts are compared
-with token-by-token passes of the bare transformers model over single rows of ids.
+The script loads and checks each model, trains it for a step, scores labels and generates text. It compares losses,
+scores and texts with token-by-token passes of the bare transformers model over single rows of ids.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _LAYERS = (
 _KEY_HEADS = "num_key_value_heads num_kv_heads n_head_kv"
 _PER_TOKEN = "num_experts_per_tok moe_k top_k_experts moe_top_k"
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
-# Values that the names alone do not give: sizes that depend on each other, or periods of layers.
+# Values that cannot be derived from names: sizes that depend on each other, or periods of layers.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -81,19 +81,19 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 
 class NotBuilt(Exception):
-    """No tiny model of a family runs by itself."""
+    """No tiny model of a family runs without further inputs."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     family: str
-    kind: str  # fast, slow, refused, not built, or wrong: a fault of this package
+    kind: str  # fast, slow, refused, not built, or wrong (a bug in this package)
     reason: str = ""
-    error: float = 0.0  # largest difference to the bare model, in nats
+    error: float = 0.0  # largest difference from the bare model, in nats
 
 
 def build(family: str, *, is_encoder_decoder: bool, **changes: Any) -> Any:
-    """Return a tiny random model of a family that runs by itself; `changes` are values of its config."""
+    """Return a tiny random model of a family; `changes` override values of its config."""
     reasons = []
     for key_heads in (2, 4):
         try:
@@ -116,7 +116,7 @@ def _build(family: str, changes: dict[str, Any], *, is_encoder_decoder: bool, ke
     start = {"decoder_start_token_id": 1} if is_encoder_decoder else {}
     values = {**_tiny(config_class().to_dict(), key_heads), **start, **_SPECIAL.get(family, {})}
     if not is_encoder_decoder and "is_decoder" in config_class().to_dict():
-        values["is_decoder"] = True  # families that are encoders unless told
+        values["is_decoder"] = True  # families that are encoders by default
     config = config_class(**values | changes)
     factory: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def _build(family: str, changes: dict[str, Any], *, is_encoder_decoder: bool, ke
         raise NotBuilt(f"the shrunk config still has {size / 1e6:.0f}M parameters")
     torch.manual_seed(0)
     model = factory.from_config(config).eval()
-    with torch.no_grad():  # else all tokens are about equally likely, and no mistake shows
+    with torch.no_grad():  # otherwise all tokens are almost equally likely, which hides errors
         for parameter in model.parameters():
             if parameter.dim() > 1 and float(parameter.std()) < 0.1:
                 parameter.mul_(4)
@@ -133,10 +133,10 @@ def _build(family: str, changes: dict[str, Any], *, is_encoder_decoder: bool, ke
 
 
 def _tiny(config: dict[str, Any], key_heads: int) -> dict[str, Any]:
-    """Return the values of a default config that have to shrink, nested configs included."""
+    """Return smaller values for a default config, including nested configs."""
     kinds = {name: list(dict.fromkeys(config[name])) for name in _LAYER_LISTS if isinstance(config.get(name), list)}
     layers = max([2, *map(len, kinds.values())])
-    values: dict[str, Any] = {name: [*found, *[found[-1]] * layers][:layers] for name, found in kinds.items() if found}
+    values: dict[str, Any] = {name: [*each, *[each[-1]] * layers][:layers] for name, each in kinds.items() if each}
     for name, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             values[name] = {"model_type": value["model_type"], **_tiny(value, key_heads)}
@@ -160,7 +160,7 @@ def load(family: str, *, is_encoder_decoder: bool, **changes: Any) -> LanguageMo
 
 
 def largest_error(llm: LanguageModel) -> float:
-    """Train for a step, score and write; return the largest difference to the bare model, in nats."""
+    """Compute losses, scores, texts and gradients; return the largest difference from the bare model, in nats."""
     batch = PromptBatch(PROMPTS)
     rows = [llm.prompt_tokenizer.encode_prompt(prompt).ids for prompt in PROMPTS]
     targets = [llm.prompt_tokenizer.encode_target(target) for target in TARGETS]
@@ -169,7 +169,7 @@ def largest_error(llm: LanguageModel) -> float:
     label_ids = llm.prompt_tokenizer.encode_labels(TARGETS)
     scores = torch.tensor([[-_bare_loss(llm, row, ids) for ids in label_ids] for row in rows])
     errors = [losses - expected.diagonal(), llm.score(batch, TARGETS) - scores]
-    texts = [made.text for made in llm.generate(batch, GenerationConfig(max_new_tokens=NEW_TOKENS))]
+    texts = [generation.text for generation in llm.generate(batch, GenerationConfig(max_new_tokens=NEW_TOKENS))]
     if texts != [llm.prompt_tokenizer.decode(_bare_answer(llm, row)) for row in rows]:
         return float("inf")
     for placement in ("prefix", "suffix"):
@@ -183,7 +183,7 @@ def largest_error(llm: LanguageModel) -> float:
 
 @torch.no_grad()
 def _bare_logits(llm: LanguageModel, prompt: Iterable[int], answer: list[int]) -> Tensor:
-    """Return the bare model's logits (V,) of the token behind an answer's first tokens, from one row of ids."""
+    """Return the bare model's logits, (V,), of the next token after a prompt and the start of an answer."""
     if isinstance(llm, Seq2SeqLM):
         ids = {"input_ids": [*prompt], "decoder_input_ids": [*llm.start_ids, *answer]}
     else:
@@ -211,7 +211,7 @@ def _bare_answer(llm: LanguageModel, prompt: Iterable[int]) -> list[int]:
 
 
 class _TimeUp(BaseException):
-    """A family takes too long; no `except Exception` catches it."""
+    """A family takes too long. Not an Exception, so that no `except Exception` catches it."""
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def examine(family: str, *, is_encoder_decoder: bool) -> Outcome:
         return Outcome(family, "not built", str(failure))
     except UnsupportedModel as refusal:
         return Outcome(family, "refused", refusal.reason)
-    except Exception as failure:  # what the check accepted must not fail afterwards
+    except Exception as failure:  # an accepted model must not fail afterwards
         return Outcome(family, "wrong", f"{type(failure).__name__}: {failure}")
     except _TimeUp:
         return Outcome(family, "not built", f"it takes more than {_SECONDS} s")
@@ -249,11 +249,11 @@ def examine(family: str, *, is_encoder_decoder: bool) -> Outcome:
 
 
 def examine_all(families: Iterable[str] = ()) -> Iterator[Outcome]:
-    """Examine families, by default all that transformers maps to a causal or an encoder-decoder language model."""
-    wanted = set(families)
+    """Examine families, by default all causal and encoder-decoder language models of transformers."""
+    selected = set(families)
     for mapping, is_encoder_decoder in ((CAUSAL, False), (SEQ2SEQ, True)):
         for family in sorted(mapping):
-            if not wanted or family in wanted:
+            if not selected or family in selected:
                 outcome = examine(family, is_encoder_decoder=is_encoder_decoder)
                 name = f"{family} (encoder-decoder)" if is_encoder_decoder and family in CAUSAL else family
                 yield Outcome(name, outcome.kind, outcome.reason, outcome.error)
@@ -272,17 +272,17 @@ def as_markdown(outcomes: list[Outcome]) -> str:
     """Return the list of families for `docs/families.md`."""
     parts = []
     for kind, title in _TITLES.items():
-        chosen = [outcome for outcome in outcomes if outcome.kind == kind]
-        if not chosen:
+        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+        if not of_kind:
             continue
-        parts.append(f"### {title} ({len(chosen)})\n")
+        parts.append(f"### {title} ({len(of_kind)})\n")
         if kind == "fast":
-            parts.append(_names(chosen) + "\n")
+            parts.append(_names(of_kind) + "\n")
             continue
         by_reason: dict[str, list[Outcome]] = {}
-        for outcome in chosen:
+        for outcome in of_kind:
             by_reason.setdefault(outcome.reason.replace("|", "/").replace("<", "&lt;"), []).append(outcome)
-        lines = [f"| {_names(alike)} | {reason} |" for reason, alike in by_reason.items()]
+        lines = [f"| {_names(same)} | {reason} |" for reason, same in by_reason.items()]
         parts.append("\n".join(["| families | reason |", "|---|---|", *lines]) + "\n")
     return "\n".join(parts)
 
@@ -293,8 +293,8 @@ def _names(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="names in transformers' config mapping; all by default")
-    parser.add_argument("--out", type=Path, help="the page whose list is replaced")
+    parser.add_argument("families", nargs="*", help="names in transformers' config mapping; default: all")
+    parser.add_argument("--out", type=Path, help="page in which to replace the list")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -1,12 +1,13 @@
-"""What each part of the default recipe costs: the variants of the experiment `ablations`, beside each other in one run.
+"""Measure the cost of each part of the default recipe: compare the variants of the experiment `ablations` in one run.
 
     python benchmarks/parts.py --data DATA/SET [--data DATA/SET …] [--json FILE]
 
-Real questions and histories of each set's dev split, the real encoder, a plug for a model of SmolLM2-135M's width; it
-is untrained, which costs the same. Milliseconds of processor time, the middle of the rounds, in which the variants take
-turns: one persona where the user's history is read already (what serving pays for a question), one user's history read,
-and the plug's share of a training step, sixteen personas there and back. What the language model
-does is not in them, nor the encoder's reading of questions and options, which are remembered here.
+Uses real questions and histories of each set's dev split, the real encoder, and an untrained plug for a model of
+SmolLM2-135M's width. Training would not change the cost. Reports milliseconds of processor time, the median of rounds
+in which the variants take turns. `persona_ms` is one persona from a precomputed history, the cost per question when
+serving. `history_ms` is the precomputation of one history. `step_ms` is the plug's share of a training step: forward
+and backward passes for sixteen personas. The times exclude the language model. They also exclude encoding questions
+and options, which are cached.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-# As the command line sets it, before torch is loaded.
+# Like the command line, before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -48,7 +49,7 @@ COLUMNS = ("trained_numbers", "soft_tokens", "persona_ms", "history_ms", "step_m
 
 
 class Variant:
-    """One plug and what it is asked, encoded as it takes it."""
+    """A plug with encoded samples in its own input format."""
 
     def __init__(self, plug: PersonaPlug, *, encoder: Encoder, samples: Sequence[Sample]) -> None:
         self.plug = plug
@@ -60,18 +61,18 @@ class Variant:
         self.plug.cache_queries([sample.query for sample in samples], [sample.options for sample in samples])
 
     def personas(self) -> None:
-        """A persona for each sample, one by one."""
+        """Compute a persona for each sample, one by one."""
         self.plug.eval()
         for sample, history in zip(self.samples, self.precomputed, strict=True):
             self.personalizer.persona(sample.query, history, options=sample.options)
 
-    def reads(self) -> None:
-        """Each history, one by one."""
+    def precompute(self) -> None:
+        """Precompute each history, one by one."""
         for history in self.histories:
             self.personalizer.precompute(history)
 
     def step(self) -> None:
-        """The plug's share of a training step."""
+        """Run the plug's share of a training step."""
         self.plug.train()
         self.plug.zero_grad()
         options = [sample.options for sample in self.samples]
@@ -79,7 +80,7 @@ class Variant:
         soft.vectors.sum().backward()
 
     def facts(self) -> dict[str, float]:
-        """What it has, the trained copy of the encoder counted too."""
+        """Return the plug's sizes. The trained numbers include the trained copy of the encoder."""
         return {
             "trained_numbers": sum(parameter.numel() for parameter in self.plug.parameters()),
             "soft_tokens": self.plug.config.soft_tokens,
@@ -92,7 +93,7 @@ def _joined(histories: Sequence[EncodedHistory]) -> EncodedHistory:
 
 
 def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
-    """The costs of every variant on this set; those with the plug of an earlier one are left out."""
+    """Return the costs of every variant on this set, without variants whose plug equals an earlier one's."""
     task = load_task(folder)
     config = next(iter(experiment.configs.values()))
     encoder = open_encoder(config.model.encoder)
@@ -102,11 +103,11 @@ def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
     for name in experiment.variants:
         plug = _plug_config(experiment, name, folder.name)
         try:
-            settled = resolved(replace(config, plug=plug), task).plug
+            resolved_plug = resolved(replace(config, plug=plug), task).plug
         except ConfigError:
-            continue  # it has no meaning on this set
-        if settled not in [variant.plug.config for variant in variants.values()]:
-            untrained = plug_of(settled, encoder=encoder, labels=task.labels)
+            continue  # the variant does not apply to this set
+        if resolved_plug not in [variant.plug.config for variant in variants.values()]:
+            untrained = plug_of(resolved_plug, encoder=encoder, labels=task.labels)
             variants[name] = Variant(untrained, encoder=encoder, samples=samples)
     times = _times(variants)
     return {
@@ -116,26 +117,27 @@ def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
 
 
 def _plug_config(experiment: Experiment, variant: str, name: str) -> PlugConfig:
-    """A variant's plug on a set; on one that is not among the experiment's, that of its first."""
-    known = name if name in experiment.sets else experiment.sets[0]
-    return experiment.configs[variant, known].plug
+    """Return a variant's plug config for a set, or for the experiment's first set if the set is not part of it."""
+    known_set = name if name in experiment.sets else experiment.sets[0]
+    return experiment.configs[variant, known_set].plug
 
 
 def _times(variants: dict[str, Variant]) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, the variants in turn, so that what else the machine does hits all alike."""
+    """Measure the milliseconds of all variants in turn, so that other work on the machine affects all of them."""
     work: dict[str, tuple[Callable[[Variant], None], int]] = {
         "persona_ms": (Variant.personas, SAMPLES),
-        "history_ms": (Variant.reads, SAMPLES),
+        "history_ms": (Variant.precompute, SAMPLES),
         "step_ms": (Variant.step, 1),
     }
-    found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in work} for name in variants}
+    times: dict[str, dict[str, list[float]]] = {name: {column: [] for column in work} for name in variants}
     for _ in range(ROUNDS + 1):
         for name, variant in variants.items():
-            for what, (run, times) in work.items():
-                found[name][what].append(1e3 * spent_on(run, variant).processor / times)
-    # The first round makes what is made once.
+            for column, (run, calls) in work.items():
+                times[name][column].append(1e3 * spent_on(run, variant).processor / calls)
+    # Skip the first round, which fills caches.
     return {
-        name: {what: round(median(all_[1:]), 2) for what, all_ in measured.items()} for name, measured in found.items()
+        name: {column: round(median(values[1:]), 2) for column, values in by_column.items()}
+        for name, by_column in times.items()
     }
 
 
@@ -144,18 +146,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, action="append", required=True)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     experiment = load_experiment(EXPERIMENT)
     result: dict[str, Any] = {}
-    for folder in given.data:
-        found = result[folder.name] = costs_on(folder, experiment=experiment)
-        print(f"{folder.name}: {SAMPLES} questions, {found['items']} items each")
+    for folder in arguments.data:
+        costs = result[folder.name] = costs_on(folder, experiment=experiment)
+        print(f"{folder.name}: {SAMPLES} questions, {costs['items']} items each")
         print(f"  {'':20}" + "".join(f"{column:>17}" for column in COLUMNS))
-        for name, told in found["variants"].items():
-            print(f"  {name:20}" + "".join(f"{told[column]:>17,}" for column in COLUMNS), flush=True)
-    if given.json:
-        write_json(given.json, {"sets": result, "versions": package_versions(), "machine": machine_info()})
+        for name, values in costs["variants"].items():
+            print(f"  {name:20}" + "".join(f"{values[column]:>17,}" for column in COLUMNS), flush=True)
+    if arguments.json:
+        write_json(arguments.json, {"sets": result, "versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

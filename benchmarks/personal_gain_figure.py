@@ -1,9 +1,9 @@
-"""Draw the figure of the README: how much likelier the right answer becomes with a history than without any.
+"""Draw the figure of the README: the gain in the right answer's log-likelihood from a history.
 
     python benchmarks/personal_gain_figure.py --results benchmarks/results --out docs/assets/personal-gain.svg
 
-A point is a difference to `instruction-only`, soft tokens that were trained on the same samples without a history, with
-its interval from a bootstrap over users and trainings.
+A point is the difference to `instruction-only`: soft tokens trained on the same samples without a history. Its interval
+is from a bootstrap over users and trainings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PANELS = {
     "personal-texts": ("Written text: nats a token", ("Scholarly_title", "LaMP_7", "LaMP_4", "News_headline")),
 }
 LOWEST = -0.45
-"""A point below is written as a number at the edge."""
+"""A point below this value is written as a number at the edge."""
 
 NO_HISTORY = "instruction-only"
 SERIES: Mapping[str, tuple[str, str, str]] = {
@@ -41,13 +41,13 @@ SERIES: Mapping[str, tuple[str, str, str]] = {
 
 
 def gains_of(trials_file: Path) -> dict[str, Comparison]:
-    """Return the gain of each series over no history in the right answer's likelihood."""
+    """Return each series' gain over no history in the right answer's log-likelihood."""
     samples, trials = TrialFile(trials_file).load()
     if samples is None:
-        raise SystemExit(f"{trials_file} is missing or empty: `personaplug bench {trials_file.parent.name}` writes it.")
-    chosen = [trial for trial in trials if trial.method.name in {NO_HISTORY, *SERIES}]
+        raise SystemExit(f"{trials_file} is missing or empty. Run `personaplug bench {trials_file.parent.name}`.")
+    selected = [trial for trial in trials if trial.method.name in {NO_HISTORY, *SERIES}]
     settings = Settings([NegativeLogLikelihood()], resamples=2000, seed=0)
-    pairs = build_results(samples, chosen, settings=settings).pairs  # all pairs, since the rows are few
+    pairs = build_results(samples, selected, settings=settings).pairs  # all pairs, because there are few rows
     return {pair.a: pair for pair in pairs if pair.b == NO_HISTORY} | {
         pair.b: replace(pair, difference=-pair.difference, low=-pair.high, high=-pair.low)
         for pair in pairs
@@ -93,7 +93,7 @@ def _draw_set(axes: Axes, gains: Mapping[str, Comparison], *, position: int) -> 
 
 
 def main() -> None:
-    """Read the command line."""
+    """Draw the figure from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/assets/personal-gain.svg"))

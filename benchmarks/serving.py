@@ -1,14 +1,18 @@
-"""What personas cost a service: plain vLLM, ours, and prompts with retrieved texts, on one vLLM; and our own engine.
+"""Measure the cost of personas in a service: on one vLLM server (four rows), and with the embedded engine.
 
     python benchmarks/serving.py --run RUN --data DATA --vllm http://127.0.0.1:8123 [--json FILE]
 
-All rows ask questions of DATA's dev split, with the same length of answer, streamed, greedy, so many at once. Rounds
-take the rows in an order drawn anew, so that other work on the machine meets all of them, and no question is asked
-twice, so that vLLM's prefix cache holds the task's wording and no row's questions. *plain*: the question, straight to
-vLLM. *persona*: a question to `personaplug serve` in front of that vLLM, as its user, whose history is in the store.
-*embeds*: what that server sends to vLLM, sent there straight: the difference to *plain* is vLLM's own, that to
-*persona* ours. *retrieval*: the question with the four best items of the history (BM25) in its prompt, straight to
-vLLM. Then the embedded engine: one request at a time, and sixteen at once.
+All rows send questions of DATA's dev split concurrently, streamed and greedy, with answers of the same length. Each
+round takes the rows in a new random order, so that other work on the machine affects all rows. No question is sent
+twice, so vLLM's prefix cache has only the task's wording.
+
+*plain*      the question, sent to vLLM
+*persona*    the question of a user with a stored history, sent to `personaplug serve` in front of this vLLM server
+*embeds*     the question with soft tokens, sent to vLLM: the difference to *plain* is vLLM's cost, the difference to
+             *persona* is ours
+*retrieval*  the question with the four best items of the history (BM25) in its prompt, sent to vLLM
+
+Then the embedded engine answers requests one at a time, and sixteen at once.
 """
 
 from __future__ import annotations
@@ -50,48 +54,43 @@ WIDTH = 576
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request of a row.
-
-    Attributes:
-        url: whom it is sent to.
-        body: what.
-    """
+class ServerRequest:
+    """One request of a row, and the address of its server."""
 
     url: str
     body: dict[str, Any]
 
 
-async def answer(client: httpx.AsyncClient, asked: Asked) -> float:
-    """Ask, read the answer to its end, and return the seconds until its first token."""
-    began, first = time.perf_counter(), None
-    async with client.stream("POST", f"{asked.url}/v1/chat/completions", json=asked.body) as reply:
+async def answer(client: httpx.AsyncClient, request: ServerRequest) -> float:
+    """Send a request, read the whole answer, and return the seconds until the first token."""
+    start, first = time.perf_counter(), None
+    async with client.stream("POST", f"{request.url}/v1/chat/completions", json=request.body) as reply:
         if reply.status_code != 200:
-            raise SystemExit(f"{asked.url} answered {reply.status_code}: {(await reply.aread())[:300]!r}")
+            raise SystemExit(f"{request.url} answered {reply.status_code}: {(await reply.aread())[:300]!r}")
         async for line in reply.aiter_lines():
             if first is None and line.startswith("data: {"):
                 delta = json.loads(line[6:])["choices"][0]["delta"]
-                first = time.perf_counter() - began if delta.get("content") else None
-    return first if first is not None else time.perf_counter() - began
+                first = time.perf_counter() - start if delta.get("content") else None
+    return first if first is not None else time.perf_counter() - start
 
 
-async def load(requests: Sequence[Asked], *, at_once: int) -> tuple[float, list[float]]:
-    """Answer all, so many at once; seconds in all, and each one's until its first token."""
-    places = asyncio.Semaphore(at_once)
+async def load(requests: Sequence[ServerRequest], *, concurrency: int) -> tuple[float, list[float]]:
+    """Send all requests; return the total seconds and each request's seconds until the first token."""
+    slots = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
 
-        async def one(asked: Asked) -> float:
-            async with places:
-                return await answer(client, asked)
+        async def send(request: ServerRequest) -> float:
+            async with slots:
+                return await answer(client, request)
 
-        began = time.perf_counter()
-        firsts = await asyncio.gather(*map(one, requests))
-        return time.perf_counter() - began, list(firsts)
+        start = time.perf_counter()
+        firsts = await asyncio.gather(*map(send, requests))
+        return time.perf_counter() - start, list(firsts)
 
 
 @contextlib.contextmanager
 def our_server(run: Path, store: Path, engine: str) -> Iterator[str]:
-    """`personaplug serve` in a process of its own."""
+    """Run `personaplug serve` in a separate process; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,7 +112,7 @@ def our_server(run: Path, store: Path, engine: str) -> Iterator[str]:
 
 
 def summary(rounds: list[tuple[float, list[float]]]) -> dict[str, float]:
-    """Requests a second and times to the first token, over all rounds."""
+    """Return the requests per second and the times to the first token, over all rounds."""
     firsts = np.concatenate([firsts for _, firsts in rounds])
     each = [len(firsts) / seconds for seconds, firsts in rounds]
     return {
@@ -124,7 +123,7 @@ def summary(rounds: list[tuple[float, list[float]]]) -> dict[str, float]:
 
 
 def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
-    """Put the users' histories into the store."""
+    """Add the users' histories to the store."""
     service = open_service(run, ServingConfig(store=str(store)))
     for sample in samples:
         service.store.add(service.store.admit("default", sample.owner), sample.history)
@@ -132,97 +131,99 @@ def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
 
 
 def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str, Any]:
-    """A question as a request."""
+    """Return a question as the body of a request."""
     body = {"messages": [{"role": "user", "content": sample.prompt}], "max_tokens": tokens, "temperature": 0}
-    # Answers of one length for all rows, whatever the model would have stopped at.
+    # All rows get answers of the same length, because the model does not stop early.
     return body | {"stream": True, "ignore_eos": True} | ({"model": model} if model else {})
 
 
-def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The four rows, in turn."""
+def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the four rows, in turn."""
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
     formatter, bm25 = HistoryPromptFormatter(run.task, open_models(run.config).llm), BM25Retriever()
     soft = SoftPrompt(torch.randn(1, run.config.plug.soft_tokens, WIDTH) * 0.1, placement="suffix")
-    found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
+    times: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
 
-    def plain(sample: Sample) -> Asked:
-        return Asked(vllm, bodies(sample, tokens=given.tokens, model=model))
+    def plain(sample: Sample) -> ServerRequest:
+        return ServerRequest(vllm, bodies(sample, tokens=arguments.tokens, model=model))
 
-    def embeds(sample: Sample) -> Asked:
-        return Asked(vllm, add_soft_tokens(plain(sample).body, soft))
+    def embeds(sample: Sample) -> ServerRequest:
+        return ServerRequest(vllm, add_soft_tokens(plain(sample).body, soft))
 
-    def persona(sample: Sample) -> Asked:
-        return Asked(ours, plain(sample).body | {"user": sample.owner, "personaplug": {"free": True}})
+    def persona(sample: Sample) -> ServerRequest:
+        return ServerRequest(ours, plain(sample).body | {"user": sample.owner, "personaplug": {"free": True}})
 
-    def retrieval(sample: Sample) -> Asked:
+    def retrieval(sample: Sample) -> ServerRequest:
         (ranking,) = bm25.rank([sample])
         text = formatter.format(sample.prompt, [sample.history[n] for n in ranking[:ITEMS]]).prompt
-        return Asked(vllm, plain(sample).body | {"messages": [{"role": "user", "content": text}]})
+        return ServerRequest(vllm, plain(sample).body | {"messages": [{"role": "user", "content": text}]})
 
     rows = {"plain": plain, "embeds": embeds, "persona": persona, "retrieval": retrieval}
-    unasked = iter(samples)
-    for number in range(given.rounds):
+    unused = iter(samples)
+    for number in range(arguments.rounds):
         for name in np.random.default_rng(number).permutation(list(rows)):
-            asked = [rows[name](sample) for sample in islice(unasked, given.requests)]
-            found[name].append(asyncio.run(load(asked, at_once=given.at_once)))
-            print(number, name, summary(found[name][-1:]), flush=True)
-    table: dict[str, Any] = {name: summary(rounds) for name, rounds in found.items()}
+            requests = [rows[name](sample) for sample in islice(unused, arguments.requests)]
+            times[name].append(asyncio.run(load(requests, concurrency=arguments.at_once)))
+            print(number, name, summary(times[name][-1:]), flush=True)
+    table: dict[str, Any] = {name: summary(rounds) for name, rounds in times.items()}
     ratios = {
-        name: round(float(np.median([b[0] / a[0] for a, b in zip(found["persona"], found[name], strict=True)])), 3)
+        name: round(float(np.median([b[0] / a[0] for a, b in zip(times["persona"], times[name], strict=True)])), 3)
         for name in ("plain", "embeds", "retrieval")
     }
     return table | {"throughput_of_persona_over": ratios}
 
 
-def on_ours(samples: list[Sample], *, ours: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The embedded engine, one request at a time and sixteen at once."""
-    found: dict[str, list[tuple[float, list[float]]]] = {"1 at once": [], "16 at once": []}
-    for number in range(given.rounds):
-        part = samples[number * given.requests : (number + 1) * given.requests]
-        asked = [
-            Asked(ours, bodies(sample, tokens=given.tokens) | {"user": sample.owner, "personaplug": {"free": True}})
+def on_ours(samples: list[Sample], *, ours: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the embedded engine, with one request at a time and with sixteen at once."""
+    times: dict[str, list[tuple[float, list[float]]]] = {"1 at once": [], "16 at once": []}
+    for number in range(arguments.rounds):
+        part = samples[number * arguments.requests : (number + 1) * arguments.requests]
+        requests = [
+            ServerRequest(
+                ours, bodies(sample, tokens=arguments.tokens) | {"user": sample.owner, "personaplug": {"free": True}}
+            )
             for sample in part
         ]
-        for name, at_once in (("1 at once", 1), ("16 at once", 16)):
-            found[name].append(asyncio.run(load(asked, at_once=at_once)))
-            print(number, name, summary(found[name][-1:]), flush=True)
-    alone, together = found.values()
-    gain = float(np.median([a[0] / b[0] for a, b in zip(alone, together, strict=True)]))
-    return {name: summary(rounds) for name, rounds in found.items()} | {"throughput_gain": round(gain, 2)}
+        for name, concurrency in (("1 at once", 1), ("16 at once", 16)):
+            times[name].append(asyncio.run(load(requests, concurrency=concurrency)))
+            print(number, name, summary(times[name][-1:]), flush=True)
+    single, concurrent = times.values()
+    gain = float(np.median([a[0] / b[0] for a, b in zip(single, concurrent, strict=True)]))
+    return {name: summary(rounds) for name, rounds in times.items()} | {"throughput_gain": round(gain, 2)}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a run with a trained plug")
-    parser.add_argument("--data", type=Path, required=True, help="a set of the run's task")
-    parser.add_argument("--vllm", help="address of a vLLM server of the run's model; without it, only our own engine")
-    parser.add_argument("--requests", type=int, default=32, help="in a round, of each row")
+    parser.add_argument("--data", type=Path, required=True, help="a data set of the run's task")
+    parser.add_argument("--vllm", help="address of a vLLM server with the run's model; default: none")
+    parser.add_argument("--requests", type=int, default=32, help="requests of each row in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--at-once", type=int, default=8, help="requests to vLLM at once")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer")
+    parser.add_argument("--at-once", type=int, default=8, help="concurrent requests to vLLM")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    run = Run.open(given.run)
-    wanted = given.rounds * given.requests * (ROWS if given.vllm else 1)
-    samples = list(open_dataset(given.data, "dev", task=run.task))
-    samples = [samples[place] for place in np.random.default_rng(0).permutation(len(samples))[:wanted]]
-    if len(samples) < wanted:
-        raise SystemExit(f"{given.data} has {len(samples)} dev samples, too few for so many rounds.")
-    found: dict[str, Any] = {}
+    arguments = parser.parse_args()
+    run = Run.open(arguments.run)
+    count = arguments.rounds * arguments.requests * (ROWS if arguments.vllm else 1)
+    samples = list(open_dataset(arguments.data, "dev", task=run.task))
+    samples = [samples[index] for index in np.random.default_rng(0).permutation(len(samples))[:count]]
+    if len(samples) < count:
+        raise SystemExit(f"Needs {count} dev samples; {arguments.data} has {len(samples)}. Use fewer --rounds.")
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "histories.db"
         fill(run, store, samples)
-        if given.vllm:
-            with our_server(given.run, store, given.vllm) as ours:
-                found["vllm"] = on_vllm(run, samples, vllm=given.vllm, ours=ours, given=given)
-        with our_server(given.run, store, "local") as ours:
-            found["local"] = on_ours(samples, ours=ours, given=given)
-    print(json.dumps(found, indent=1))
-    if given.json:
-        settings = {name: value for name, value in vars(given).items() if isinstance(value, int)}
+        if arguments.vllm:
+            with our_server(arguments.run, store, arguments.vllm) as ours:
+                results["vllm"] = on_vllm(run, samples, vllm=arguments.vllm, ours=ours, arguments=arguments)
+        with our_server(arguments.run, store, "local") as ours:
+            results["local"] = on_ours(samples, ours=ours, arguments=arguments)
+    print(json.dumps(results, indent=1))
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if isinstance(value, int)}
         write_json(
-            given.json, found | {"settings": settings, "versions": package_versions(), "machine": machine_info()}
+            arguments.json, results | {"settings": settings, "versions": package_versions(), "machine": machine_info()}
         )
 
 

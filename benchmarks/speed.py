@@ -1,17 +1,17 @@
-"""What one training step costs, beside a step like the released PPlug code's and beside the floor set by operations.
+"""Measure the cost of a training step, compared with the released PPlug code's and with a lower bound by operations.
 
     python benchmarks/speed.py --data DIR [--json FILE] [--batch 64] [--rounds 3] [--parts history,…] [key=value …]
 
-One model, the same samples and batch in one run, the ways taken in turn so that a noisy machine is noisy to all:
+All methods use the same model, samples and batch in one run. They take turns, so that noise of the machine affects all:
 
-a  reference-like  every view anew: prompt padded to 266 tokens, query to 276, history to 512 items (the released code's
-                   lengths); each item projected to the model's width; backward through the whole prompt
-b  prefix          ours, the paper's method and placement
-c  suffix          ours, prompts read once and kept
+a  reference-like  like the released code: prompt padded to 266 tokens, query to 276, history to 512 items; each item
+                   projected to the model's width; nothing cached; backward pass through the whole prompt
+b  prefix          this package, with the paper's method and placement
+c  suffix          this package, with cached prompts
 
-The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs;
-no weight has a gradient), of its output layer at label positions only, and of the trained parts, at the matrix rate
-measured in the same run. It counts no memory traffic, norms, softmaxes or Python: what lies above it is theirs.
+The lower bound (floor) counts multiplications at the matrix rate that is measured in the same run: the frozen model's
+linear layers and attention (forward, and backward to the inputs, because weights have no gradient), its output layer at
+label positions only, and the trained parts. It excludes memory traffic, norms, softmaxes and Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it, before torch is loaded.
+# Like the command line, before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -68,7 +68,7 @@ ITEMS = (16, 64, 256, 512)
 
 
 class ReferenceObjective(PlugObjective):
-    """The same loss at the released code's fixed sizes, as if nothing were known of what is padding."""
+    """Computes the same loss at the released code's fixed sizes, including all padding."""
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         llm: Any = self.llm
@@ -82,8 +82,8 @@ class ReferenceObjective(PlugObjective):
         mask = torch.tensor([[1] * soft.shape[1] + [0] * n + [1] * (PROMPT - soft.shape[1] - n) for n in padding])
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         text = llm.embed(torch.tensor([[0] * (fixed - len(row)) + list(row) for row in rows]))
-        wanted = pad(answers, fill=IGNORED, side="right")
-        embeds = torch.cat([soft.to(text.dtype), text, llm.embed(wanted.clamp(min=0))], dim=1)
+        targets = pad(answers, fill=IGNORED, side="right")
+        embeds = torch.cat([soft.to(text.dtype), text, llm.embed(targets.clamp(min=0))], dim=1)
         columns = torch.arange(PROMPT - longest - 1, PROMPT - 1)
         logits = llm.model(
             inputs_embeds=embeds,
@@ -92,8 +92,8 @@ class ReferenceObjective(PlugObjective):
             use_cache=False,
             logits_to_keep=columns,
         ).logits
-        each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="sum")
-        return each, (wanted != IGNORED).sum()
+        loss = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="sum")
+        return loss, (targets != IGNORED).sum()
 
     def _soft(self, queries: list[str], samples: Sequence[EncodedSample]) -> Tensor:
         plug = self.personalizer.plug
@@ -101,16 +101,16 @@ class ReferenceObjective(PlugObjective):
         assert plug.persona.query_encoder is not None
         features = plug.persona.query_encoder.features(queries)
         tokens = ("input_ids", "attention_mask", "token_type_ids")
-        wide = {name: _widened(value) if name in tokens else value for name, value in features.items()}
-        query = plug.persona.query_encoder(wide)
+        padded = {name: _padded(value) if name in tokens else value for name, value in features.items()}
+        query = plug.persona.query_encoder(padded)
         items = torch.zeros(len(samples), HISTORY, query.shape[-1])
-        real = torch.zeros(len(samples), HISTORY, dtype=torch.bool)
+        mask = torch.zeros(len(samples), HISTORY, dtype=torch.bool)
         for row, sample in enumerate(samples):
-            own = sample.rows[-HISTORY:]
+            latest = sample.rows[-HISTORY:]
             assert self.personalizer.table is not None
-            items[row, : len(own)] = torch.from_numpy(self.personalizer.table.gather(own)).float()
-            real[row, : len(own)] = True
-        weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
+            items[row, : len(latest)] = torch.from_numpy(self.personalizer.table.gather(latest)).float()
+            mask[row, : len(latest)] = True
+        weights = torch.einsum("be,bne->bn", query, items).masked_fill(~mask, -1e9).softmax(dim=1)
         count = items.shape[0] * HISTORY
         label_ids, style = torch.full((count,), -1), torch.empty(count, 0)
         hidden = plug.persona.projector.hidden(
@@ -122,12 +122,12 @@ class ReferenceObjective(PlugObjective):
         return torch.cat([instruction, persona], dim=1) * plug.spec.embedding_scale
 
 
-def _widened(values: Tensor) -> Tensor:
+def _padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, QUERY - values.shape[1]))
 
 
 class Way:
-    """One way to train: its objective, its optimizer and the times of its steps."""
+    """A training method: its objective, its optimizer and the times of its steps."""
 
     def __init__(self, name: str, run: Run, models: Models, *, table: EmbeddingStore, settings: Sequence[str]) -> None:
         self.name = name
@@ -142,9 +142,9 @@ class Way:
         self.peak = 0
 
     def step(self, batch: Sequence[EncodedSample], *, lengths: Sequence[int]) -> float:
-        """Train one step; the seconds it took."""
+        """Train one step; return its seconds."""
         reset_peak_memory()
-        began = time.monotonic()
+        start = time.monotonic()
         self.plug.train()
         self.optimizer.zero_grad()
         for part in micro_batches(
@@ -152,13 +152,13 @@ class Way:
         ):
             torch.autograd.backward(self.objective.loss(part)[0])
         self.optimizer.step()
-        took = time.monotonic() - began
-        self.seconds.append(took)
+        seconds = time.monotonic() - start
+        self.seconds.append(seconds)
         self.peak = max(self.peak, peak_memory())
-        return took
+        return seconds
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """What a pass holds of each sample."""
+        """Return the tokens of each sample in a pass."""
         return [PROMPT] * len(samples) if self.name.startswith("a") else self.objective.live_lengths(samples)
 
 
@@ -169,31 +169,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of them, comma-separated")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, comma-separated")
     parser.add_argument("settings", nargs="*")
-    given = parser.parse_args()
-    parts = given.parts.split(",")
-    # The paper's plug, whatever the defaults are: what is compared is the ways to train it.
-    config = load_config(overrides=[*PACKAGED_MODELS, *given.settings], base=Config(plug=PAPER))
-    with tempfile.TemporaryDirectory() as place:
-        run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    # Always the paper's plug, because the benchmark compares ways to train it.
+    config = load_config(overrides=[*PACKAGED_MODELS, *arguments.settings], base=Config(plug=PAPER))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.create(Path(folder) / "run", config=config, task=load_task(arguments.data))
         models = open_models(config)
         table = run.open_vectors(models.encoder)
-        samples = run.read_samples(open_dataset(given.data, "train", task=run.task), table, limit=8 * given.batch)
-        result = _about(run, models, samples, batch=given.batch)
+        samples = run.read_samples(
+            open_dataset(arguments.data, "train", task=run.task), table, limit=8 * arguments.batch
+        )
+        result = _about(run, models, samples, batch=arguments.batch)
         for tokens in (1, 10) if "answers" in parts else ():
             result[f"answers_of_{tokens}"] = _ways(
-                run, models, table, _answering(samples, models, tokens=tokens), given=given, tokens=tokens
+                run, models, table, _answering(samples, models, tokens=tokens), arguments=arguments, tokens=tokens
             )
         if "history" in parts:
-            result["history"] = _histories(run, models, table, samples[: given.batch], given=given)
+            result["history"] = _histories(run, models, table, samples[: arguments.batch], arguments=arguments)
         if "epoch" in parts:
-            result["epoch"] = _epochs(run, models, table, samples, given=given)
+            result["epoch"] = _epochs(run, models, table, samples, arguments=arguments)
         if "evaluation" in parts:
-            result["evaluation"] = _evaluation(run, models, table, samples[: given.batch], settings=given.settings)
+            result["evaluation"] = _evaluation(
+                run, models, table, samples[: arguments.batch], settings=arguments.settings
+            )
     print(json.dumps({key: value for key, value in result.items() if key not in ("versions", "machine")}))
-    if given.json:
-        write_json(given.json, result)
+    if arguments.json:
+        write_json(arguments.json, result)
 
 
 def _about(run: Run, models: Models, samples: Sequence[EncodedSample], *, batch: int) -> dict[str, Any]:
@@ -207,17 +211,17 @@ def _about(run: Run, models: Models, samples: Sequence[EncodedSample], *, batch:
         "machine": machine_info(),
     }
     print(
-        f"{about['task']}, {about['model']}, {about['dtype']}, {about['prompt_tokens_mean']:.0f} tokens a prompt, "
-        f"{batch} views a step, {about['machine']['processor']}, {about['machine']['threads']} threads"
+        f"{about['task']}, {about['model']}, {about['dtype']}, {about['prompt_tokens_mean']:.0f} tokens per prompt, "
+        f"{batch} views per step, {about['machine']['processor']}, {about['machine']['threads']} threads"
     )
     return about
 
 
 def _answering(samples: Sequence[EncodedSample], models: Models, *, tokens: int) -> list[EncodedSample]:
-    """The samples as they are (labels of one token), or with their prompts' first words as answers of so many."""
+    """Return the samples (with labels of one token), or copies with answers of `tokens` tokens from their prompts."""
     if tokens == 1:
         return list(samples)
-    # The end of text is one of the tokens.
+    # One of the tokens is the end of text.
     return [replace(one, target=models.llm.cut_text(last_message(one.prompt), tokens - 1)) for one in samples]
 
 
@@ -227,31 +231,31 @@ def _ways(
     table: EmbeddingStore,
     samples: Sequence[EncodedSample],
     *,
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     tokens: int,
 ) -> dict[str, Any]:
-    batch = list(samples[: given.batch])
+    batch = list(samples[: arguments.batch])
     models.llm.cache_prompts([sample.prompt for sample in batch])
-    ways = [Way(name, run, models, table=table, settings=given.settings) for name in WAYS]
+    ways = [Way(name, run, models, table=table, settings=arguments.settings) for name in WAYS]
     rates = []
-    for turn in range(given.rounds + 1):
+    for turn in range(arguments.rounds + 1):
         rates.append(matrix_rate(models))
         for way in ways:
-            # The fast ways take many steps in the time of a slow one; the first turn allocates and warms up.
+            # The fast methods take many steps in the time of one slow step. The first turn allocates and warms up.
             for _ in range(1 if way.name[0] != "c" else 8):
                 way.step(batch, lengths=way.lengths(batch))
             if turn == 0:
                 way.seconds.clear()
     rate = statistics.median(rates)
     print(f"\nanswers of {tokens} token{'s' if tokens > 1 else ''}; matrix rate {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'':<24}{'views/s':>9}{'to (a)':>9}{'at the floor':>14}{'distance':>10}{'peak memory':>13}")
-    found: dict[str, Any] = {"matrix_gflops_per_second": rate / 1e9}
+    print(f"{'':<24}{'views/s':>9}{'to (a)':>9}{'lower bound':>14}{'distance':>10}{'peak memory':>13}")
+    results: dict[str, Any] = {"matrix_gflops_per_second": rate / 1e9}
     slowest = statistics.median(ways[0].seconds)
     for way in ways:
         seconds = statistics.median(way.seconds)
-        floor = rate / work(models, way.plug, batch, kept=way.name.startswith("c"), labels=run.task.labels)
+        floor = rate / work(models, way.plug, batch, cached=way.name.startswith("c"), labels=run.task.labels)
         views = len(batch) / seconds
-        found[way.name] = {
+        results[way.name] = {
             "views_per_second": views,
             "times_reference": slowest / seconds,
             "floor_views_per_second": floor,
@@ -261,15 +265,15 @@ def _ways(
             f"{way.name:<24}{views:>9.1f}{slowest / seconds:>8.1f}×{floor:>14.0f}{floor / views:>9.1f}×"
             f"{way.peak / 1e9:>10.2f} GB"
         )
-    return found
+    return results
 
 
 def _histories(
-    run: Run, models: Models, table: EmbeddingStore, batch: Sequence[EncodedSample], *, given: argparse.Namespace
+    run: Run, models: Models, table: EmbeddingStore, batch: Sequence[EncodedSample], *, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of a suffix step by items of history, which are drawn from the table."""
+    """Return the seconds of a suffix step by number of history items, which are drawn from the table."""
     rng = np.random.default_rng(0)
-    way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
+    way = Way("c suffix, query head", run, models, table=table, settings=arguments.settings)
     models.llm.cache_prompts([sample.prompt for sample in batch])
     longer = {
         items: [
@@ -285,44 +289,44 @@ def _histories(
         for items in ITEMS
     }
     times: dict[int, list[float]] = {items: [] for items in ITEMS}
-    for turn in range(5 * given.rounds):
+    for turn in range(5 * arguments.rounds):
         for items in ITEMS:
-            took = way.step(longer[items], lengths=way.lengths(batch))
+            seconds = way.step(longer[items], lengths=way.lengths(batch))
             if turn:
-                times[items].append(took)
-    found = {str(items): statistics.median(times[items]) for items in ITEMS}
-    print(f"\nsuffix, {len(batch)} views a step, by items of history")
-    for count, seconds in found.items():
-        print(f"{count:>6} items {seconds:>8.3f} s a step {seconds / found[str(ITEMS[0])]:>6.2f} ×")
-    return found
+                times[items].append(seconds)
+    results = {str(items): statistics.median(times[items]) for items in ITEMS}
+    print(f"\nsuffix, {len(batch)} views per step, by items of history")
+    for count, median in results.items():
+        print(f"{count:>6} items {median:>8.3f} s per step {median / results[str(ITEMS[0])]:>6.2f} ×")
+    return results
 
 
 def _epochs(
-    run: Run, models: Models, table: EmbeddingStore, samples: Sequence[EncodedSample], *, given: argparse.Namespace
+    run: Run, models: Models, table: EmbeddingStore, samples: Sequence[EncodedSample], *, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of an epoch with kept prompts, by samples."""
-    way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
+    """Return the seconds of an epoch with cached prompts, by number of samples."""
+    way = Way("c suffix, query head", run, models, table=table, settings=arguments.settings)
     models.llm.cache_prompts([sample.prompt for sample in samples])
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     print("\nsuffix, an epoch by samples")
     for count in (len(samples) // 4, len(samples) // 2, len(samples)):
-        batches = [samples[start : start + given.batch] for start in range(0, count, given.batch)]
-        found[str(count)] = sum(way.step(batch, lengths=way.lengths(batch)) for batch in batches)
-        print(f"{count:>6} samples {found[str(count)]:>7.2f} s, {1000 * found[str(count)] / count:.2f} ms a sample")
-    return found
+        batches = [samples[start : start + arguments.batch] for start in range(0, count, arguments.batch)]
+        seconds = results[str(count)] = sum(way.step(batch, lengths=way.lengths(batch)) for batch in batches)
+        print(f"{count:>6} samples {seconds:>7.2f} s, {1000 * seconds / count:.2f} ms per sample")
+    return results
 
 
 def _evaluation(
     run: Run, models: Models, table: EmbeddingStore, samples: Sequence[EncodedSample], *, settings: Sequence[str]
 ) -> dict[str, float]:
-    """Samples per second that are answered by scoring labels (or written), the first time and with kept prompts."""
-    found: dict[str, float] = {}
+    """Return the samples per second when scoring labels or generating, without and with cached prompts."""
+    results: dict[str, float] = {}
     print("\nevaluation, samples/s")
     models.llm.clear_cache()
     for title in ("b prefix", "c suffix", "c suffix, prompts kept"):
         way = Way(title.partition(",")[0], run, models, table=table, settings=settings)
         personalizer = Personalizer(way.plug.eval(), table=table)
-        began = time.monotonic()
+        start = time.monotonic()
         predict_samples(
             models.llm,
             samples,
@@ -332,28 +336,28 @@ def _evaluation(
             generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
             batch_size=run.config.evaluation.evaluation_batch_size,
         )
-        found[title] = len(samples) / (time.monotonic() - began)
-        print(f"{title:<24}{found[title]:>8.1f}")
-    return found
+        results[title] = len(samples) / (time.monotonic() - start)
+        print(f"{title:<24}{results[title]:>8.1f}")
+    return results
 
 
 def matrix_rate(models: Models) -> float:
-    """Multiply-adds (× 2) a second of the model's own widest product, at 1,024 tokens."""
+    """Measure the floating-point operations per second of the model's largest matrix product, at 1,024 tokens."""
     weight = max((p for n, p in models.llm.model.named_parameters() if _linear(n, p)), key=torch.Tensor.numel)
     x = torch.randn(1024, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = float("inf")
     for _ in range(5):
-        began = time.monotonic()
+        start = time.monotonic()
         for _ in range(20):
             torch.nn.functional.linear(x, weight)
-        best = min(best, (time.monotonic() - began) / 20)
+        best = min(best, (time.monotonic() - start) / 20)
     return 2.0 * x.shape[0] * int(weight.numel()) / best
 
 
 def work(
-    models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, kept: bool, labels: Sequence[str]
+    models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, cached: bool, labels: Sequence[str]
 ) -> float:
-    """The operations that a view cannot do without; means of lengths stand for the lengths, which only lowers it."""
+    """Return the minimum operations of a view. Mean lengths replace the lengths, which only lowers the number."""
     config, prompt_tokenizer = models.llm.model.config, models.llm.prompt_tokenizer
     linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if _linear(n, p))
     soft = plug.config.instruction_tokens + plug.config.persona_tokens
@@ -362,18 +366,18 @@ def work(
         samples
     )
     head: int = 2 * config.vocab_size * config.hidden_size
-    # An answer's last token is never read.
-    live: float = soft + target - 1 + (0 if kept else prompt)
-    pairs = live * prompt + live**2 / 2 if kept else live**2 / 2
+    # The model never reads an answer's last token.
+    live: float = soft + target - 1 + (0 if cached else prompt)
+    pairs = live * prompt + live**2 / 2 if cached else live**2 / 2
     attention: float = 4 * config.num_hidden_layers * config.hidden_size * pairs
-    # To the inputs only, a product costs as much backward as forward; attention, with both factors, twice as much, but
-    # half of it has no gradient where the prompt is kept.
+    # A backward pass to the inputs only costs as much as the forward pass. Attention costs twice as much, because both
+    # factors get a gradient. If the prompt is cached, half of these gradients are not needed.
     frozen: float = 2 * (2 * linear * live + head * target)
-    return frozen + (2 if kept else 3) * attention + 6 * _of_plug(plug, samples)
+    return frozen + (2 if cached else 3) * attention + 6 * _of_plug(plug, samples)
 
 
 def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
-    """Trained weights times how often each is used for a view."""
+    """Return the sum of trained weights times their uses per view."""
     if plug.persona is None:
         return 0.0
     tokens, projector, query_encoder = 1.0, plug.persona.projector, plug.persona.query_encoder
@@ -382,14 +386,14 @@ def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
         tokens = tokens if mask is None else float(mask.sum()) / len(samples)
     items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
     inner, outer = projector.inner.weight.numel(), projector.outer.weight.numel()
-    asked = _weights(query_encoder) if query_encoder is not None else 0
-    return asked * tokens + inner * items + outer
+    query_weights = _weights(query_encoder) if query_encoder is not None else 0
+    return query_weights * tokens + inner * items + outer
 
 
 def _weights(module: torch.nn.Module) -> int:
-    """Trained matrices that are multiplied with, not looked up in."""
-    named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2)
-    return sum(p.numel() for n, p in named if "embeddings" not in n)
+    """Count the weights of trained matrices, without lookup tables."""
+    matrices = ((n, p) for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2)
+    return sum(p.numel() for n, p in matrices if "embeddings" not in n)
 
 
 def _linear(name: str, parameter: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
     python benchmarks/store.py [--users 100000] [--where FILE|URL] [--json FILE]
 
-Users with ten generated items each are added in bulk, beside a hundred users with 512 items, whose histories are read
-again and again while the number of users grows. Then some of the users are erased.
+Adds users with ten generated items each in bulk. A hundred further users have 512 items each. Their histories are read
+repeatedly while the number of users grows. Then some users are erased.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 5_000  # users that are added in one transaction
 READS = 2_000
 TENANT = "benchmark"
 SECRET = b"the secret of the benchmark"
-"""In the open, because the store holds generated data only."""
+"""Public, because the store has only generated data."""
 
 
 def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
@@ -50,7 +50,7 @@ def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
 
 
 def add(store: HistoryStore, items: EncodedItems) -> None:
-    """Add items for a request that has just come."""
+    """Add items as a new request would."""
     store.add_encoded(store.admit(TENANT, *set(items.users)), items)
 
 
@@ -61,10 +61,10 @@ class Spent(NamedTuple):
     processor: float
 
 
-def spent_on(work: Callable[..., object], *given: object, **named: object) -> Spent:
+def spent_on(work: Callable[..., object], *args: object, **kwargs: object) -> Spent:
     """Measure the duration of a call."""
     wall, processor = time.perf_counter(), time.process_time()
-    work(*given, **named)
+    work(*args, **kwargs)
     return Spent(time.perf_counter() - wall, time.process_time() - processor)
 
 
@@ -81,7 +81,7 @@ def milliseconds(times: Sequence[Spent]) -> dict[str, float]:
 
 
 def read_times(store: HistoryStore) -> dict[str, float]:
-    """Measure loading a history of 512 items, each time of another user."""
+    """Measure loading histories of 512 items of random users."""
     numbers = np.random.default_rng(0).integers(0, LONG_USERS, READS)
     for number in range(LONG_USERS):  # warm up statements and the page cache
         store.load_history(TENANT, f"long {number}")
@@ -127,11 +127,11 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--where", help="location of a new store; default: SQLite in a temporary folder")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(given.where or f"{folder}/store.db", given.users)
-    if given.json:
-        write_json(given.json, results | {"versions": package_versions(), "machine": machine_info()})
+        results = measure(arguments.where or f"{folder}/store.db", arguments.users)
+    if arguments.json:
+        write_json(arguments.json, results | {"versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Rows trained on few real samples beside those trained on synthetic ones too, with paired tests.
+"""Compare training on few real samples with training on real and synthetic samples, with paired tests.
 
     python benchmarks/synthetic.py --data FEW [--results benchmarks/results]
 
-The experiment `synthetic` fills a table for each set. This joins the tables of SET and SET+synthetic, which score the
-same dev samples: `plug` and `plug+synthetic` become rows of one table, RESULTS/synthetic/both/SET.json.
+The experiment `synthetic` writes a table for each set. This script joins the tables of SET and SET+synthetic, which
+score the same dev samples. `plug` and `plug+synthetic` become rows of one table, RESULTS/synthetic/both/SET.json.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ EXPERIMENT = EXPERIMENTS / "synthetic.yaml"
 
 
 def joined(experiment: Experiment, name: str, *, data: Path, results: Path) -> Results:
-    """Return the rows of a set and those of its copy with synthetic samples as one table.
+    """Return the rows of a set and of its copy with synthetic samples as one table.
 
     Args:
-        data, results: folders as `personaplug bench` takes them.
+        data, results: folders, as for `personaplug bench`.
     Raises:
         MissingData: if one of the two sets has no trials.
-        RunConflict: if the two score different samples.
     """
     folder = results / experiment.name
     (samples, trials), (others, more) = (_loaded(folder / f"{each}.trials.jsonl") for each in (name, name + ENDING))
     if (samples.groups, samples.history_items) != (others.groups, others.history_items):
-        raise RunConflict(f"{name} and {name}{ENDING} have different dev samples. Make both from the same data set.")
+        raise RunConflict(f"{name} and {name}{ENDING} have different dev samples. Create both from the same data set.")
     settings = settings_of(load_task(data / name), experiment.configs["", name].evaluation)
     return build_results(samples, [*trials, *map(_renamed, more)], settings=settings)
 
@@ -45,7 +44,7 @@ def joined(experiment: Experiment, name: str, *, data: Path, results: Path) -> R
 def _loaded(path: Path) -> tuple[EvalSamples, list[Trial]]:
     samples, trials = TrialFile(path).load()
     if samples is None or not trials:
-        raise MissingData(f"There are no trials in {path}. `personaplug bench synthetic` makes them.")
+        raise MissingData(f"There are no trials in {path}. Create them with `personaplug bench synthetic`.")
     return samples, trials
 
 
@@ -54,26 +53,26 @@ def _renamed(trial: Trial) -> Trial:
 
 
 def with_ending(method: MethodInfo) -> MethodInfo:
-    """Return a row under its name with synthetic samples; it adds to the row without."""
+    """Return a method with the ending in its name, as a child of the method without synthetic samples."""
     control_of = None if method.control_of is None else method.control_of + ENDING
     return replace(method, name=method.name + ENDING, control_of=control_of, parents=(method.name,))
 
 
 def main() -> None:
-    """Join the pairs of tables that are there."""
+    """Join all pairs of tables that exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--experiment", type=Path, default=EXPERIMENT)
-    given = parser.parse_args()
-    experiment = load_experiment(given.experiment)
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.experiment)
     for name in [each for each in experiment.sets if each + ENDING in experiment.sets]:
         try:
-            table = joined(experiment, name, data=given.data, results=given.results)
+            table = joined(experiment, name, data=arguments.data, results=arguments.results)
         except MissingData as error:
             print(error)
             continue
-        path = given.results / experiment.name / "both" / f"{name}.json"
+        path = arguments.results / experiment.name / "both" / f"{name}.json"
         write_results(path, table)
         print(path)
 

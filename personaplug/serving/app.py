@@ -1,6 +1,6 @@
 """The HTTP server: assembles routes and middlewares into an application, and runs it.
 
-No user's id and no text goes into a log.
+Logs contain no user ids and no user texts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-# The event loop gives up the interpreter lock at each read and write. A busy thread then keeps it for this long.
+# The event loop releases the GIL at each read and write. A busy thread may then hold the GIL for this long.
 _SWITCH_INTERVAL_S = 0.0005
 
 _ROUTERS = (chat.router, history.router, preferences.router, task.router, admin.router, pages.router)
@@ -51,9 +51,10 @@ def create_app(
     limits: RequestLimits | None = None,
     allow_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The server as an ASGI application; without keys, it answers to this machine only.
+    """Build the ASGI application. Without keys, it accepts requests from this machine only.
 
-    `allow_origins` are those of web pages that may call it from a browser.
+    Args:
+        allow_origins: origins of web pages that may call the server from a browser.
     """
     api_keys, limits, telemetry = api_keys or ApiKeys(), limits or RequestLimits(), Telemetry()
     places = Budget(limits.requests, is_shared=not api_keys.is_open)
@@ -82,13 +83,13 @@ def create_app(
 
 
 def documented_app(**settings: Any) -> FastAPI:
-    """Return an application with the routes and their documentation alone; without a service it answers nothing."""
+    """Build an application with the routes and their documentation; it cannot answer requests without a service."""
     app = FastAPI(
         title="personaplug",
-        description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
-        redirect_slashes=False,  # to delete `history/` without an item must not reach the user
+        description="A frozen language model with user personas: OpenAI-compatible routes and user histories.",
+        redirect_slashes=False,  # DELETE `history/` without an item id must not reach another route
         responses=_ERRORS,
-        openapi_url=None,  # `routes/pages.py` has it, and a page of documentation that needs no other site
+        openapi_url=None,  # `routes/pages.py` serves it, and a documentation page without external resources
         **settings,
     )
     for router in _ROUTERS:
@@ -97,7 +98,7 @@ def documented_app(**settings: Any) -> FastAPI:
 
 
 def server_config(app: FastAPI, *, connections: ConnectionLimits | None = None, **settings: Any) -> uvicorn.Config:
-    """uvicorn's settings for an application, with bounds on its connections that fit the process."""
+    """Return uvicorn's settings for an application, with connection limits that fit the process."""
     parts: ServerParts = app.state.parts
     connections = connections or ConnectionLimits.of_process(body_bytes=parts.limits.body_bytes)
     parts.places.total = min(parts.places.total, connections.requests)
@@ -107,8 +108,8 @@ def server_config(app: FastAPI, *, connections: ConnectionLimits | None = None, 
         http=guarded_protocol(guard),
         ws="none",
         backlog=connections.backlog,
-        access_log=False,  # it would hold users' ids, which are part of paths
-        log_config=None,  # uvicorn's own closes every handler of the process
+        access_log=False,  # paths contain user ids
+        log_config=None,  # uvicorn's default closes every log handler of the process
         log_level="warning",
         **settings,
     )
@@ -127,22 +128,22 @@ def serve(
     """Serve until SIGTERM, then give the running requests 30 seconds to end.
 
     Args:
-        listener: bound to that host and port before the models were loaded.
+        listener: a socket bound to `host` and `port`.
     """
     api_keys.check_address(host)
     app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
     config = server_config(app, host=host, port=port, timeout_graceful_shutdown=30)
 
     async def run() -> None:
-        await service.engine.start()  # not in the server, so that its errors reach the caller
-        callers = "this machine alone" if api_keys.is_open else "whoever has a key"
+        await service.engine.start()  # outside of uvicorn, so that its errors reach the caller
+        callers = "this machine only" if api_keys.is_open else "callers with an API key"
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
         if service.engine.is_remote:
-            # A persona is too little work to share: a second thread makes it no faster, and vLLM needs the core.
+            # Computing a persona is too little work for a second thread, and vLLM needs the core.
             torch.set_num_threads(1)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        gc.freeze()  # a collection that visits the models' half a million objects would halt replies for 0.2 s
+        gc.freeze()  # a full collection visits the models' half a million objects and pauses replies for 0.2 s
         await uvicorn.Server(config).serve(sockets=[listener])
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

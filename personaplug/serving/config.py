@@ -11,13 +11,13 @@ from personaplug.store.history_store import Retention
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How a run is served; the options of `personaplug serve` explain the rest.
+    """Settings for serving a run. The help of `personaplug serve` describes the other ones.
 
     Attributes:
-        store: file or URL of the histories.
-        create: make the store if it does not exist.
-        retention: what the store keeps; None = as it was last opened with.
-        seed: of the training; None = the run's first.
+        store: file or URL of the history store.
+        create: create the store if it does not exist.
+        retention: retention rules of the store; None = the rules that it was last opened with.
+        seed: training seed of the plug to serve; None = the run's first seed.
     """
 
     store: str

@@ -1,7 +1,7 @@
-"""Bounds on connections: how many, how long a header may take, how large it may be, and how slowly a reply is read.
+"""Connection limits: number of connections, size and arrival time of headers, and time that a reply stays unread.
 
-Only a connection whose request holds a place, which needs a key, is sure to stay. All others, idle ones among them,
-make room for new ones, so that a health check gets in whatever strangers do.
+Only a connection whose request holds a place is protected, and a place requires an API key. Other connections,
+including idle ones, are closed to make room for new ones, so that a health check always gets through.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from personaplug.serving.openai_protocol import error_reply, to_json
 
 logger = logging.getLogger(__name__)
 _errors = logging.getLogger(f"{__name__}.uvicorn")
-_errors.setLevel(logging.ERROR)  # uvicorn would write a line for each malformed request of a stranger
+_errors.setLevel(logging.ERROR)  # uvicorn would log each malformed request
 
 _LOG_INTERVAL_S = 10
-_MAX_PIPELINED = 16  # requests that wait on one connection for the reply to an earlier one
-_MAX_FIELDS = 100  # of a header
+_MAX_PIPELINED = 16  # requests that wait on one connection for an earlier reply
+_MAX_FIELDS = 100  # header fields of a request
 _RESERVED_FILES = 64  # for the store, the keys and the engine
 _MIN_CONNECTIONS = 32
-_UNPROTECTED_CONNECTIONS = 16  # that requests to /v1/ leave to health checks and newcomers
-_BYTES_PER_BODY_BYTE = 8  # of the smallest chunks
+_UNPROTECTED_CONNECTIONS = 16  # reserved for health checks and new connections
+_BYTES_PER_BODY_BYTE = 8  # framing overhead of the smallest chunks
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What connections may take."""
+    """Limits of connections."""
 
     connections: int = 1024
-    backlog: int = 1024  # connections that may come at once; a caller of one more tries again after a second
+    backlog: int = 1024  # connections that wait to be accepted; beyond it, a client's system retries after a second
     header_bytes: int = 64 * 2**10
-    header_seconds: float = 10  # until a header has arrived
-    stall_seconds: float = 20  # that a caller may leave a full buffer of a reply unread
+    header_seconds: float = 10  # to receive a complete header
+    stall_seconds: float = 20  # that a client may leave a full reply buffer unread
     body_bytes: int = 4 * 2**20
 
     @property
     def requests(self) -> int:
-        """How many connections requests to /v1/ may hold."""
+        """Maximum number of connections that requests to /v1/ may hold."""
         return self.connections - _UNPROTECTED_CONNECTIONS
 
     @classmethod
     def of_process(cls, **limits: Any) -> ConnectionLimits:
-        """Limits that leave the process enough files; ConfigError if it may open too few."""
+        """Return limits that fit the process's limit of open files; ConfigError if this limit is too low."""
         allowed, used = _file_limits()
         backlog = max(8, min(cls.backlog, allowed // 8))
         connections = min(cls.connections, allowed - used - backlog - _RESERVED_FILES)
         if connections < _MIN_CONNECTIONS:
             raise ConfigError(
-                f"The process may open {allowed} files and has {used} open, which leaves too few for connections. "
-                f"Allow it {used + backlog + _RESERVED_FILES + _MIN_CONNECTIONS} or more (`ulimit -n`)."
+                f"The process may open {allowed} files and has {used} open. This leaves too few for connections. "
+                f"Raise the limit to {used + backlog + _RESERVED_FILES + _MIN_CONNECTIONS} or more (`ulimit -n`)."
             )
         return cls(connections=connections, backlog=backlog, **limits)
 
 
 @dataclass(eq=False)
 class ConnectionGuard:
-    """The connections of a server; closes those that make no progress."""
+    """Tracks the connections of a server, and closes connections beyond the limit."""
 
     limits: ConnectionLimits
     on_drop: Callable[[str], None] = lambda reason: None
@@ -74,7 +74,7 @@ class ConnectionGuard:
     _last_log: float = -_LOG_INTERVAL_S
 
     def add(self, connection: GuardedProtocol, address: str) -> None:
-        """Take a connection in; if there are too many, close one that holds no place."""
+        """Register a connection. If there are too many, close one that holds no place."""
         self._connections[connection] = address
         if len(self._connections) > self.limits.connections:
             self._drop_one()
@@ -83,7 +83,7 @@ class ConnectionGuard:
         self._connections.pop(connection, None)
 
     def note_drop(self, reason: str) -> None:
-        """Count a closed connection, and log the counts now and then."""
+        """Count a closed connection, and log the counts every few seconds."""
         self.on_drop(reason)
         self._dropped[reason] += 1
         if time.monotonic() - self._last_log >= _LOG_INTERVAL_S:
@@ -93,17 +93,17 @@ class ConnectionGuard:
             self._last_log = time.monotonic()
 
     def _drop_one(self) -> None:
-        """Close the oldest connection without a place, of the address that has most of them."""
+        """Close the oldest connection without a place, from the address with the most such connections."""
         candidates = [(c, address) for c, address in self._connections.items() if not c.holds_place]
         counts = Counter(address for _, address in candidates)
-        most = max(counts, key=counts.__getitem__)
-        oldest = next(connection for connection, address in candidates if address == most)
+        busiest = max(counts, key=counts.__getitem__)
+        oldest = next(connection for connection, address in candidates if address == busiest)
         self.discard(oldest)
         oldest.abort("beyond the limit")
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with the bounds of a guard; applications find it as `scope["state"]["connection"]`."""
+    """uvicorn's protocol with the limits of a guard. The application reads it from `scope["state"]["connection"]`."""
 
     guard: ConnectionGuard  # set by `guarded_protocol`
 
@@ -112,9 +112,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.logger = _errors
         self.holds_place = False
         self._is_refused = self._has_header = self._has_begun = False
-        self._running: RequestResponseCycle | None = None  # others may wait behind it
+        self._running: RequestResponseCycle | None = None  # pipelined requests may wait behind it
         self._body_bytes = 0
-        self._bare_bytes = 0  # of the current request, without its body and the piece that it began in
+        self._bare_bytes = 0  # of the current request, without its body and its first chunk
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -178,7 +178,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
         elif not self.pipeline:
             self._await_header()
-        self._watch_reader()  # also of a connection that is closing: what is unread would keep it for ever
+        self._watch_reader()  # also if the connection is closing: unread data would keep it open
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -195,10 +195,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse("a malformed request", status=400)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: the request is answered as if it asked for no other protocol."""
+        """Log nothing: the upgrade is ignored, and the request is answered over HTTP."""
 
     def abort(self, reason: str) -> None:
-        """Close the connection at once, whatever is unread."""
+        """Close the connection at once, and drop unread data."""
         self.guard.note_drop(reason)
         self._end_reply()
         self.transport.abort()
@@ -225,7 +225,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _end_reply(self) -> None:
-        """Let a reply that is being sent know that nobody gets the rest of it."""
+        """Tell a running reply that the client has disconnected."""
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -262,12 +262,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def guarded_protocol(guard: ConnectionGuard) -> type[GuardedProtocol]:
-    """The protocol class of a server's connections, for `uvicorn.Config(http=...)`."""
+    """Return a protocol class for `uvicorn.Config(http=...)`."""
     return type("GuardedProtocol", (GuardedProtocol,), {"guard": guard})
 
 
 def _file_limits() -> tuple[int, int]:
-    """How many files the process may open, and how many are open."""
+    """Return how many files the process may open, and how many are open."""
     try:
         import resource
 

@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's form, and handlers for the errors that FastAPI would otherwise answer itself."""
+"""Error responses in OpenAI's format, and handlers that replace FastAPI's own error responses."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from starlette.requests import Request
 
 from personaplug.serving.openai_protocol import error_reply, first_error
 
-_MAX_MESSAGE = 1000  # characters; a message may name a field that the caller chose
+_MAX_MESSAGE = 1000  # characters; a message may contain a field name that the caller chose
 
 
 def error_response(status: int, message: str, *, code: str, closes: bool = False) -> Response:
-    """An error as a response. `closes` says that the connection ends with it, because the body was not read."""
+    """Build an error response. `closes` closes the connection afterwards, because the body was not read."""
     headers = retry_after(status)
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     headers |= {"Connection": "close"} if closes else {}
-    body = json.dumps(error_reply(message[:_MAX_MESSAGE], code=code, status=status))  # with half characters escaped
+    body = json.dumps(error_reply(message[:_MAX_MESSAGE], code=code, status=status))  # escapes lone surrogates
     return Response(body, status, headers, media_type="application/json")
 
 
 def retry_after(status: int) -> dict[str, str]:
-    """The Retry-After header, if the status calls for one."""
+    """Return the Retry-After header for the statuses 429 and 503."""
     return {"Retry-After": "1"} if status in (429, 503) else {}
 
 

@@ -1,4 +1,4 @@
-"""Explanations for live users: which items made a persona, what an answer owes to them, how a persona moved."""
+"""Explanations for live users: item weights, effects of items on an answer, and drift of a persona."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from personaplug.store.reads import StoredItem
 
 
 class Explainer:
-    """Explains with the plug of one task; None = the service's first."""
+    """Explains the personas of one task, by default the service's first."""
 
     def __init__(self, service: Service, served: ServedTask | None = None) -> None:
         self.service, self.store, self.served = service, service.store, served or service.tasks[0]
@@ -34,12 +34,12 @@ class Explainer:
         self.personalizer, self.plug = self.personas.personalizer, self.personas.plug
 
     async def explain(self, tenant: str, user: str, *, prompt: Prompt, answer: str | None, most: int) -> dict[str, Any]:
-        """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
+        """Return the item weights of a user's persona for a prompt, and the items' effects on an answer, if given.
 
-        List `most` items, those with the largest effect or weight.
+        List the `most` items with the largest effects or, without an answer, the largest weights.
         """
         check_json([last_message(prompt), answer])
-        self.service.engine.check_length(characters(prompt))  # before a pattern reads it
+        self.service.engine.check_length(characters(prompt))  # before a regular expression reads it
         served, query = await self.service.find_task(tenant, last_message(prompt), can_ask=_can_ask(prompt))
         explainer = Explainer(self.service, served)
         return await explainer._explain(tenant, user, prompt=prompt, query=query, answer=answer, most=most)
@@ -53,7 +53,7 @@ class Explainer:
         await self.service.engine.check_texts(prompt, answer or "", choices=choices)
         if not self.service.is_personal(query):
             names = " or ".join(other.task.name for other in self.service.tasks)
-            message = f"A prompt that is none of {names} (GET /v1/task) is answered without a persona."
+            message = f"The prompt does not match {names}, so it gets no persona. GET /v1/task lists the wordings."
             raise RequestError(message, code="not_the_task")
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
@@ -75,31 +75,32 @@ class Explainer:
         return explanation
 
     async def drift(self, tenant: str, user: str, *, since: date, until: date) -> dict[str, Any]:
-        """Say how far a user's persona moved between the evenings of two days."""
+        """Measure how far a user's persona moved from the end of one day to the end of another."""
         if since > until:
-            raise RequestError("`since` is a day before `until`.", code="invalid_value")
-        moved = await self.service.slow.run(tenant, user, self._drift, tenant, user, since=since, until=until)
-        return {name: None if value != value else value for name, value in asdict(moved).items()}  # JSON has no NaN
+            raise RequestError("`since` must not be after `until`.", code="invalid_value")
+        result = await self.service.slow.run(tenant, user, self._drift, tenant, user, since=since, until=until)
+        return {name: None if value != value else value for name, value in asdict(result).items()}  # JSON has no NaN
 
     def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
-        """A user's items that are used and their vectors, of one version of the history."""
+        """Return the items that the plug uses, and their vectors, from one version of the history."""
         for _ in range(3):
             version = self.store.version(tenant, user)
             items = self.store.list_items(tenant, user, latest=latest)
             history = self.store.load_history(tenant, user, latest=latest)
             if not version or not items:
-                raise MissingData("The tenant has no such user, or the user no items.")
+                raise MissingData("The tenant has no such user, or the user has no items.")
             if history.version == version == self.store.version(tenant, user):
-                known = self.personas.plug.known_items(history.kind_ids)
-                return [items[index] for index in known], history.select(known)
-        raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
+                used_rows = self.personas.plug.known_items(history.kind_ids)
+                return [items[row] for row in used_rows], history.select(used_rows)
+        message = "The user's history changed during the request. Try again."
+        raise RequestError(message, http_status=409, code="busy")
 
     def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
 
     def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
-        """The persona of the whole history, of none, and without each item."""
+        """Return the personas of the whole history, of an empty history, and of the history without each item."""
         histories = [history, history.select(slice(0)), *leave_one_out(history)]
         return [self._soft(query, part) for part in histories]
 
@@ -122,11 +123,11 @@ class Explainer:
 async def _effects(
     measure: Callable[..., Awaitable[list[float]]], make_softs: Callable[[], Awaitable[list[SoftPrompt]]]
 ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
-    """log p of an answer with the persona, the population's and none, and what it loses without each item."""
-    (plain,) = await measure(softs=[None])  # first, because an engine may refuse
-    persona, population, *without = await measure(softs=await make_softs())
+    """Return log p of an answer with the persona, with the population's and plain, and the effect of each item."""
+    (plain,) = await measure(softs=[None])  # first, because the engine may not support it
+    persona, population, *without_item = await measure(softs=await make_softs())
     likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
-    return likelihoods, persona - np.array(without)
+    return likelihoods, persona - np.array(without_item)
 
 
 def _can_ask(prompt: Prompt) -> Callable[[TaskKind], bool]:

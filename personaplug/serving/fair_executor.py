@@ -1,4 +1,4 @@
-"""FairExecutor: threads that tenants share fairly, and within a tenant its users."""
+"""FairExecutor: a thread pool that tenants share fairly, and within a tenant its users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MAX_TAGS = 1000  # users whose tags a tenant keeps; those with waiting jobs are fewer
+_MAX_TAGS = 1000  # users of a tenant with a stored tag; fewer users have waiting jobs
 
 
 @dataclass(eq=False)
@@ -20,39 +20,39 @@ class _Job:
     tenant: str
     user: str
     cost: float
-    tag: float  # the tenant's clock when the job would end if all users were served at once; small tags go first
+    tag: float  # virtual finish time on the tenant's clock; the smallest tag goes first
     work: Callable[[], Any]
     result: asyncio.Future[Any]
 
 
 @dataclass(eq=False)
 class _Tenant:
-    """What a tenant with waiting or running jobs has used, in units of cost."""
+    """Usage of a tenant with waiting or running jobs, in units of cost."""
 
     used: float
-    clock: float = 0.0  # what a user has used who takes part since the tenant's first job
+    clock: float = 0.0  # virtual time: usage of a user who has had jobs since the tenant's first job
     last_tags: dict[str, float] = field(default_factory=dict)  # by user
     running: list[str] = field(default_factory=list)  # the users of running jobs
     waiting: list[_Job] = field(default_factory=list)
 
     def note_tag(self, user: str, tag: float) -> None:
-        if len(self.last_tags) > _MAX_TAGS:  # those of the past have no effect
+        if len(self.last_tags) > _MAX_TAGS:  # tags before the clock have no effect
             self.last_tags = {name: last for name, last in self.last_tags.items() if last > self.clock}
         self.last_tags[user] = tag
 
 
 class FairExecutor:
-    """Runs functions in threads: the tenant that used least goes next, and of its jobs the one with the least to do.
+    """Runs functions in threads: the tenant with the least usage goes next, with its job that has the smallest tag.
 
-    A tenant leaves one thread to others, and a user two, so that a small job never waits for many large ones. Bound to
-    the event loop that uses it. A job that is cancelled while it waits is not run.
+    One tenant leaves a thread to others, and one user two, so that a small job never waits for many large ones. An
+    executor belongs to one event loop. It does not run a job that is cancelled while it waits.
     """
 
     def __init__(self, threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._max_per_tenant, self._max_per_user = max(1, threads - 1), max(1, threads - 2)
         self._idle_threads = threads
-        self._clock = 0.0  # what the tenant whose job started last had used
+        self._clock = 0.0  # usage of the tenant whose job started last
         self._tenants: dict[str, _Tenant] = {}
 
     async def run(self, tenant: str, user: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -60,7 +60,7 @@ class FairExecutor:
         return await self.run_weighted(tenant, user, partial(work, *args, **kwargs), cost=1)
 
     async def run_weighted(self, tenant: str, user: str, work: Callable[[], T], *, cost: float) -> T:
-        """Run a function whose cost says how long it takes, compared with others."""
+        """Run a function; `cost` is its expected duration relative to other functions."""
         share = self._tenants.setdefault(tenant, _Tenant(self._clock))
         tag = max(share.clock, share.last_tags.get(user, 0.0)) + cost
         share.note_tag(user, tag)
@@ -108,7 +108,7 @@ class FairExecutor:
             error = outcome.exception()
             job.result.set_exception(error) if error else job.result.set_result(outcome.result())
         else:
-            outcome.exception()  # nobody waits for it any more
+            outcome.exception()  # marks the error as retrieved, so that asyncio does not log it
         self._start_jobs()
 
     def _drop_if_idle(self, tenant: str) -> None:

@@ -1,4 +1,4 @@
-"""JSON bodies: bounds that are checked before anything is built from them, and parsing outside the event loop."""
+"""JSON bodies: check their limits before parsing, and parse them outside the event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personaplug.errors import RequestError
 from personaplug.serving.openai_protocol import MAX_DEPTH
 
 MAX_VALUES = 50_000
-"""Values, keys and containers of one body. 1,000 items with ten fields have 21,000."""
+"""Maximum values, keys and containers of one body. 1,000 items with ten fields have 21,000."""
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BLOCK_BYTES = 64 * 2**10
@@ -26,14 +26,14 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def check_size(body: bytes) -> None:
-    """Check how many values JSON holds and how deep they are nested, in a time that grows with its length alone."""
+    """Check the number of values and the nesting depth of JSON, in time linear in its length."""
     strings = values = depth = 0
     for quotes, structure in _blocks(body):
         brackets = structure.translate(None, _NO_BRACKETS)
         strings += quotes // 2
         values += structure.count(b",") + structure.count(b":") + len(brackets)
         if max(strings, values) > MAX_VALUES:
-            message = f"A body holds at most {MAX_VALUES:,} values."
+            message = f"A body may have at most {MAX_VALUES:,} values. Send a smaller one."
             raise RequestError(message, http_status=413, code="too_many_values")
         depths = list(accumulate(map(_STEPS.__getitem__, brackets), initial=depth))
         depth = depths[-1]
@@ -42,24 +42,25 @@ def check_size(body: bytes) -> None:
 
 
 def _blocks(body: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of quotes and what is outside of strings, in blocks: other threads run between them."""
+    """Yield the number of quotes and the text outside of strings, block by block, so that other threads can run."""
     is_in_string, escape = False, b""
     for start in range(0, len(body), _BLOCK_BYTES):
         block = escape + body[start : start + _BLOCK_BYTES]
-        escape = b"\\" if (len(block) - len(block.rstrip(b"\\"))) % 2 else b""  # its second half is in the next block
-        # Without escapes, quotes only stand around strings.
+        # The character behind a final backslash is in the next block.
+        escape = b"\\" if (len(block) - len(block.rstrip(b"\\"))) % 2 else b""
+        # Once escapes are removed, every quote begins or ends a string.
         parts = block.removesuffix(escape).replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         yield len(parts) - 1, b"".join(parts[is_in_string::2])
         is_in_string ^= len(parts) % 2 == 0
 
 
 def parse_body(body: bytes, model: TypeAdapter[Any]) -> Any:
-    """Parse and validate a body; RequestError or RequestValidationError if it is not as the model says."""
+    """Parse and validate a body; RequestError if it is not JSON, RequestValidationError if the model refuses it."""
     check_size(body)
     try:
         value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it holds what JSON or UTF-8 does not allow"
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8, or a number is too long"
         raise RequestError(f"The body is not valid JSON: {reason}.", http_status=422, code="invalid_json") from None
     try:
         return model.validate_python(value)
@@ -69,15 +70,17 @@ def parse_body(body: bytes, model: TypeAdapter[Any]) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; a key that stands twice has two values, of which a proxy may have read the other one."""
+    """Build an object; refuse a duplicate key, because a proxy may have read its other value."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise RequestError("An object of the body has the same key twice.", http_status=422, code="invalid_json")
+        raise RequestError(
+            "An object of the body has a duplicate key. Send each key once.", http_status=422, code="invalid_json"
+        )
     return values
 
 
 class JsonRoute(APIRoute):
-    """A route that parses its body in a thread, in the caller's turn, so that no body holds up the event loop."""
+    """A route that parses its body in threads that tenants share fairly, so that no body blocks the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         handle = super().get_route_handler()
@@ -96,7 +99,7 @@ class JsonRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """A request whose body was parsed; the route's own validation passes an instance of the model on."""
+    """A request with a parsed body. FastAPI's validation accepts the model instance unchanged."""
 
     value: Any = None
 

@@ -1,4 +1,4 @@
-"""Replies that may be large: a page at a time, written in a thread, read by the caller before the next one is made."""
+"""Large JSON replies, streamed page by page. A thread writes each page after the client has read the last one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from personaplug.serving.openai_protocol import to_json
 from personaplug.serving.service import Service
 
 _ITEMS_PER_PAGE = 100
-_PIECE_BYTES = 64 * 2**10  # what a connection may hold that was not read
+_PIECE_BYTES = 64 * 2**10  # largest chunk that a connection has to buffer
 
 
 def json_pages(head: Mapping[str, Any], items: Sequence[Mapping[str, Any]], *, name: str = "items") -> Iterator[bytes]:
-    """Yield the pages of a JSON object whose last value is the list of items, under this name."""
+    """Yield the pages of a JSON object whose last field, `name`, is the list of items."""
     yield to_json(head).removesuffix(b"}") + f',"{name}":['.encode()
     for start in range(0, len(items), _ITEMS_PER_PAGE):
         page = b",".join(map(to_json, items[start : start + _ITEMS_PER_PAGE]))
@@ -24,7 +24,7 @@ def json_pages(head: Mapping[str, Any], items: Sequence[Mapping[str, Any]], *, n
 
 
 async def stream_json(service: Service, tenant: str, user: str, *, pages: Iterator[bytes | str]) -> StreamingResponse:
-    """Send pages of JSON. An error of the first two becomes the reply; a later one ends the connection."""
+    """Stream pages of JSON. An error in the first two pages becomes the reply; a later one closes the connection."""
     first = [await service.slow.run(tenant, user, next, pages, b"") for _ in range(2)]
 
     async def pieces() -> AsyncGenerator[bytes]:

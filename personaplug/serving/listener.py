@@ -1,4 +1,4 @@
-"""Bind the server's address before the models are loaded: a taken port is an error of the first second."""
+"""Bind the server's address before the models are loaded, so that a port in use is reported at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from personaplug.errors import ConfigError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address; it does not listen yet, so callers are refused until it does.
-
-    Raises:
-        ConfigError: if the port is taken or the address is none of this machine's.
-    """
+    """Return a socket bound to an address. It refuses connections until the server listens on it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -22,7 +18,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise ConfigError(_reason(host, port, error)) from error
     try:
-        if os.name != "nt":  # there, the option would share a port that is in use
+        if os.name != "nt":  # on Windows, SO_REUSEADDR would share a port that is in use
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
@@ -34,6 +30,6 @@ def bind(host: str, port: int) -> socket.socket:
 def _reason(host: str, port: int, error: Exception) -> str:
     cause = getattr(error, "strerror", None) or error
     return (
-        f"The address {host}:{port} cannot be served ({cause}). Give another --port (0 = a free one) or --host, or "
-        f"stop the program that uses it."
+        f"Cannot listen on {host}:{port} ({cause}). Choose another --port (0 = any free port) or --host, or stop the "
+        f"program that uses the port."
     )

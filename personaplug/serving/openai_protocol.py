@@ -1,6 +1,6 @@
 """OpenAI's wire format: validated requests, replies and stream events.
 
-Fields that are not declared here stay in `model_extra`; each engine has a list of those that it acts on.
+Undeclared fields stay in `model_extra`. Each engine lists the fields that it supports.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ HARMLESS = frozenset((
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "prediction",
 ))  # fmt: skip
-"""Fields that change no answer: they are accepted, and no engine gets them."""
+"""Fields that do not affect the answer. They are accepted, but not passed to the engine."""
 
 MAX_DEPTH = 100
-"""Levels of nested lists and objects in a body."""
+"""Maximum nesting depth of lists and objects in a body."""
 
 _MAX_MESSAGES = 2048
-_MAX_FIELDS = 128  # that are not declared here
-_SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these are halves
+_MAX_FIELDS = 128  # undeclared fields of one object
+_SURROGATE = re.compile("[\ud800-\udfff]")  # matches lone surrogates, because Python joins pairs
 
 
 def json_leaves(value: object) -> Iterator[object]:
@@ -71,18 +71,18 @@ def json_leaves(value: object) -> Iterator[object]:
 
 
 def check_json(value: T) -> T:
-    """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
+    """Return a parsed JSON value; RequestError if it cannot be serialized again."""
     for leaf in json_leaves(value):
         if _SURROGATE.search(leaf) if isinstance(leaf, str) else isinstance(leaf, float) and not math.isfinite(leaf):
-            message = "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent."
+            message = "The request contains NaN, Infinity or a lone surrogate, which JSON cannot represent."
             raise RequestError(message, code="invalid_value")
     return value
 
 
 def check_name(text: str) -> str:
-    """Return an id by the rule of all ids; no dot segment, since to delete an item `..` would erase its user."""
+    """Return a valid id; refuse dot segments, because DELETE of the item `..` would erase the user."""
     if text in (".", ".."):
-        raise ValueError("an id is part of paths: it is neither . nor ..")
+        raise ValueError("an id must not be `.` or `..`, because ids are part of paths")
     return as_id(text, "an id")
 
 
@@ -106,7 +106,7 @@ _OnePrompt = str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
 
 class PersonaOptions(BaseModel):
-    """Options for personaplug itself; the engine does not get them."""
+    """Options of personaplug. They are not passed to the engine."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -114,13 +114,13 @@ class PersonaOptions(BaseModel):
         default=None,
         ge=0,
         le=MAX_PERSONA_SCALE,
-        description="How far to go from what is common to all users to the user's own; 0 = plain model.",
+        description="Strength of the persona: 1 = the user's persona, 0 = plain model.",
     )
-    free: bool = Field(default=False, description="Write freely even if the task has a closed set of answers.")
-    user: Name | None = Field(default=None, description="Whose persona to use, as `user`.")
+    free: bool = Field(default=False, description="Generate free text even if the task has labels.")
+    user: Name | None = Field(default=None, description="The user whose persona to apply, like `user`.")
     probabilities: bool = Field(
         default=False,
-        description="Say how probable each label of a closed set is; of ratings also the median and the mean.",
+        description="Return the probability of each label; for ratings also the median and the mean.",
     )
 
 
@@ -130,7 +130,8 @@ class _OpenModel(BaseModel):
     @model_validator(mode="after")
     def _check_extra(self) -> Self:
         if len(self.model_extra or {}) > _MAX_FIELDS:
-            raise RequestError(f"An object has at most {_MAX_FIELDS} fields.", code="invalid_value")
+            message = f"An object may have at most {_MAX_FIELDS} additional fields."
+            raise RequestError(message, code="invalid_value")
         check_json(self.model_extra)
         return self
 
@@ -141,7 +142,7 @@ class Message(_OpenModel):
 
     @property
     def text(self) -> str:
-        """The content's text; text parts are joined by line breaks."""
+        """The text of the content. Text parts are joined by line breaks."""
         if not isinstance(self.content, list):
             return self.content or ""
         texts = [part.get("text") for part in self.content if part.get("type") == "text"]
@@ -155,34 +156,34 @@ class _GenerationRequest(_OpenModel, ABC):
     kind: ClassVar[Kind]
 
     model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
-        None, description="One of /v1/models; the only one may be left out."
+        None, description="A name that GET /v1/models lists. Optional if there is one model."
     )
-    user: Name | None = Field(None, description="Whose persona to use.")
-    safety_identifier: Name | None = Field(None, description="Whose persona to use, as `user`.")
-    metadata: _JsonObject | None = Field(None, description="Its `user_id` names the user, as `user`.")
+    user: Name | None = Field(None, description="The user whose persona to apply.")
+    safety_identifier: Name | None = Field(None, description="The user whose persona to apply, like `user`.")
+    metadata: _JsonObject | None = Field(None, description="`user_id` is the user whose persona to apply, like `user`.")
     stream: bool | None = False
     personaplug: PersonaOptions = Field(default_factory=PersonaOptions)
 
     @property
     @abstractmethod
     def prompt_text(self) -> str:
-        """The text that the task's wording is looked for in."""
+        """The text that is matched against the task's wordings."""
 
     @property
     @abstractmethod
     def characters(self) -> int:
-        """Length of all texts that the model reads."""
+        """Number of characters of all texts that the model reads."""
 
     @abstractmethod
     def can_ask(self, kind: TaskKind) -> bool:
-        """True if the request may ask what a task of this kind asks, with `prompt_text`."""
+        """True if `prompt_text` may be a prompt of a task of this kind."""
 
     def to_openai(self) -> dict[str, Any]:
-        """The fields that the caller gave, without those that change no answer and without `personaplug`."""
+        """Return the fields that the caller set, without `personaplug` and the harmless fields."""
         return self.model_dump(exclude_unset=True, exclude={"personaplug", *HARMLESS})
 
     def named_user(self, header: str | None, *, key_user: str | None = None) -> str | None:
-        """Whose persona to use: the one user that key, header and body name; RequestError if they name two."""
+        """Return the user that the key, the header or the body names; RequestError if they name different users."""
         names = {
             "the API key": key_user,
             USER_HEADER: None if header is None else _check_user(_decode_header(header), USER_HEADER),
@@ -191,11 +192,11 @@ class _GenerationRequest(_OpenModel, ABC):
             "safety_identifier": self.safety_identifier,
             "metadata.user_id": _user_of_metadata(self.metadata),
         }
-        given = {source: name for source, name in names.items() if name is not None}
-        if len(set(given.values())) > 1:
-            sources = " and ".join(given)
-            raise RequestError(f"The request names different users in {sources}; name one.", code="user")
-        return next(iter(given.values()), None)
+        user_by_source = {source: name for source, name in names.items() if name is not None}
+        if len(set(user_by_source.values())) > 1:
+            sources = " and ".join(user_by_source)
+            raise RequestError(f"The request names different users in {sources}. Name one user.", code="user")
+        return next(iter(user_by_source.values()), None)
 
 
 class ChatRequest(_GenerationRequest):
@@ -214,7 +215,7 @@ class ChatRequest(_GenerationRequest):
         return sum(len(message.text) for message in self.messages)
 
     def can_ask(self, kind: TaskKind) -> bool:
-        """True if a user has the last word; in a task of conversations also only if the model is offered no tools."""
+        """True if the last message is a user's and, in a chat task, the request offers no tools."""
         return self.messages[-1].role == "user" and not (kind == "chat" and self._offers_tools)
 
     @property
@@ -233,7 +234,7 @@ class CompletionRequest(_GenerationRequest):
         return self.prompt
 
     def can_ask(self, kind: TaskKind) -> bool:
-        """True outside conversations: a text that goes on is no message that is answered."""
+        """False for chat tasks, because the model continues a text here and does not answer a message."""
         return kind != "chat"
 
     @property
@@ -242,11 +243,11 @@ class CompletionRequest(_GenerationRequest):
 
 
 def _decode_header(value: str) -> str:
-    """Return a header's text: UTF-8, percent-encoded as in paths or not."""
+    """Decode a header as UTF-8, with or without percent-encoding."""
     try:
         return unquote(value.encode("latin-1").decode("utf-8"), errors="strict")
     except UnicodeError:
-        raise RequestError(f"{USER_HEADER} is not UTF-8.", http_status=422, code="invalid_value") from None
+        raise RequestError(f"The header {USER_HEADER} is not UTF-8.", http_status=422, code="invalid_value") from None
 
 
 def _user_of_metadata(metadata: Mapping[str, Any] | None) -> str | None:
@@ -271,7 +272,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """The body of every reply that is not 2xx."""
+    """The body of every error response."""
 
     error: ErrorBody
 
@@ -282,7 +283,7 @@ def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
 
 
 def first_error(errors: Sequence[Any]) -> str:
-    """Pydantic's first error: field and reason, without the value."""
+    """Format pydantic's first error as field and reason, without the value."""
     return f"{'.'.join(map(str, errors[0]['loc']))}: {errors[0]['msg']}"
 
 
@@ -291,7 +292,7 @@ def to_json(body: Mapping[str, Any]) -> bytes:
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the object that a reply holds; None if it is anything else."""
+    """Parse a reply as a JSON object; return None if it is anything else."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -305,7 +306,7 @@ def event(body: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """The log-probability of an answer from a closed set, as one token, and those of the `top` likeliest labels."""
+    """Log-probabilities of a label answer and of the `top` likeliest labels; each label counts as one token."""
 
     answer: str
     labels: Mapping[str, float]
@@ -333,7 +334,7 @@ def _token_logprob(label: str, value: float) -> dict[str, Any]:
 
 
 def _finite(logprob: float) -> float:
-    """OpenAI's number for what is all but impossible, in place of −inf, which JSON does not have."""
+    """Replace −inf, which JSON cannot represent, with OpenAI's lowest log-probability."""
     return max(logprob, -9999.0)
 
 
@@ -354,13 +355,13 @@ class ReplyFormatter:
     def chunk(
         self, delta: dict[str, str], *, reason: str | None = None, logprobs: Logprobs | None = None
     ) -> dict[str, Any]:
-        """A piece with what is new: `content` and, in a chat's first chunk, `role`; nothing in the last chunk."""
+        """Build a chunk. `delta` has new `content`, and in a chat's first chunk `role`; the last one is empty."""
         content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
         return self._body(content, "chat.completion.chunk", reason, logprobs)
 
     def _body(
         self, content: dict[str, Any], chat_object: str, reason: str | None, logprobs: Logprobs | None
     ) -> dict[str, Any]:
-        given = None if logprobs is None else logprobs.to_chat() if self.is_chat else logprobs.to_completion()
-        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": given}
+        fields = None if logprobs is None else logprobs.to_chat() if self.is_chat else logprobs.to_completion()
+        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": fields}
         return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": [choice]}

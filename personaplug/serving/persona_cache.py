@@ -1,6 +1,6 @@
 """PersonaCache: soft tokens for live users, made from the histories in a store.
 
-The Personalizer is the one that evaluations use, so what is served is what was measured.
+It uses the Personalizer of the evaluation, so the served personas are the evaluated ones.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from personaplug.plug.personalizer import Personalizer
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings, Ticket
 
 Fallback = Literal["population", "plain"]
-"""What users without a history get: what is common to all users, or the plain model."""
+"""The persona of users without a history: the population's, or none (plain model)."""
 
 Applied = Literal["user", "population", "plain"]
-"""Whose persona a request gets; users with few items get that of the population."""
+"""The persona that a request got. Users with few items get the population's."""
 
 BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
 
-_ENTRY_BYTES = 1024  # of an entry, beside its arrays
+_ENTRY_BYTES = 1024  # size of an entry without its arrays
 
 
 @dataclass(frozen=True)
 class Persona:
-    """Soft tokens for one request, and what the reply says of them."""
+    """Soft tokens for one request, with the facts that the reply's headers report."""
 
     soft: SoftPrompt | None  # (1, S, D); None = the plain model answers
     applied: Applied
     items: int  # length of the history
     persona_scale: float
-    cached: bool = False  # whether the history was in the cache, unchanged
+    cached: bool = False  # True if the cache had the current version of the history
     phrases: UserNgramCache | None = None
 
 
@@ -54,11 +54,11 @@ class _Entry:
 
     version: int
     items: int
-    is_cold: bool  # too few items for a persona
+    is_cold: bool  # too few items for the user's own persona
     phrases: UserNgramCache | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
-    first_day: int = 0  # that the history goes back to
+    first_day: int = 0  # first day of the history under the store's retention rules
 
     @property
     def bytes(self) -> int:
@@ -67,14 +67,14 @@ class _Entry:
 
 
 class PersonaCache:
-    """Makes personas and caches what does not depend on the query; for several threads at once.
+    """Computes personas and caches all that does not depend on the query. Thread-safe.
 
-    An entry is used only while the store gives the same version of the history, so the next request sees every write
-    and erasure, also by other processes.
+    An entry is valid only while the store reports the same version of the history. The next request therefore sees
+    every write and erasure, including those of other processes.
 
     Args:
-        fallback: what requests get without a user, or whose user has no history.
-        build_phrases: builds phrases of a user's own answers, for an engine that mixes them in.
+        fallback: the persona of requests without a user or whose user has no history.
+        build_phrases: builds an n-gram cache of a user's answers, for engines that support phrases.
     """
 
     def __init__(
@@ -87,15 +87,17 @@ class PersonaCache:
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if fallback not in get_args(Fallback):
-            raise ConfigError(f"fallback is one of {', '.join(get_args(Fallback))}; found {fallback!r}.")
+            raise ConfigError(f"fallback must be one of {', '.join(get_args(Fallback))}; found {fallback!r}.")
         if not 0 <= personalizer.persona_scale <= MAX_PERSONA_SCALE:
-            raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
+            raise ConfigError(
+                f"persona_scale must be between 0 and {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}."
+            )
         if build_phrases is not None and not store.settings.keep_text:
-            raise StoreConflict("Phrases need the items' texts, and the store keeps none. Make one with keep_text.")
+            raise StoreConflict("Phrases need the items' texts, but the store has none. Create a store with keep_text.")
         check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
         self.fallback, self._build_phrases = fallback, build_phrases
-        self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: its cache is for one thread
+        self.plug_lock = threading.Lock()  # for computing soft tokens, because the plug is not thread-safe
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
@@ -109,10 +111,10 @@ class PersonaCache:
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:
-        """Make the soft tokens for a query of the ticket's user, or of nobody in particular.
+        """Compute the soft tokens for a query of the ticket's user or, without a ticket, of no user.
 
-        `persona_scale` 0 = plain model. A user who is erased meanwhile raises UserErased: no persona of an erased
-        history leaves here. Without a ticket, the store is not asked.
+        `persona_scale` 0 = plain model. Raise UserErased if the user is erased meanwhile, so that no persona of an
+        erased history is returned. Without a ticket, the store is not read.
         """
         default_scale = self.personalizer.persona_scale
         scale = default_scale if persona_scale is None else persona_scale
@@ -130,7 +132,7 @@ class PersonaCache:
         return Persona(soft, applied, entry.items, scale, cached, entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:
-        """Drop an erased user's entry at once."""
+        """Drop the entry of an erased user."""
         with self._entries_lock:
             self._erasures += 1
             self._entries.pop((tenant, user), None)
@@ -151,14 +153,14 @@ class PersonaCache:
             entry, erasures = self._entries.get((tenant, user)), self._erasures
         if entry is not None and (entry.version, entry.first_day) == (version, first_day):
             return entry, True
-        if not version:  # unknown, or erased by another process
+        if not version:  # the user is unknown, or another process erased the user
             self.forget(tenant, user)
             return self._population, False
         history, phrases = self._read(ticket), self._phrases_of(tenant, user)
         entry = replace(self._entry(history, phrases=phrases), first_day=first_day)
         self.store.check(ticket)
         with self._entries_lock:
-            # A history that was read before an erasure may be the erased one.
+            # Do not cache a history that was read before an erasure, because it may be the erased one.
             if self._erasures == erasures and entry.bytes <= self._entries.maxsize:
                 self._entries[tenant, user] = entry
         return entry, False
@@ -194,24 +196,24 @@ def _empty_history(plug: PersonaPlug) -> StoredHistory:
 
 
 def check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
-    """Raise EncoderMismatch or StoreConflict unless a plug can read the histories of a store."""
+    """Check that a plug can read the histories of a store; EncoderMismatch or StoreConflict if it cannot."""
     settings, config = store.settings, plug.config
     if not store.identity.same_items_as(plug.spec.encoder):
         raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())
     if settings.encodes_answers != config.encodes_answers:
         kinds = ["of items without the user's answer", "of whole items"]
         raise StoreConflict(
-            f"The plug reads vectors {kinds[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
-            f"store keeps vectors {kinds[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
+            f"The plug reads vectors {kinds[config.encodes_answers]} (answer_channel={config.answer_channel}), but the "
+            f"store has vectors {kinds[settings.encodes_answers]}. Create a store with `store_settings(plug)`."
         )
     if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(
-            f"The plug knows {len(plug.spec.labels)} labels as answers; the store was made with other ones "
-            f"({len(settings.labels)}). Make a store with `store_settings(plug)`."
+            f"The plug has {len(plug.spec.labels)} labels; the store was created with other labels "
+            f"({len(settings.labels)}). Create a store with `store_settings(plug)`."
         )
 
 
 def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
-    """The settings of a store for a plug's histories. Phrases, and explanations with texts, need `keep_text`."""
+    """Return the store settings for a plug's histories. Phrases and explanations with texts need `keep_text`."""
     labels = plug.spec.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

@@ -1,4 +1,4 @@
-"""Readiness: whether the engine and the store would answer now."""
+"""Readiness: check that the engine and the store answer."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from personaplug.serving.service import Service
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3
-_MAX_AGE_S = 1.0  # of a good outcome that is given again
+_MAX_AGE_S = 1.0  # of a successful check that is reused
 
 
 class Readiness:
-    """Asks the engine and the store, once for all who want to know at the same time.
+    """Checks the engine and the store. Concurrent calls share one check.
 
-    It has a thread of its own, because a database that hangs may hold all others.
+    It uses a separate thread, because a database that hangs may block all other threads.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-ready")
-        self._question: asyncio.Task[PersonaPlugError | None] | None = None
+        self._running_check: asyncio.Task[PersonaPlugError | None] | None = None
         self._was_ready_at = float("-inf")
 
     async def check(self) -> None:
-        """Return if the server would answer; EngineFailure or StorageError if not."""
+        """Check that the server can answer; EngineFailure or StorageError if it cannot."""
         if time.monotonic() - self._was_ready_at <= _MAX_AGE_S:
             return
-        question = self._question = self._question or asyncio.create_task(self._ask())
-        await asyncio.wait({question}, timeout=_TIMEOUT_S)
-        if not question.done():
+        check = self._running_check = self._running_check or asyncio.create_task(self._find_failure())
+        await asyncio.wait({check}, timeout=_TIMEOUT_S)
+        if not check.done():
             raise StorageError("The store does not answer.")
-        self._question = None
-        if failure := question.result():
+        self._running_check = None
+        if failure := check.result():
             raise failure
         self._was_ready_at = time.monotonic()
 
-    async def _ask(self) -> PersonaPlugError | None:
+    async def _find_failure(self) -> PersonaPlugError | None:
         try:
             if not await self._service.engine.is_ready():
                 return EngineFailure("The language model is not ready.")
@@ -49,7 +49,7 @@ class Readiness:
         except PersonaPlugError as error:
             return error
         except Exception as error:
-            logger.error("readiness: %s", type(error).__name__)
+            logger.error("readiness check failed: %s", type(error).__name__)
             return StorageError("The store does not answer.")
         return None
 

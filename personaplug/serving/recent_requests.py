@@ -1,6 +1,6 @@
-"""Recent requests: what users asked and were answered, so that their feedback can become history.
+"""Recent requests and their answers, so that feedback on them can become history.
 
-Requests stay in memory, within bounds of time and size, and are written nowhere.
+Requests stay in memory, within limits of time and size, and are never written to disk.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from personaplug.store.tickets import Ticket
 
 _MAX_BYTES = 64 * 2**20
 _TTL_S = 24 * 3600
-_ENTRY_BYTES = 512  # of an entry, beside its texts
+_ENTRY_BYTES = 512  # size of an entry without its texts
 
 
 def unknown_request() -> RequestError:
     return RequestError(
-        "No request of this id is known for this user: requests are kept for a while, until the server restarts. "
-        "Add an item with its text instead.",
+        "This user has no recent request with this id. The server keeps requests for a limited time, and not across "
+        "restarts. Add the item with its fields instead.",
         http_status=404,
         code="unknown_request",
     )
@@ -33,10 +33,10 @@ class RecentRequest:
     """A request that feedback may refer to.
 
     Attributes:
-        query: empty for a request outside the task, of which no item can be made.
-        ticket: of the request; the store refuses it if any process has erased the user since.
-        answer: the model's own text; None while it streams, and if it was cut off, too long, or one of several.
-        task: the name of the task that it was answered by.
+        query: empty for a request that matches no task and so cannot become an item.
+        ticket: the request's ticket; the store refuses it if any process has erased the user since.
+        answer: the model's text; None while it streams, and if it was cut off, too long, or one of several.
+        task: the name of the task that answered the request.
     """
 
     query: str
@@ -50,27 +50,27 @@ class RecentRequest:
 
 
 class RecentRequests:
-    """Recent requests with the text of their answers, for one event loop. The oldest go first."""
+    """Recent requests with the texts of their answers, for one event loop. Evicts the oldest first."""
 
     def __init__(self) -> None:
         self._entries: TTLCache[tuple[str, str, str], RecentRequest] = TTLCache(
             _MAX_BYTES, _TTL_S, getsizeof=lambda request: request.bytes
         )  # by tenant, user and request id
-        self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
+        self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # `time.monotonic()` of the erasure
 
     def add(self, ticket: Ticket, *, request_id: str, query: str, answer: str | None = None, task: str = "") -> None:
-        """Keep a request, unless it is too large or its user was forgotten after the request came."""
+        """Store a request, unless it is too large or its user was forgotten after the request arrived."""
         if self._erased.get((ticket.tenant, ticket.user), -1.0) < ticket.taken_at:
             self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, answer, task))
 
     def set_answer(self, ticket: Ticket, *, request_id: str, answer: str) -> None:
-        """Keep the answer to a request, if the request is still kept."""
+        """Store the answer to a request, if the request is still stored."""
         key = (ticket.tenant, ticket.user, request_id)
         if request := self._entries.get(key):
             self._set(key, replace(request, answer=answer))
 
     def find(self, tenant: str, user: str, *, request_id: str) -> RecentRequest:
-        """Return a user's request; RequestError if it is not kept."""
+        """Return a user's request; RequestError if it is not stored."""
         request = self._entries.get((tenant, user, request_id))
         if request is None:
             raise unknown_request()

@@ -1,4 +1,4 @@
-"""The text of a reply, from its JSON or from its events as they pass, so that feedback can refer to it."""
+"""Extract the text of a reply from its JSON or its stream of events, so that feedback can refer to it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from personaplug.serving.engines.base import EventStream
 from personaplug.serving.openai_protocol import DONE, json_object
 
-_MAX_BODY_BYTES = 2**20  # longer ones are mostly log-probabilities, and parsing them would hold up the event loop
+_MAX_BODY_BYTES = 2**20  # longer bodies are mostly log-probabilities, and parsing them would block the event loop
 _MAX_CHARACTERS = 100_000
 
 
 def text_of_reply(body: bytes) -> str | None:
-    """Return the text of a reply in one piece; None if it has none, has several choices, or is too long."""
+    """Return the text of a complete reply; None if it has no text or several choices, or is too long."""
     reply = json_object(body) if len(body) <= _MAX_BODY_BYTES else None
     texts = _texts(reply, "message") if reply else None
     return _bounded(texts[0]) if texts and len(texts) == 1 else None
 
 
 class WatchedStream(EventStream):
-    """Passes events on, and calls `on_text` with their text when they end as a whole answer of one choice."""
+    """Forwards events, and calls `on_text` with their text if they end as a complete answer with one choice."""
 
     def __init__(self, stream: EventStream, *, on_text: Callable[[str], None]) -> None:
         self._stream, self._on_text = stream, on_text
-        self._text: str | None = ""  # None = it is not kept
+        self._text: str | None = ""  # None = the text is not collected any more
 
     async def __anext__(self) -> bytes:
         event = await anext(self._stream)
@@ -48,7 +48,7 @@ class WatchedStream(EventStream):
 
 
 def _texts(body: Mapping[str, Any], field: str) -> list[str] | None:
-    """Return the text of each choice; None if there is another choice than the first, or no choices at all."""
+    """Return the text of each choice; None if there is no list of choices, or a choice with another index than 0."""
     choices = body.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         return None

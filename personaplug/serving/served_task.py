@@ -1,4 +1,4 @@
-"""A task that a service answers: its prompts, and the personas of its plug."""
+"""A task that a service answers: its prompts and the personas of its plug."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from personaplug.serving.persona_cache import PersonaCache
 
 @dataclass(frozen=True, eq=False)
 class ServedTask:
-    """A task, how its prompts are recognized, and the personas that answer them."""
+    """A task's prompts and its personas."""
 
     prompts: TaskPrompts
     personas: PersonaCache
@@ -28,5 +28,5 @@ class ServedTask:
         return self.prompts.task
 
     def describe(self) -> dict[str, Any]:
-        """The task, its wordings and the kinds of items that its plug reads, as JSON."""
+        """Return the task, its wordings and the kinds of items that its plug reads, as JSON."""
         return self.prompts.describe() | {"item_kinds": self.personas.plug.known_kinds}

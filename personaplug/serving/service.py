@@ -1,4 +1,4 @@
-"""Service: replies, histories and erasure for live users, without HTTP."""
+"""Service: replies, histories and erasure for live users, independent of HTTP."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class ServiceReply:
-    """The engine's reply, the persona that it was given, and the id by which feedback refers to it."""
+    """The engine's reply, the persona behind it, and the request id that feedback refers to."""
 
     reply: EngineReply
     persona: Persona
     id: str
-    reason: str = ""  # why the persona is not the user's own
+    reason: str = ""  # why the reply does not use the user's own persona
 
 
 class Service:
-    """Answers users of tenants and keeps their histories.
+    """Answers the users of tenants and stores their histories.
 
     Args:
-        wordings: of the task's prompts; without any, a prompt that holds the task's marker has its wording.
-        apply_off_task: use personas also for prompts that do not ask what the plug's task asks, as in no training.
-        others: further tasks, whose plugs share a persona head with the first one, and whose personas its store.
+        wordings: wordings of the task's prompts; if empty, any prompt with the task's marker is on task.
+        apply_off_task: use personas also for prompts that match no task, although training had no such prompts.
+        others: further tasks. Their plugs share the first plug's persona head, and their personas its store.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Service:
         self.tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
         self.personas, self.store, self.engine = personas, personas.store, engine
         self.apply_off_task = apply_off_task
-        self._has_named_nobody = False
+        self._has_warned_of_no_user = False
         self.recent_requests = RecentRequests()
-        # Encoding, erasing and explaining take long: replies must not wait for them.
+        # Replies must not wait for encoding, erasing or explaining, which take long.
         self.slow = FairExecutor(3, name="personaplug-slow")
-        # A database may hang, and requests without a user must not wait for it.
+        # Requests without a user must not wait for a database that hangs.
         self.store_threads = FairExecutor(16, name="personaplug-store")
         self.persona_threads = FairExecutor(4, name="personaplug-persona")
         self._maintenance = Maintenance(self.store)
@@ -84,12 +84,12 @@ class Service:
         user_header: str | None = None,
         key_user: str | None = None,
     ) -> ServiceReply:
-        """Answer a request with its user's persona. `user_header` and `key_user` name the user as its fields do."""
+        """Answer a request with its user's persona. `user_header` or `key_user` may name the user, like the body."""
         self.check_model(request.model)
         user, options = request.named_user(user_header, key_user=key_user), request.personaplug
         if user is None:
-            self._log_nobody()
-        self.engine.check_length(request.characters)  # before a pattern, a tokenizer or an encoder reads it
+            self._warn_of_no_user()
+        self.engine.check_length(request.characters)  # before a regular expression, a tokenizer or an encoder reads it
         ticket = await self.admit(tenant, user) if user is not None else None
         served, query = await self.find_task(tenant, request.prompt_text, can_ask=request.can_ask)
         choices = served.task.labels if query.is_on_task and not options.free else ()
@@ -113,7 +113,7 @@ class Service:
         return ServiceReply(reply, persona, request_id, self._reason(persona, query, user=user))
 
     async def _check_not_erased(self, ticket: Ticket, reply: EngineReply) -> None:
-        """Withhold a reply that was made with the persona of a user who has been erased meanwhile."""
+        """Withhold a reply if its user has been erased meanwhile."""
         try:
             await self.store_threads.run(ticket.tenant, ticket.user, self.store.check, ticket)
         except BaseException:
@@ -124,55 +124,55 @@ class Service:
     def _remember(
         self, ticket: Ticket, reply: EngineReply, *, request_id: str, query: TaskQuery, task: Task
     ) -> EngineReply:
-        """Keep a request for feedback, and its answer once it is there; return the reply."""
-        about = {"request_id": request_id, "query": query.item_text, "task": task.name}
-        body, keep = reply.body, partial(self.recent_requests.add, ticket, **about)
+        """Store a request for feedback, and its answer once it is complete; return the reply."""
+        fields = {"request_id": request_id, "query": query.item_text, "task": task.name}
+        body, add_request = reply.body, partial(self.recent_requests.add, ticket, **fields)
         if isinstance(body, bytes):
-            keep(answer=text_of_reply(body))
+            add_request(answer=text_of_reply(body))
             return reply
-        keep()
+        add_request()
         on_text = partial(self.recent_requests.set_answer, ticket, request_id=request_id)
         return replace(reply, body=WatchedStream(body, on_text=lambda text: on_text(answer=text)))
 
     async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
-        """Add records with the task's fields to a user's history, all of them or none."""
+        """Add records with the task's fields to a user's history: all records or, after an error, none."""
         ticket = await self.admit(tenant, user)
         add = partial(self._add_records, ticket, records)
         return await self.slow.run_weighted(tenant, user, add, cost=len(records))
 
     async def add_feedback(self, tenant: str, user: str, *, request_id: str, feedback: Feedback) -> ReplaceResult:
-        """Add what a user made of the answer to an earlier request to the history, in place of earlier feedback."""
+        """Add feedback on an earlier request to the user's history. It replaces earlier feedback on that request."""
         request = self.recent_requests.find(tenant, user, request_id=request_id)
         task = next(served.task for served in self.tasks if served.task.name == request.task)
         items = feedback_items(task, request_id, request=request, feedback=feedback)
         replace_items = partial(self.store.replace_items, request.ticket, items, ids=feedback_ids(request_id))
         try:
             return await self.slow.run(tenant, user, replace_items)
-        except UserErased:  # by another process, which has no access to what is kept here
+        except UserErased:  # by another process, which cannot clear the recent requests of this one
             raise unknown_request() from None
 
     async def state_preferences(self, tenant: str, user: str, *, preferences: Sequence[str]) -> ReplaceResult:
-        """Make these sentences the only preferences that a user states."""
+        """Replace the preferences of a user."""
         ticket = await self.admit(tenant, user)
         work = partial(self._state_preferences, ticket, preferences)
         return await self.slow.run_weighted(tenant, user, work, cost=1 + len(preferences))
 
     async def erase_user(self, tenant: str, user: str) -> Receipt:
-        """Remove everything of a user, from memory and files."""
+        """Erase all data of a user from memory and files."""
         self.recent_requests.forget(tenant, user)
         try:
             return await self.store_threads.run(tenant, user, self.store.erase_user, tenant, user)
         finally:
             for served in self.tasks:
                 served.personas.forget(tenant, user)
-            self.recent_requests.forget(tenant, user)  # what was asked while the files were cleared
+            self.recent_requests.forget(tenant, user)  # requests that arrived during the erasure
 
     async def admit(self, tenant: str, user: str) -> Ticket:
-        """Return what a request that has just come needs to store something for a user."""
+        """Return a ticket, which a new request needs to read or write a user's data."""
         return await self.store_threads.run(tenant, user, self.store.admit, tenant, user)
 
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
-        """A stored item in the form in which it can be added again, with its kind and the time of its arrival."""
+        """Return a stored item as fields that can be added again, with its kind and arrival time."""
         fields = record_of(item)
         if not fields and item.label_id >= 0:
             label = self.store.settings.labels[item.label_id]
@@ -185,9 +185,9 @@ class Service:
     async def find_task(
         self, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]
     ) -> tuple[ServedTask, TaskQuery]:
-        """Return the task of a prompt, and the prompt as this task parses it; see `data.task_prompts.find_task`.
+        """Return the task of a prompt, and the parsed prompt; see `data.task_prompts.find_task`.
 
-        A task's pattern may take long, so it is searched outside the event loop.
+        A task's regular expression may take long, so it runs outside the event loop.
         """
         work = partial(find_task, [served.prompts for served in self.tasks], prompt, can_ask=can_ask)
         index, query = await self.persona_threads.run(tenant, "", work)
@@ -197,10 +197,10 @@ class Service:
         return query.is_on_task or self.apply_off_task
 
     def check_model(self, name: str | None) -> None:
-        """Check that the engine has a model of this name; None stands for the only one."""
+        """Check that the engine has a model with this name. None = the only model."""
         models = self.engine.models
         if name not in models and (name is not None or len(models) != 1):
-            message = f"There is no model of this name here; there is: {', '.join(models)}."
+            message = f"There is no model with this name. Use one of {', '.join(models)}."
             raise RequestError(message, http_status=404, code="model_not_found")
 
     async def close(self) -> None:
@@ -220,17 +220,17 @@ class Service:
         items = preference_items(preferences, content_id=self.store.content_id)
         return self.store.replace_preferences(ticket, items)
 
-    def _log_nobody(self) -> None:
-        if not self._has_named_nobody:
-            self._has_named_nobody = True
+    def _warn_of_no_user(self) -> None:
+        if not self._has_warned_of_no_user:
+            self._has_warned_of_no_user = True
             logger.warning(
-                "A request names no user, so it gets what is common to all users (this is said once). A user is named "
-                "by `user`, by a key of the user's own or, if a proxy drops that field, by the header %s.",
+                "A request names no user, so it gets the population persona (logged once). Name the user with `user`, "
+                "with a key of that user or, if a proxy drops the field, with the header %s.",
                 USER_HEADER,
             )
 
     def _reason(self, persona: Persona, query: TaskQuery, *, user: str | None) -> str:
-        """Say in a word why a reply has not its user's own persona; empty = it has."""
+        """Return why a reply does not use its user's own persona; empty if it does."""
         if persona.applied == "user":
             return ""
         if not self.is_personal(query):

@@ -1,4 +1,4 @@
-"""Build a Service from a run's folder: plug, store of histories, engine."""
+"""Build a Service from a run's folder: plug, history store, engine."""
 
 from __future__ import annotations
 
@@ -25,36 +25,34 @@ from personaplug.store.history_store import HistoryStore
 
 logger = logging.getLogger(__name__)
 
-_CACHE_BYTES = 256 * 2**20  # of the personas of all tasks
+_CACHE_BYTES = 256 * 2**20  # for the personas of all tasks
 
 
 def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ()) -> Service:
-    """Load the models and open the store. The engine is not started yet.
+    """Load the models and open the store, but do not start the engine.
 
     Args:
-        others: the runs of further tasks, which share a plug with the first one.
+        others: runs of further tasks that share a plug with the first run.
     """
     registered = find_engine(config.engine)
     if config.phrases:  # before the models are loaded
-        for own in (run, *others):
-            check_ngrams(own.task)
+        for each_run in (run, *others):
+            check_ngrams(each_run.task)
         if not registered.supports_phrases:
-            raise ConfigError(
-                "Phrases are mixed in by the local engine; this one chooses its tokens itself. Leave --phrases out."
-            )
+            raise ConfigError("This engine does not support --phrases. Remove --phrases or use --engine local.")
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)
     store = open_store(plug, encoder, config=config)
-    plugs = [plug, *(_load_beside(plug, other, encoder=encoder, seed=config.seed) for other in others)]
+    plugs = [plug, *(_load_other(plug, other, encoder=encoder, seed=config.seed) for other in others)]
     first, *further = [
         PersonaCache(
-            Personalizer(own, persona_scale=config.persona_scale),
+            Personalizer(each_plug, persona_scale=config.persona_scale),
             store,
             fallback=config.fallback,
             build_phrases=engine.build_phrases if config.phrases else None,
             cache_bytes=_CACHE_BYTES // len(plugs),
         )
-        for own in plugs
+        for each_plug in plugs
     ]
     service = Service(
         first,
@@ -72,16 +70,16 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
 
 
 def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
-    """Say which prompts each task gets, and warn of a task that gets none."""
+    """Log which prompts each task answers, and warn if a task answers none."""
     chats = [prompts.task.name for prompts in tasks if prompts.task.kind == "chat"]
     for prompts in tasks:
         if prompts.task.name in chats[1:]:
-            logger.warning("task %s: it gets no prompt, because %s answers conversations", prompts.task.name, chats[0])
+            logger.warning("task %s: answers no prompts, because task %s answers chats", prompts.task.name, chats[0])
         else:
             _log_task(prompts, is_alone=len(tasks) == 1)
 
 
-def _load_beside(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | None) -> PersonaPlug:
+def _load_other(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | None) -> PersonaPlug:
     """Load the plug of another task for the same models, on the same device."""
     other = PersonaPlug.from_pretrained(_plug_folder(run, seed=seed), encoder=encoder, llm=plug.spec.llm)
     if plug.persona is not None and other.persona is not None:
@@ -90,21 +88,21 @@ def _load_beside(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | N
 
 
 def _log_task(prompts: TaskPrompts, *, is_alone: bool) -> None:
-    about = prompts.describe()
+    description = prompts.describe()
     if prompts.task.kind == "chat":
-        where = "in a chat" if is_alone else "in a chat, but in no other task's wording,"
-        logger.info("task %s: every message of a user %s is answered with a persona", about["name"], where)
+        condition = "" if is_alone else " that matches no other task's wording"
+        logger.info("task %s: uses a persona for every user message of a chat%s", description["name"], condition)
         return
-    wordings = " or ".join(map(repr, about["wordings"]))
-    logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)
+    wordings = " or ".join(map(repr, description["wordings"]))
+    logger.info("task %s: uses a persona for prompts with the wording %s", description["name"], wordings)
     if not is_alone and not prompts.is_distinct:
-        logger.warning("task %s: nothing tells its prompts from others, so none is taken for one", about["name"])
+        logger.warning("task %s: answers no prompts, because no wording identifies its prompts", description["name"])
     elif not any(wording.opening or wording.lead for wording in prompts.wordings):
-        logger.warning("the training prompts have no wording in common: the task's marker or pattern alone decides")
+        logger.warning("the training prompts share no wording, so only the task's marker or pattern identifies them")
 
 
 def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
-    """Open a run's encoder, and a loader of its plug. A seed of None is the run's first."""
+    """Open a run's encoder, and return it with a function that loads the plug. Seed None = the run's first seed."""
     folder = _plug_folder(run, seed=seed)
     models = run.config.model
     encoder = open_encoder(models.encoder, device=choose_device(models.device), engine=models.encoder_engine)
@@ -116,12 +114,12 @@ def _plug_folder(run: Run, *, seed: int | None) -> Path:
 
 
 def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
-    """Open the store of a plug's histories, or create it."""
-    open_it = partial(
+    """Open or create the store for a plug's histories."""
+    open_with = partial(
         HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
     )
     try:
-        return open_it(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
+        return open_with(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
     except StoreConflict:
-        # An existing store may differ in what it keeps; PersonaCache checks what the plug needs.
-        return open_it(encoder)
+        # An existing store may have other settings. PersonaCache checks the ones that the plug needs.
+        return open_with(encoder)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server: requests, times, personas. No user's id and no text is in any of them."""
+"""Prometheus metrics of a server: requests, times, personas. Metrics contain no user ids and no user texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Telemetry:
-    """The metrics of one server, in a registry that no other server shares."""
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -17,21 +17,21 @@ class Telemetry:
         )
         self.seconds = Histogram(
             "personaplug_request_seconds",
-            "From a request's arrival to the first byte of the reply: of a stream, to its first event.",
+            "Seconds from a request's arrival to the first byte of the reply's body.",
             ("route",),
             buckets=_SECONDS,
             registry=registry,
         )
         self.personas = Counter(
             "personaplug_personas",
-            "Replies, by what was applied (user, population, plain) and whether it came from the cache.",
+            "Replies, by the persona applied (user, population, plain) and whether it was cached.",
             ("applied", "cached"),
             registry=registry,
         )
-        self.running = Gauge("personaplug_running_requests", "Requests to /v1/ that are running.", registry=registry)
+        self.running = Gauge("personaplug_running_requests", "Running requests to /v1/.", registry=registry)
         self.closed_connections = Counter(
             "personaplug_closed_connections",
-            "Connections that were closed because they took too much, by reason.",
+            "Connections closed by the server, by reason.",
             ("reason",),
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Every block of docs/clients.md runs as it stands, for two users who get two personas."""
+"""Every code block of docs/clients.md runs unchanged, for two users with different personas."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ RUN_BY_TESTS = {
 }
 
 
-def test_every_block_is_run_by_a_test_and_short() -> None:
-    assert {heading: [block.language for block in found] for heading, found in BLOCKS.items() if found} == RUN_BY_TESTS
-    for found in BLOCKS.values():
-        assert all(len([line for line in block.code.splitlines() if line]) <= 10 for block in found)
+def test_every_block_is_short_and_has_a_test() -> None:
+    languages = {heading: [block.language for block in section] for heading, section in BLOCKS.items() if section}
+    assert languages == RUN_BY_TESTS
+    for section in BLOCKS.values():
+        assert all(len([line for line in block.code.splitlines() if line]) <= 10 for block in section)
 
 
 def _block(heading: str, language: str) -> str:
@@ -58,9 +59,9 @@ def _block(heading: str, language: str) -> str:
 def _check_recipe(
     server: RecordingServer, code: str, run: Callable[[str], str], *, first_answer: str | None = None
 ) -> None:
-    """Check a recipe's two questions: persona, earlier turns, stream, and the text that the user sees.
+    """Check a recipe's two requests: persona, earlier turns, stream, and printed text.
 
-    `first_answer` is that of the recipe's second question, if it is not what the first question was answered.
+    `first_answer` is the assistant message of the second request, if it differs from the reply to the first request.
     """
     printed, personas = {}, {}
     for user in USERS:
@@ -92,7 +93,7 @@ def test_openai_python(server: RecordingServer) -> None:
 
 
 def _run_shell(code: str) -> str:
-    """Run a block of curl; return the text of a reply and of a stream behind it as the other blocks print them."""
+    """Run a curl block; return the texts of its reply and its stream in the form that other blocks print."""
     reply, _, stream = run_program(["bash", "-euc", code]).partition("data: ")
     events = [json.loads(event) for event in stream.removesuffix("data: [DONE]\n\n").split("data: ")]
     pieces = [choice["delta"].get("content", "") for event in events for choice in event["choices"]]
@@ -110,7 +111,7 @@ def test_curl(server: RecordingServer) -> None:
     _check_recipe(server, _block("curl", "sh"), _run_shell, first_answer="A drink.")
 
 
-def test_histories_of_the_page(toy: CausalLM, tmp_path: Path) -> None:
+def test_page_adds_the_histories(toy: CausalLM, tmp_path: Path) -> None:
     _needs_curl()
     with recording(toy, tmp_path, users=()) as server:
         run_program(["bash", "-euc", BLOCKS["Clients"][1].code.replace(SERVER, server.url)])
@@ -120,14 +121,14 @@ def test_histories_of_the_page(toy: CausalLM, tmp_path: Path) -> None:
 
 
 def _personaplug(command: str) -> str:
-    """Run a command of the package; return what it prints."""
+    """Run a command of the package; return its output."""
     done = CliRunner().invoke(main, shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
     return done.stdout.strip()
 
 
-def test_key_of_a_user(toy: CausalLM, tmp_path: Path) -> None:
-    """A key from the page's command is enough for a client that can name no user."""
+def test_user_key(toy: CausalLM, tmp_path: Path) -> None:
+    """A user key from the page's command is enough for a client that cannot name the user."""
     command = _block("A key for each user", "sh").replace("keys.json", str(tmp_path / "keys.json"))
     keys = {user: _personaplug(command.replace("ann", user)) for user in USERS}
     tenant_key = _personaplug(command.replace("--user ann", ""))
@@ -184,8 +185,8 @@ def test_litellm_proxy(
 
 
 @pytest.mark.slow
-def test_the_pages_own_server(tmp_path: Path) -> None:
-    """The page's commands from the first on, with a run that was trained: `serve`, two histories, curl."""
+def test_page_starts_a_server(tmp_path: Path) -> None:
+    """Run the page's commands in order, with a trained run: `serve`, two histories, curl."""
     _needs_curl()
     run = _train(tmp_path)
     address = f"http://127.0.0.1:{free_port()}"
@@ -202,7 +203,7 @@ def test_the_pages_own_server(tmp_path: Path) -> None:
 
 
 def _train(folder: Path) -> Path:
-    """Train a run of conversations for a moment, with toy parts."""
+    """Train a chat run briefly, with toy models."""
     data = folder / "data"
     data.mkdir()
     (data / "task.json").write_text(json.dumps({"name": "Chats", "kind": "chat"}))

@@ -1,4 +1,4 @@
-"""By which ways a user's name arrives from each client, as docs/clients.md says, and by which it does not."""
+"""Ways to name a user from each client: those that docs/clients.md lists, and those that do not work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TURNS: Any = [{"role": "user", "content": QUESTIONS[0]}]
 
 
 class Way(NamedTuple):
-    """Fields of a call, and whether the server learns the user from them."""
+    """Fields of a call, and whether they name the user to the server."""
 
     fields: dict[str, Any]
     arrives: bool = True
@@ -137,7 +137,7 @@ def test_python_library(
     server: RecordingServer, client_python: Callable[[str], Path], module: str, ways: list[Way]
 ) -> None:
     python, code = client_python(module), ASK[module] + PYTHON_CODE
-    _check(server, ways, lambda given: run_program([python, "-c", code, _argument(server.url, given)]))
+    _check(server, ways, lambda fields: run_program([python, "-c", code, _argument(server.url, fields)]))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def proxy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[openai.OpenAI]:
-    """LiteLLM's proxy with a model that lets `user` through, and one that does not."""
+    """LiteLLM's proxy with a model that forwards `user`, and one that does not."""
     key = f"sk-{secrets.token_hex(24)}"
     monkeypatch.setenv("LITELLM_MASTER_KEY", key)
     litellm = client_python("litellm").parent / "litellm"
@@ -173,8 +173,8 @@ def test_litellm_proxy(server: RecordingServer, proxy: openai.OpenAI) -> None:
         Way({"model": MODEL, "user": "ann"}, arrives=False),
     ]
 
-    def ask_all(given: list[dict[str, Any]]) -> None:
-        for fields in given:
+    def ask_all(calls: list[dict[str, Any]]) -> None:
+        for fields in calls:
             proxy.chat.completions.create(messages=TURNS, **fields)
 
     _check(server, ways, ask_all)

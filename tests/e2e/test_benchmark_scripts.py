@@ -49,7 +49,7 @@ def test_speed_lower_bound_counts_only_used_operations(tmp_path: Path, monkeypat
 
     def work(tokens: int, *, kept: bool, labels: tuple[str, ...] = ()) -> float:
         monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
-        return float(speed.work(models, plug, samples, kept=kept, labels=labels))
+        return float(speed.work(models, plug, samples, cached=kept, labels=labels))
 
     linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if speed._linear(n, p))
     width = model.num_hidden_layers * model.hidden_size

@@ -42,7 +42,7 @@ def test_faults_and_broken_attacks_are_reported_as_rows(tmp_path: Path, capsys: 
 
     row = robustness.run_case(Lab(tmp_path, "hash:32"), Case("a case", fails))
     robustness.print_row(row)
-    assert (row["tried"], row["wrong"]) == (3, ["two users are one", "the case broke off: ValueError"])
+    assert (row["tried"], row["wrong"]) == (3, ["two users are one", "the case failed: ValueError"])
     assert "two users are one" in capsys.readouterr().out
 
 

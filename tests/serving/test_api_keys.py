@@ -1,4 +1,4 @@
-"""Files of API keys: several writers, a server that runs, names."""
+"""API key files: concurrent writers, reloading by a running server, and names."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _quick_reload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_keys_module, "_RELOAD_INTERVAL_S", 0.0)
 
 
-def test_keys_that_are_made_at_once_are_all_in_the_file(tmp_path: Path) -> None:
+def test_concurrently_created_keys_are_all_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     with multiprocessing.get_context("fork").Pool(2) as processes, ThreadPoolExecutor(13) as threads:
-        made = processes.map_async(_create_twenty, [path] * 2, chunksize=1)
+        lists_of_keys = processes.map_async(_create_twenty, [path] * 2, chunksize=1)
         keys = list(threads.map(lambda number: create_key(path, f"shop-{number}"), range(13)))
-        for others in made.get(timeout=60):
-            keys += others
+        for more_keys in lists_of_keys.get(timeout=60):
+            keys += more_keys
     assert len(set(keys)) == 13 + 2 * 20
     loaded = ApiKeys.load(path)
     assert all(loaded.owner_of(f"Bearer {key}") for key in keys)
@@ -45,7 +45,7 @@ def test_keys_that_are_made_at_once_are_all_in_the_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["keys.json"]
 
 
-def test_server_sees_keys_that_are_made_and_revoked(tmp_path: Path) -> None:
+def test_server_sees_created_and_revoked_keys(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     shop, bank = create_key(path, "shop"), create_key(path, "bank")
     server = ApiKeys.load(path)
@@ -59,10 +59,10 @@ def test_server_sees_keys_that_are_made_and_revoked(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="neither"):
         revoke_keys(path, "shop")
     assert revoke_keys(path, "bank") == 1
-    assert server.owner_of(f"Bearer {bank}") is None  # nobody, and not everybody
+    assert server.owner_of(f"Bearer {bank}") is None  # an empty file does not open the server to everybody
 
 
-def test_change_is_seen_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_key_file_is_reloaded_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     path = tmp_path / "keys.json"
     key = create_key(path, "shop")
@@ -79,7 +79,7 @@ def _file_of(owner: str) -> bytes:
     return f'{{"{"0" * 64}": {owner}}}'.encode()
 
 
-def test_damaged_file_keeps_the_last_good_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_key_file_keeps_the_current_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     path = tmp_path / "keys.json"
     key = create_key(path, "shop")
@@ -99,7 +99,7 @@ def test_damaged_file_keeps_the_last_good_keys(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\u202eb", "a\ufffdb", "..", "x" * 256, "\ud800"])
-def test_name_that_can_never_work_is_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_name_of_a_tenant_or_user_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name of a tenant"):
         create_key(tmp_path / "keys.json", name)
     with pytest.raises(ConfigError, match="name of a user"):
@@ -117,14 +117,14 @@ def test_command_revokes_a_key(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["revoke-key", "shop", "--keys", path]).exit_code != 0
 
 
-def test_key_of_a_user_names_the_user_and_opens_no_other_users_paths(toy: CausalLM, tmp_path: Path) -> None:
+def test_user_key_names_its_user_and_cannot_access_other_users(toy: CausalLM, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     shop, name = create_key(path, "shop"), "J\xfcrgen/1"
-    made = CliRunner().invoke(main, ["create-key", "shop", "--user", name, "--keys", str(path)])
-    own, turns = made.stdout.strip(), [{"role": "user", "content": "review: tea"}]
+    result = CliRunner().invoke(main, ["create-key", "shop", "--user", name, "--keys", str(path)])
+    user_key, turns = result.stdout.strip(), [{"role": "user", "content": "review: tea"}]
     with (
         served(open_service(toy, tmp_path), api_keys=ApiKeys.load(path)) as url,
-        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {own}"}, timeout=60) as client,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {user_key}"}, timeout=60) as client,
     ):
         at = "/v1/users/J%C3%BCrgen%2F1"
         assert client.post(f"{at}/history", json={"text": "a film", "score": "5"}).status_code == 200
@@ -141,12 +141,12 @@ def test_key_of_a_user_names_the_user_and_opens_no_other_users_paths(toy: Causal
         assert len(reply.json()["items"]) == 1
 
 
-def test_pipe_in_the_place_of_the_file_holds_up_nobody(tmp_path: Path) -> None:
+def test_pipe_instead_of_the_key_file_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     key = create_key(path, "shop")
     keys = ApiKeys.load(path)
     path.unlink()
     os.mkfifo(path)
-    assert keys.owner_of(f"Bearer {key}") == KeyOwner("shop")  # without a wait for somebody who writes
+    assert keys.owner_of(f"Bearer {key}") == KeyOwner("shop")  # without waiting for a writer
     with pytest.raises(MissingData):
         ApiKeys.load(path)

@@ -1,4 +1,4 @@
-"""The server on a real socket, called by OpenAI's own client and by plain HTTP."""
+"""The server on a real socket, called by OpenAI's client and by plain HTTP."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def url(service: Service) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def shared_url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for all requests that leave nothing behind."""
+    """A server for all requests that store nothing."""
     with served(open_service(toy, tmp_path_factory.mktemp("shared"))) as base_url:
         yield base_url
 
@@ -65,14 +65,14 @@ def _post(url: str, user: str, *items: dict[str, Any], **headers: str) -> httpx.
 
 
 def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str = "none", **fields: Any) -> Any:
-    given = {"user": user} if user else {}
+    user_field = {"user": user} if user else {}
     turns: Any = [{"role": "user", "content": prompt}]
-    client: Any = _client(url, key)  # its overloads want literal values
-    return client.chat.completions.with_raw_response.create(model="toy", messages=turns, **given, **fields)
+    client: Any = _client(url, key)  # untyped, because its overloads require literal values
+    return client.chat.completions.with_raw_response.create(model="toy", messages=turns, **user_field, **fields)
 
 
 def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, tokens: int) -> str:
-    """The model's answer with the persona of an evaluation."""
+    """Return the model's answer with the persona that an evaluation computes."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     personalizer = service.personas.personalizer
     soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
@@ -95,7 +95,7 @@ def test_chat_uses_the_persona_of_its_user(service: Service, url: str, toy: Caus
     assert answers["ann"] != answers["bob"]
 
 
-def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
+def test_stream_has_the_same_text_as_a_whole_reply(url: str) -> None:
     _post(url, "ann", _item(1))
     reply = _chat(url, "ann", **FREE).parse()
     stream = _client(url).chat.completions.create(
@@ -111,7 +111,7 @@ def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
     assert events[-1].usage == reply.usage
 
 
-def test_completion_and_its_stream_agree(url: str) -> None:
+def test_streamed_completion_equals_the_whole_completion(url: str) -> None:
     _post(url, "ann", _item(1))
     client = _client(url)
     answer = client.completions.create(model="toy", prompt=PROMPT, user="ann", **FREE)
@@ -153,13 +153,13 @@ def test_persona_scale_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
 def test_history_routes_add_list_delete_and_erase(url: str) -> None:
     user_url = f"{url}/v1/users/ann"
     assert httpx.post(f"{user_url}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
-    assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date has gone
+    assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date was removed
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 0, "replaced": 0, "same": 2}
     history = httpx.get(f"{user_url}/history").json()
     assert [item["id"] for item in history["items"]] == ["i1", "i2"]
     first = history["items"][0]
     assert (first["text"], first["score"], first["date"]) == ("a film 1", "4", None)
-    assert httpx.post(f"{user_url}/history", json=first).json()["same"] == 1  # what was read can be written back
+    assert httpx.post(f"{user_url}/history", json=first).json()["same"] == 1  # a listed item can be added again
     assert httpx.get(f"{user_url}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
     assert httpx.delete(f"{user_url}/history/i1").json() == {"deleted": True}
     assert httpx.delete(f"{user_url}/history/i1").status_code == 404
@@ -200,30 +200,30 @@ def test_feedback_after_an_erasure_by_another_process_is_refused(service: Servic
     assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 0
 
 
-def test_only_an_erasure_drops_a_cached_persona_at_once(service: Service, url: str) -> None:
+def test_only_an_erasure_drops_a_cached_persona_immediately(service: Service, url: str) -> None:
     _post(url, "ann", _item(1), _item(2))
     _chat(url, "ann")
     _post(url, "ann", _item(3))
     httpx.delete(f"{url}/v1/users/ann/history/i1")
     assert service.personas.cached_users == 1
-    assert _chat(url, "ann").headers["x-personaplug-items"] == "2"  # those that the store has by now
+    assert _chat(url, "ann").headers["x-personaplug-items"] == "2"  # the current items of the store
     httpx.delete(f"{url}/v1/users/ann")
     assert service.personas.cached_users == 0
 
 
 @pytest.mark.parametrize("name", [".", "..", "a\nb", "a\u202eb", "a\ufffdb", "a\u0085b"])
-def test_id_that_looks_like_another_is_refused(shared_url: str, name: str) -> None:
+def test_ambiguous_id_is_refused(shared_url: str, name: str) -> None:
     _post(shared_url, "one-item", _item(1))
     assert _post(shared_url, "one-item", {**_item(2), "id": name}).status_code == 400
     history = f"{shared_url}/v1/users/one-item/history"
-    assert httpx.delete(f"{history}/").status_code == 404  # and nobody is sent on to the user
+    assert httpx.delete(f"{history}/").status_code == 404  # no redirect to the user's path
     body = {"messages": [{"role": "user", "content": PROMPT}], "user": name}
     assert httpx.post(f"{shared_url}/v1/chat/completions", json=body).status_code == 422
     assert httpx.get(history).json()["count"] == 1
 
 
 @pytest.mark.parametrize("length", [150, 6_000, 200_000])
-def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: int) -> None:
+def test_explain_measures_long_answers_or_refuses_them(url: str, length: int) -> None:
     _post(url, "ann", *[_item(number) for number in range(5)])
     body = {"prompt": PROMPT, "answer": "z" * length}
     reply = httpx.post(f"{url}/v1/users/ann/explain", json=body, timeout=60)
@@ -237,7 +237,7 @@ def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: 
 @pytest.mark.parametrize(
     ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
 )
-def test_open_server_answers_to_names_of_its_machine(shared_url: str, host: str, status: int) -> None:
+def test_server_without_keys_accepts_only_loopback_hosts(shared_url: str, host: str, status: int) -> None:
     assert httpx.get(f"{shared_url}/health", headers={"host": host}).status_code == status
 
 
@@ -289,11 +289,11 @@ def test_explain_lists_items_with_weights_and_effects(service: Service, url: str
 def test_drift_compares_two_days(url: str) -> None:
     _post(url, "ann", *[{**_item(n, "1" if n < 3 else "5"), "date": f"2024-0{n + 1}-01"} for n in range(6)])
     endpoint = f"{url}/v1/users/ann/drift"
-    moved = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
+    changed = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
     still = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
     before = httpx.get(endpoint, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
-    assert (moved["items_before"], moved["items_after"]) == (3, 6)
-    assert moved["moved"] > 0 == still["moved"]
+    assert (changed["items_before"], changed["items_after"]) == (3, 6)
+    assert changed["moved"] > 0 == still["moved"]
     assert still["cosine"] == pytest.approx(1)
     assert before["moved"] is None
 
@@ -317,7 +317,7 @@ def test_api_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_open_server_may_listen_to_this_machine_only(tmp_path: Path) -> None:
+def test_server_without_keys_listens_to_this_machine_only(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
         with pytest.raises(ConfigError, match="personaplug create-key"):
             ApiKeys().check_address(host)
@@ -334,7 +334,7 @@ def test_open_server_may_listen_to_this_machine_only(tmp_path: Path) -> None:
         ApiKeys.load(tmp_path / "none.json")
 
 
-BAD: list[tuple[str, str, Any, int]] = [
+INVALID_REQUESTS: list[tuple[str, str, Any, int]] = [
     ("POST", "/v1/chat/completions", {"messages": []}, 422),
     ("POST", "/v1/chat/completions", {"messages": "hello"}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"content": "x"}]}, 422),
@@ -371,8 +371,8 @@ BAD: list[tuple[str, str, Any, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
-def test_invalid_request_is_4xx_in_openais_form(
+@pytest.mark.parametrize(("method", "path", "body", "status"), INVALID_REQUESTS)
+def test_invalid_request_gets_a_4xx_in_openais_format(
     shared_url: str, method: str, path: str, body: Any, status: int
 ) -> None:
     reply = httpx.request(method, f"{shared_url}{path}", json=body)
@@ -397,7 +397,7 @@ def test_invalid_request_is_4xx_in_openais_form(
         b'{"messages": [{"role": "user", "content": "x"}], "user": "a\\u0000b"}',
     ],
 )
-def test_malformed_body_is_4xx(shared_url: str, body: bytes) -> None:
+def test_malformed_body_gets_a_4xx(shared_url: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/users/ann/history"):
         reply = httpx.post(f"{shared_url}{path}", content=body, headers={"content-type": "application/json"})
         assert 400 <= reply.status_code < 500
@@ -420,31 +420,31 @@ def test_body_beyond_the_limit_is_not_read(service: Service) -> None:
             assert reply.status_code == 413
 
 
-def test_requests_beyond_the_limit_are_refused_until_others_end(
+def test_requests_beyond_the_limit_are_refused_until_running_ones_end(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, answer = threading.Event(), service.engine.respond
+    resume, answer = threading.Event(), service.engine.respond
 
     async def slow(question: EngineRequest) -> EngineReply:
-        await asyncio.to_thread(go_on.wait, 30)
+        await asyncio.to_thread(resume.wait, 30)
         return await answer(question)
 
     monkeypatch.setattr(service.engine, "respond", slow)
     with served(service, limits=RequestLimits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 2.0" not in httpx.get(f"{url}/metrics").text:
-            assert not any(future.done() for future in futures), "a look at the metrics takes no place of theirs"
+            assert not any(future.done() for future in futures), "a request for metrics takes no place"
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as refused:
             _chat(url, "bob")
         assert refused.value.response.headers["retry-after"] == "1"
         assert httpx.get(f"{url}/health").status_code == 200
-        go_on.set()
+        resume.set()
         assert all(future.result().parse().choices[0].message.content for future in futures)
         assert _chat(url, "bob").parse().choices[0].message.content
 
 
-def test_logs_and_metrics_hold_no_text_or_id_of_a_user(
+def test_logs_and_metrics_contain_no_user_text_or_id(
     service: Service,
     url: str,
     caplog: pytest.LogCaptureFixture,
@@ -457,7 +457,7 @@ def test_logs_and_metrics_hold_no_text_or_id_of_a_user(
     _chat(url, SECRET, prompt=f"{PROMPT} {SECRET}")
     httpx.post(f"{url}/v1/chat/completions", json={"messages": SECRET, "user": SECRET})
 
-    def broken(*given: Any, **named: Any) -> Any:
+    def broken(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(SECRET)
 
     monkeypatch.setattr(service.store, "version", broken)
@@ -465,8 +465,8 @@ def test_logs_and_metrics_hold_no_text_or_id_of_a_user(
         _chat(url, SECRET, prompt=f"{PROMPT} {SECRET}")
     assert SECRET not in str(failed.value)
     assert "ValueError at" in caplog.text
-    shown = capfd.readouterr()
-    for text in (caplog.text, shown.out, shown.err, httpx.get(f"{url}/metrics").text):
+    output = capfd.readouterr()
+    for text in (caplog.text, output.out, output.err, httpx.get(f"{url}/metrics").text):
         assert SECRET not in text
 
 
@@ -480,10 +480,10 @@ def test_metrics_count_requests_and_personas(url: str) -> None:
     assert "personaplug_cached_users 1.0" in text
 
 
-def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
+def test_server_finishes_running_streams_before_it_stops(toy: CausalLM, service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
         with served(service) as url:
-            begun = threading.Event()
+            has_started = threading.Event()
 
             def read() -> str:
                 body = {
@@ -496,21 +496,21 @@ def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Servic
                     lines = []
                     for line in stream.iter_lines():
                         lines.append(line)
-                        begun.set()
+                        has_started.set()
                     return "\n".join(lines)
 
             reading = pool.submit(read)
-            assert begun.wait(20)
+            assert has_started.wait(20)
         text = reading.result()
     assert text.rstrip().endswith("data: [DONE]")
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    written = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
-    alone = toy.generate(PromptBatch(["long"]), GenerationConfig(max_new_tokens=150))[0].text
-    assert written.strip() == alone
+    streamed = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    expected = toy.generate(PromptBatch(["long"]), GenerationConfig(max_new_tokens=150))[0].text
+    assert streamed.strip() == expected
 
 
 def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -> None:
-    """Users of two tenants have the same names and ask at once in random order: each gets their own answer."""
+    """Users of two tenants with the same names send concurrent requests in random order."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
     tenants = {tenant: create_key(keys, tenant) for tenant in ("shop", "bank")}
@@ -521,7 +521,7 @@ def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -
             items = [_item(number * 10 + k, LABELS[(number + k) % 5]) for k in range(1 + number % 3)]
             _post(url, user, *items, Authorization=f"Bearer {tenants[tenant]}")
             expected[tenant, user] = _expected(service, toy, items, tokens=12)
-        assert len(set(expected.values())) > 8  # the personas do tell them apart
+        assert len(set(expected.values())) > 8  # the personas differ
         draw = random.Random(0)
         callers = [draw.choice(list(expected)) for _ in range(150)]
 
@@ -540,7 +540,7 @@ def test_openapi_names_every_route(url: str) -> None:
     )
 
 
-def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_affect_only_their_users_answers(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
     service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.build_ngram_cache)
@@ -589,7 +589,7 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
         assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200
 
 
-def test_ready_asks_the_store(url: str, tmp_path: Path) -> None:
+def test_ready_checks_the_store(url: str, tmp_path: Path) -> None:
     def wait_for(status: int) -> httpx.Response:
         deadline = time.monotonic() + 20
         while (reply := httpx.get(f"{url}/ready")).status_code != status:
@@ -606,16 +606,16 @@ def test_ready_asks_the_store(url: str, tmp_path: Path) -> None:
     wait_for(200)
 
 
-def test_tenant_and_user_with_little_to_do_do_not_wait_for_one_with_much(
+def test_small_requests_do_not_wait_for_large_ones_of_other_tenants_or_users(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = tmp_path / "keys.json"
     shop, bank = ({"Authorization": f"Bearer {create_key(keys, tenant)}"} for tenant in ("shop", "bank"))
-    started, go_on, store_add = list[str](), threading.Semaphore(0), service.store.add
+    started, resume, store_add = list[str](), threading.Semaphore(0), service.store.add
 
     def add(ticket: Any, items: Any) -> Any:
         started.append(ticket.user)
-        assert go_on.acquire(timeout=30)
+        assert resume.acquire(timeout=30)
         return store_add(ticket, items)
 
     def wait_for(condition: Callable[[], bool]) -> None:
@@ -633,8 +633,8 @@ def test_tenant_and_user_with_little_to_do_do_not_wait_for_one_with_much(
         wait_for(lambda: started[2:] == ["other-tenant"])
         replies.append(pool.submit(_post, url, "other-user", _item(1), **shop))
         wait_for(lambda: len(service.slow._tenants["shop"].waiting) == 5)
-        go_on.release(3)
+        resume.release(3)
         wait_for(lambda: len(started) > 3)
         assert started[3] == "other-user"
-        go_on.release(20)
+        resume.release(20)
         assert [reply.result().status_code for reply in replies] == [200] * 8

@@ -1,4 +1,4 @@
-"""Random requests to the server: no 5xx, no hang, nothing of them in a log."""
+"""Random requests to the server cause no 5xx and no hang, and their content is not logged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 
 @pytest.fixture(scope="module")
-def url_before_vllm(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def vllm_url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz")
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     with running(StandIn().app) as address:
@@ -85,7 +85,7 @@ def test_responses_conform_to_the_openapi_document(document: BaseSchema, method:
     @given(case=operation.as_strategy())
     @QUICK
     def holds(case: Any) -> None:
-        # Not every rule fits a schema: what is one of the task's items, and which models there are.
+        # A schema cannot express all rules, such as the fields of the task's items and the model names.
         case.call_and_validate(timeout=30, excluded_checks=[checks.positive_data_acceptance])
 
     holds()
@@ -114,11 +114,11 @@ fields = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, anything))
     messages=turns,
 )
 @settings(QUICK, max_examples=50)
-def test_body_of_any_shape_is_never_5xx(
-    url: str, url_before_vllm: str, path: str, body: dict[str, Any], messages: list[Any]
+def test_body_of_any_shape_never_causes_a_5xx(
+    url: str, vllm_url: str, path: str, body: dict[str, Any], messages: list[Any]
 ) -> None:
     content = json.dumps({"messages": messages, "max_tokens": 4} | body).encode()
-    for base_url in (url, url_before_vllm):
+    for base_url in (url, vllm_url):
         reply = httpx.post(
             f"{base_url}{path}", content=content, headers={"content-type": "application/json"}, timeout=30
         )
@@ -131,7 +131,7 @@ def test_body_of_any_shape_is_never_5xx(
     times=st.integers(0, 3000),
 )
 @QUICK
-def test_explain_of_any_length_is_never_5xx(url: str, prompt: str, answer: str, times: int) -> None:
+def test_explain_of_any_length_never_causes_a_5xx(url: str, prompt: str, answer: str, times: int) -> None:
     items = [{"id": str(number), "text": "a film", "score": "4"} for number in range(5)]
     httpx.post(f"{url}/v1/users/known/history", json={"items": items}, timeout=30).raise_for_status()
     body = {"prompt": f"review: {prompt * times}"[:50_000], "answer": (answer * max(1, times))[:40_000]}
@@ -143,7 +143,7 @@ def test_explain_of_any_length_is_never_5xx(url: str, prompt: str, answer: str, 
     body=st.binary(max_size=200), kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", ""])
 )
 @settings(QUICK, max_examples=25)
-def test_body_of_any_bytes_is_4xx(url: str, body: bytes, kind: str) -> None:
+def test_body_of_random_bytes_gets_a_4xx(url: str, body: bytes, kind: str) -> None:
     for path in ("/v1/chat/completions", "/v1/users/u/history"):
         reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": kind}, timeout=30)
         assert 400 <= reply.status_code < 500
@@ -151,7 +151,7 @@ def test_body_of_any_bytes_is_4xx(url: str, body: bytes, kind: str) -> None:
 
 @given(user=st.text(min_size=1, max_size=300), item=st.text(min_size=1, max_size=20))
 @QUICK
-def test_id_of_any_kind_is_never_5xx(url: str, user: str, item: str) -> None:
+def test_id_of_any_characters_never_causes_a_5xx(url: str, user: str, item: str) -> None:
     user_url = f"{url}/v1/users/{quote(user, safe='')}"
     for reply in (
         httpx.post(f"{user_url}/history", json={"items": [{"id": item, "text": "x", "score": "1"}]}, timeout=30),
@@ -169,5 +169,5 @@ def test_refused_body_is_not_logged(url: str, caplog: pytest.LogCaptureFixture) 
         httpx.post(f"{url}/v1/users/{MARKER}/history", json=body)
     records = [
         record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))
-    ]  # the client's own
+    ]  # records of the test client
     assert not [record for record in records if MARKER in record.getMessage()]

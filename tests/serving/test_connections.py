@@ -1,4 +1,4 @@
-"""What callers without a place can do to the connections of a real server."""
+"""Misbehaving clients do not exhaust the connections of a real server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _connections(url: str, count: int = 1) -> Iterator[list[socket.socket]]:
 
 
 def _rest(connection: socket.socket) -> bytes:
-    """All that comes on a connection until it is closed."""
+    """Read a connection until it is closed."""
     received = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(2**16):
@@ -62,7 +62,7 @@ def _is_healthy(url: str) -> bool:
     return httpx.get(f"{url}/health", timeout=10).status_code == 200
 
 
-def test_half_headers_are_closed_and_make_room(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_connections_with_half_headers_are_closed_to_make_room(url: str, caplog: pytest.LogCaptureFixture) -> None:
     with _connections(url, 100) as connections:
         for connection in connections:
             connection.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
@@ -75,7 +75,7 @@ def test_half_headers_are_closed_and_make_room(url: str, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("piece", [b"a", b"\r\n"])
-def test_header_that_comes_too_slowly_is_closed(url: str, piece: bytes) -> None:
+def test_connection_with_a_slow_header_is_closed(url: str, piece: bytes) -> None:
     with _connections(url) as (connection,):
         start = time.monotonic()
         connection.sendall(b"\r\n" if piece == b"\r\n" else b"GET / HTTP/1.1\r\nX-A: ")
@@ -92,7 +92,7 @@ def test_header_that_comes_too_slowly_is_closed(url: str, piece: bytes) -> None:
         assert time.monotonic() - start < 10
 
 
-def test_endless_header_is_cut(url: str) -> None:
+def test_connection_with_an_endless_header_is_closed(url: str) -> None:
     with _connections(url) as (connection,):
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -112,19 +112,19 @@ def test_header_that_is_too_large_gets_a_431(url: str, header: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", [b"/nothing", b"/v1/chat/completions", b"/health", b"/v1/users/a/history"])
-def test_body_of_a_stranger_is_not_read(url: str, path: bytes) -> None:
+def test_body_of_an_unauthenticated_request_is_not_read(url: str, path: bytes) -> None:
     with _connections(url, 30) as connections:
         for connection in connections:
             connection.sendall(POST % path)
         status = {b"/nothing": b"404", b"/health": b"405"}.get(path, b"401")
         for connection in connections:
-            reply = _rest(connection)  # which ends, because the connection is closed
+            reply = _rest(connection)  # returns, because the server closes the connection
             assert reply.startswith(b"HTTP/1.1 " + status)
             assert b"connection: close" in reply.lower()
         assert _is_healthy(url)
 
 
-def test_half_bodies_of_a_tenant_leave_places_to_health_checks(url: str, keys: tuple[Path, str]) -> None:
+def test_incomplete_bodies_of_a_tenant_do_not_block_health_checks(url: str, keys: tuple[Path, str]) -> None:
     body = (POST % b"/v1/users/a/history").replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {keys[1]}\r\n\r\n".encode())
     with _connections(url, 40) as connections:
         for connection in connections:
@@ -134,10 +134,10 @@ def test_half_bodies_of_a_tenant_leave_places_to_health_checks(url: str, keys: t
         assert refused.status_code == 429
     deadline = time.monotonic() + 10
     while httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {keys[1]}"}).status_code != 200:
-        assert time.monotonic() < deadline, "places of callers who left are free again"
+        assert time.monotonic() < deadline, "disconnected clients free their places"
 
 
-def test_requests_in_advance_are_bounded(url: str) -> None:
+def test_pipelined_requests_are_limited(url: str) -> None:
     with _connections(url) as (connection,), contextlib.suppress(ConnectionError):
         connection.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
         assert _rest(connection).count(b"HTTP/1.1 200") < 3000
@@ -149,7 +149,7 @@ def test_requests_in_advance_are_bounded(url: str) -> None:
     assert _is_healthy(url)
 
 
-def test_reply_that_nobody_reads_is_dropped(toy: CausalLM, tmp_path: Path) -> None:
+def test_unread_reply_is_dropped(toy: CausalLM, tmp_path: Path) -> None:
     service = open_service(toy, tmp_path)
     with served(service, connections=LIMITS) as url:
         for start in (0, 40):
@@ -168,7 +168,7 @@ def test_reply_that_nobody_reads_is_dropped(toy: CausalLM, tmp_path: Path) -> No
         assert len(export["items"]) == 80
 
 
-def test_malformed_request_is_refused_and_not_logged_one_by_one(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_requests_are_refused_and_not_logged_one_by_one(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(5):
         with _connections(url) as (connection,):
@@ -177,14 +177,14 @@ def test_malformed_request_is_refused_and_not_logged_one_by_one(url: str, caplog
     assert len([record for record in caplog.records if record.name.startswith(("personaplug", "uvicorn"))]) <= 1
 
 
-def test_request_for_another_protocol_is_answered_as_it_is(url: str) -> None:
+def test_protocol_upgrade_is_ignored(url: str) -> None:
     headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "a", "Sec-WebSocket-Version": "13"}
     assert httpx.get(f"{url}/health", headers=headers).status_code == 200
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
 @pytest.mark.parametrize(("allowed", "used", "expected"), [(20_000, 50, 1024), (256, 50, 256 - 50 - 32 - 64)])
-def test_connections_fit_the_files_of_the_process(
+def test_connection_limit_fits_the_open_file_limit(
     allowed: int, used: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections_module, "_file_limits", lambda: (allowed, used))
@@ -193,7 +193,7 @@ def test_connections_fit_the_files_of_the_process(
     assert limits.requests == expected - 16
 
 
-def test_process_with_too_few_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_open_file_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections_module, "_file_limits", lambda: (128, 60))
     with pytest.raises(ConfigError, match="ulimit -n"):
         ConnectionLimits.of_process()

@@ -1,4 +1,4 @@
-"""Threads that tenants and users share."""
+"""FairExecutor shares threads between tenants and users."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from personaplug.serving.fair_executor import FairExecutor
 
 
 class Record:
-    """Notes the order in which jobs start; each job ends when it is let go."""
+    """Records the order in which jobs start. Each job waits for a permit to end."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
-        self.let_go = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
 
     def job(self, name: str) -> Callable[[], str]:
         def work() -> str:
             self.started.append(name)
-            assert self.let_go.acquire(timeout=20)
+            assert self.permits.acquire(timeout=20)
             return name
 
         return work
@@ -35,7 +35,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def _order(jobs: Sequence[tuple[str, str, float]], *, threads: int = 1) -> list[str]:
-    """The order in which jobs of tenants and users start that come at once."""
+    """Return the order in which jobs start that are submitted at the same time."""
 
     async def run() -> list[str]:
         executor, record = FairExecutor(threads, name="test"), Record()
@@ -46,9 +46,9 @@ def _order(jobs: Sequence[tuple[str, str, float]], *, threads: int = 1) -> list[
         while len(record.started) < len(jobs):
             count = len(record.started)
             if count:
-                record.let_go.release()
+                record.permits.release()
             await _until(partial(lambda count: len(record.started) > count, count))
-        record.let_go.release()
+        record.permits.release()
         await asyncio.gather(*waiting)
         executor.shutdown()
         return record.started
@@ -61,17 +61,17 @@ def test_tenants_take_turns() -> None:
     assert order[:6] == ["shop/a", "bank/b", "shop/a", "bank/b", "shop/a", "bank/b"]
 
 
-def test_tenant_that_used_much_waits_for_one_that_used_little() -> None:
+def test_tenant_with_high_usage_waits_for_one_with_low_usage() -> None:
     order = _order([("shop", "a", 10)] * 2 + [("bank", "b", 1)] * 5)
     assert order == ["shop/a", *["bank/b"] * 5, "shop/a"]
 
 
-def test_small_job_of_another_user_goes_before_large_ones() -> None:
+def test_small_job_of_another_user_runs_before_large_jobs() -> None:
     order = _order([("shop", f"{number}", 1000) for number in range(12)] + [("shop", "small", 1)])
     assert order[1] == "shop/small"
 
 
-def test_large_job_is_not_put_off_for_ever() -> None:
+def test_large_job_does_not_starve() -> None:
     order = _order([("shop", "first", 1), ("shop", "large", 5)] + [("shop", f"{number}", 1) for number in range(20)])
     assert "shop/large" in order
 
@@ -86,24 +86,24 @@ def test_large_job_is_not_put_off_for_ever() -> None:
     asyncio.run(run())
 
 
-def test_one_tenant_or_user_leaves_a_thread_to_others() -> None:
+def test_one_tenant_or_user_cannot_occupy_all_threads() -> None:
     async def run() -> None:
         executor, record = FairExecutor(3, name="test"), Record()
         jobs = [("shop", "a")] * 4 + [("shop", "b")] * 2
-        waiting = [asyncio.create_task(executor.run(*who, record.job("/".join(who)))) for who in jobs]
+        waiting = [asyncio.create_task(executor.run(*owner, record.job("/".join(owner)))) for owner in jobs]
         await _until(lambda: len(record.started) == 2)
         await asyncio.sleep(0.02)
         assert sorted(record.started) == ["shop/a", "shop/b"]
         waiting.append(asyncio.create_task(executor.run("bank", "c", record.job("bank/c"))))
         await _until(lambda: record.started[2:] == ["bank/c"])
-        record.let_go.release(20)
+        record.permits.release(20)
         await asyncio.gather(*waiting)
         executor.shutdown()
 
     asyncio.run(run())
 
 
-def test_cancelled_job_is_not_run_and_errors_reach_their_caller() -> None:
+def test_cancelled_job_does_not_run_and_errors_reach_the_caller() -> None:
     def fail() -> None:
         raise ValueError("no")
 
@@ -113,12 +113,12 @@ def test_cancelled_job_is_not_run_and_errors_reach_their_caller() -> None:
         await _until(lambda: record.started == ["1"])
         second.cancel()
         await asyncio.sleep(0)
-        record.let_go.release()
+        record.permits.release()
         assert await first == "1"
         with pytest.raises(ValueError, match="no"):
             await executor.run("shop", "a", fail)
         assert record.started == ["1"]
-        assert executor._tenants == {}  # nothing is kept of tenants without jobs
+        assert executor._tenants == {}  # tenants without jobs are dropped
         executor.shutdown()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Feedback by request id: kept, edited, rejected and rated answers become items; the last feedback counts."""
+"""Feedback by request id: accepted, edited, rejected and rated answers become items. The last feedback counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _say(url: str, user: str, request: str, **feedback: Any) -> httpx.Response:
 
 
 def _items(url: str, user: str) -> list[tuple[str, str]]:
-    """Return what a user kept and rejected."""
+    """Return the kinds and the answers of a user's items."""
     items = httpx.get(f"{url}/v1/users/{user}/history").json()["items"]
     assert all(item.get("question", "What is tea?") == "What is tea?" for item in items)
     return [(item["kind"], item.get("answer", item.get("rejected"))) for item in items]
@@ -57,7 +57,7 @@ def _code(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["code"]
 
 
-def test_feedback_becomes_items_and_the_last_one_counts(url: str) -> None:
+def test_feedback_becomes_items_and_replaces_earlier_feedback(url: str) -> None:
     request, own = _ask(url, "ann")
     assert own
     for feedback, expected, counts in (
@@ -75,7 +75,7 @@ def test_feedback_becomes_items_and_the_last_one_counts(url: str) -> None:
         assert _items(url, "ann") == expected
 
 
-def test_items_of_feedback_are_deleted_together_or_singly(url: str) -> None:
+def test_feedback_items_are_deleted_together_or_one_by_one(url: str) -> None:
     request, own = _ask(url, "bob")
     endpoint = f"{url}/v1/users/bob"
     for _ in range(2):
@@ -105,13 +105,13 @@ def test_items_of_feedback_are_deleted_together_or_singly(url: str) -> None:
         {"items": []},
     ],
 )
-def test_feedback_of_another_form_is_refused(url: str, feedback: dict[str, Any]) -> None:
+def test_malformed_feedback_is_refused(url: str, feedback: dict[str, Any]) -> None:
     request, _ = _ask(url, "carl")
     assert _say(url, "carl", request, **feedback).status_code == 422
     assert _items(url, "carl") == []
 
 
-def test_feedback_of_others_and_contradictions_are_refused(url: str) -> None:
+def test_feedback_of_another_user_and_contradictory_feedback_are_refused(url: str) -> None:
     request, own = _ask(url, "dora")
     for feedback in ({"rating": "up"}, {"rejected": "x"}, {"answer": "x"}):
         assert _code(_say(url, "emil", request, **feedback)) == (404, "unknown_request")
@@ -131,15 +131,15 @@ def test_feedback_without_text_is_refused_and_nothing_is_stored(url: str, feedba
     assert _items(url, "fay") == []
 
 
-def test_rejected_item_of_a_history_needs_no_request(url: str) -> None:
+def test_rejected_item_can_be_added_without_a_request(url: str) -> None:
     item = {"question": "What is tea?", "rejected": "Tea??"}
     assert httpx.post(f"{url}/v1/users/fred/history", json=item).json()["new"] == 1
-    kept = {"question": "What is tea?", "answer": "Tea??"}
-    assert httpx.post(f"{url}/v1/users/fred/history", json={"items": [item, kept]}).json()["new"] == 1
+    accepted = {"question": "What is tea?", "answer": "Tea??"}
+    assert httpx.post(f"{url}/v1/users/fred/history", json={"items": [item, accepted]}).json()["new"] == 1
     assert sorted(_items(url, "fred")) == [("answer", "Tea??"), ("rejection", "Tea??")]
 
 
-def test_ratings_of_a_closed_set_keep_or_reject_the_label(toy: CausalLM, tmp_path: Path) -> None:
+def test_rating_stores_the_label_as_answer_or_rejection(toy: CausalLM, tmp_path: Path) -> None:
     with served(open_service(toy, tmp_path)) as url:
         request, label = _ask(url, "ann", "review: a film")
         assert label in LABELS
@@ -152,7 +152,7 @@ def test_ratings_of_a_closed_set_keep_or_reject_the_label(toy: CausalLM, tmp_pat
         assert _code(_say(url, "ann", request, answer="4", rejected="nine")) == (400, "answer")
 
 
-def test_task_without_answers_knows_no_rejections(toy: CausalLM, tmp_path: Path) -> None:
+def test_task_without_an_answer_field_refuses_rejections(toy: CausalLM, tmp_path: Path) -> None:
     with served(open_service(toy, tmp_path, task=TWEETS, config=STYLE)) as url:
         request, own = _ask(url, "ann", "write. tweet: on tea")
         assert _code(_say(url, "ann", request, rating="down")) == (400, "feedback")
@@ -160,7 +160,7 @@ def test_task_without_answers_knows_no_rejections(toy: CausalLM, tmp_path: Path)
         assert httpx.get(f"{url}/v1/users/ann/history").json()["items"][0]["text"] == own
 
 
-def test_item_with_a_field_of_the_name_rating_is_an_item(toy: CausalLM, tmp_path: Path) -> None:
+def test_item_may_have_a_field_named_rating(toy: CausalLM, tmp_path: Path) -> None:
     with served(open_service(toy, tmp_path, task=replace(TASK, answer_field="rating"))) as url:
         endpoint = f"{url}/v1/users/ann/history"
         assert httpx.post(endpoint, json={"text": "a film", "rating": 4}).json()["new"] == 1
@@ -168,7 +168,7 @@ def test_item_with_a_field_of_the_name_rating_is_an_item(toy: CausalLM, tmp_path
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answer_that_is_not_kept_needs_its_text(url: str, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_feedback_on_an_unstored_answer_needs_its_text(url: str, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     monkeypatch.setattr(reply_texts, "_MAX_CHARACTERS", 3)
     user = f"gina-{stream}"
     request, _ = _ask(url, user, stream=stream)
@@ -184,7 +184,7 @@ def _formatter(kind: Any) -> ReplyFormatter:
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_text_of_a_whole_reply_is_read(kind: Any) -> None:
+def test_reads_the_text_of_a_whole_reply(kind: Any) -> None:
     body = _formatter(kind).whole(" a < b ", reason="stop", usage={})
     assert text_of_reply(to_json(body)) == "a < b"
     two = body | {"choices": [*body["choices"], body["choices"][0] | {"index": 1}]}
@@ -196,7 +196,7 @@ def test_text_of_a_whole_reply_is_read(kind: Any) -> None:
 
 
 def _watched(events: Sequence[bytes], *, read: int | None = None) -> list[str]:
-    """Return the texts that a stream of these events is seen to have, if a caller reads so many of them."""
+    """Return the texts that WatchedStream reports for these events, if a caller reads the first `read` of them."""
     texts: list[str] = []
     closed: list[bool] = []
 
@@ -219,13 +219,13 @@ def _watched(events: Sequence[bytes], *, read: int | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_text_of_a_stream_is_kept_at_its_end(kind: Any) -> None:
+def test_text_of_a_stream_is_reported_at_its_end(kind: Any) -> None:
     formatter = _formatter(kind)
     pieces = [event(formatter.chunk({"content": text})) for text in (" te", "a ")]
     end = event(formatter.chunk({}, reason="stop"))
     usage = event(formatter.chunk({}) | {"choices": [], "usage": {}})
-    begun = [event(formatter.chunk({"role": "assistant", "content": ""}))]
-    assert _watched([*begun, *pieces, end, usage, DONE]) == ["tea"]
+    start = event(formatter.chunk({"role": "assistant", "content": ""}))
+    assert _watched([start, *pieces, end, usage, DONE]) == ["tea"]
     assert _watched([*pieces, end, DONE], read=3) == []
     assert _watched([*pieces, event({"error": {"message": "x"}}), DONE]) == []
     assert _watched([*pieces, b"data: {broken\n\n", DONE]) == []
@@ -236,19 +236,19 @@ def test_text_of_a_stream_is_kept_at_its_end(kind: Any) -> None:
     assert _watched([event(formatter.chunk({"content": "x" * 60_000}))] * 2 + [DONE]) == []
 
 
-def test_texts_are_kept_within_bounds_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_requests_are_limited_and_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent_requests, "_MAX_BYTES", 20_000)
-    kept, ticket = RecentRequests(), Ticket("shop", {"ann": "hash"}, {})
+    requests, ticket = RecentRequests(), Ticket("shop", {"ann": "hash"}, {})
     for number in range(10):
-        kept.add(ticket, request_id=str(number), query="q", answer="x" * 4_000)
-    assert len(kept) == 4
-    assert kept.find("shop", "ann", request_id="9").answer == "x" * 4_000
-    with pytest.raises(RequestError, match="No request of this id"):
-        kept.find("shop", "ann", request_id="0")
-    kept.set_answer(ticket, request_id="9", answer="y" * 30_000)
-    assert kept.find("shop", "ann", request_id="9").answer == "x" * 4_000, "too large to be kept"
-    kept.set_answer(ticket, request_id="0", answer="late")
-    kept.forget("shop", "ann")
-    kept.set_answer(ticket, request_id="9", answer="late")
-    kept.add(ticket, request_id="10", query="q", answer="of a request from before")
-    assert len(kept) == 0
+        requests.add(ticket, request_id=str(number), query="q", answer="x" * 4_000)
+    assert len(requests) == 4
+    assert requests.find("shop", "ann", request_id="9").answer == "x" * 4_000
+    with pytest.raises(RequestError, match="no recent request with this id"):
+        requests.find("shop", "ann", request_id="0")
+    requests.set_answer(ticket, request_id="9", answer="y" * 30_000)
+    assert requests.find("shop", "ann", request_id="9").answer == "x" * 4_000, "too large to store"
+    requests.set_answer(ticket, request_id="0", answer="late")
+    requests.forget("shop", "ann")
+    requests.set_answer(ticket, request_id="9", answer="late")
+    requests.add(ticket, request_id="10", query="q", answer="of a request from before")
+    assert len(requests) == 0

@@ -1,4 +1,4 @@
-"""The embedded engine: concurrent requests are answered as if each were alone."""
+"""The embedded engine answers concurrent requests like single ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 
-Doing = Callable[[InProcessEngine], Coroutine[Any, Any, Any]]
+Scenario = Callable[[InProcessEngine], Coroutine[Any, Any, Any]]
 
 
-def _run(toy: CausalLM, scenario: Doing, **settings: Any) -> Any:
+def _run(toy: CausalLM, scenario: Scenario, **settings: Any) -> Any:
     async def run() -> Any:
         engine = InProcessEngine(toy, name="toy", **settings)
         await engine.start()
@@ -61,7 +61,7 @@ async def _streamed(reply: EngineReply) -> str:
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
 
 
-def test_concurrent_requests_get_the_answers_they_get_alone(toy: CausalLM) -> None:
+def test_concurrent_requests_get_the_same_answers_as_single_ones(toy: CausalLM) -> None:
     questions = [_chat(f"question {n}", _soft(toy, n) if n % 3 else None, max_tokens=3 + n % 7) for n in range(40)]
 
     async def synchronized(engine: InProcessEngine) -> list[str]:
@@ -70,8 +70,8 @@ def test_concurrent_requests_get_the_answers_they_get_alone(toy: CausalLM) -> No
     answers = _run(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         config = GenerationConfig(max_new_tokens=(question.body.model_extra or {})["max_tokens"])
-        alone = toy.generate(PromptBatch([f"question {number}"], question.soft), config)[0]
-        assert answer.strip() == alone.text
+        expected = toy.generate(PromptBatch([f"question {number}"], question.soft), config)[0]
+        assert answer.strip() == expected.text
 
 
 def test_stream_equals_the_whole_reply(toy: CausalLM) -> None:
@@ -94,8 +94,12 @@ def test_usage_and_finish_reason_are_reported(toy: CausalLM) -> None:
 
     whole, events = _run(toy, ask)
     body = json.loads(whole.body)
-    read = len(toy.prompt_tokenizer.encode_prompt("hey").ids) + 2
-    assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 8, "total_tokens": read + 8}
+    prompt_tokens = len(toy.prompt_tokenizer.encode_prompt("hey").ids) + 2
+    assert body["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 8,
+        "total_tokens": prompt_tokens + 8,
+    }
     assert body["choices"][0]["finish_reason"] == "length"
     assert (events[-1]["usage"], events[-1]["choices"]) == (body["usage"], [])
     assert events[-2]["choices"][0]["finish_reason"] == "length"
@@ -114,7 +118,7 @@ def test_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
     assert whole == streamed == cut
 
 
-def test_answer_with_choices_is_one_of_them(toy: CausalLM) -> None:
+def test_answer_is_one_of_the_choices(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> set[str]:
         requests = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
         return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))}
@@ -122,7 +126,7 @@ def test_answer_with_choices_is_one_of_them(toy: CausalLM) -> None:
     assert _run(toy, ask) <= {"1", "2", "10 stars"}
 
 
-def test_completion_uses_no_template(toy: CausalLM) -> None:
+def test_completion_does_not_use_the_chat_template(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> dict[str, Any]:
         reply = await engine.respond(
             engine_request("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
@@ -193,7 +197,7 @@ def test_closed_stream_frees_its_row(toy: CausalLM, read: int) -> None:
             for _ in range(read):
                 await anext(events)
             await reply.body.aclose()
-        # With one place, this is answered in time only if the others are gone.
+        # With a single row, this is answered in time only if the closed streams have freed it.
         return _text(await asyncio.wait_for(engine.respond(_chat("hello")), 5))
 
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
@@ -209,8 +213,8 @@ def test_cancelled_request_frees_its_row(toy: CausalLM) -> None:
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
-def test_stop_texts_in_bursts_harm_no_other_request(toy: CausalLM) -> None:
-    """Stop texts are found while the model goes on: in bursts, no request fails and token counts stay the same."""
+def test_stop_texts_do_not_affect_concurrent_requests(toy: CausalLM) -> None:
+    """The model continues until a stop text is found. No request fails, and token counts are constant."""
 
     async def ask(engine: InProcessEngine) -> list[set[tuple[str, int]]]:
         free = [_text(await engine.respond(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
@@ -231,35 +235,35 @@ def test_extreme_sampling_values_take_the_likeliest_token(toy: CausalLM, odd: di
         requests = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
-    plain, strange, _ = _run(toy, ask)
-    assert strange == plain  # all of these take the likeliest token
+    greedy, extreme, _ = _run(toy, ask)
+    assert extreme == greedy
 
 
-def test_persona_with_nan_is_refused_and_harms_no_other_request(toy: CausalLM) -> None:
+def test_persona_with_nan_is_refused_and_does_not_affect_other_requests(toy: CausalLM) -> None:
     soft = _soft(toy, 1)
-    spoiled = SoftPrompt(soft.vectors * float("nan"), placement="suffix")
+    nan_soft = SoftPrompt(soft.vectors * float("nan"), placement="suffix")
 
     async def ask(engine: InProcessEngine) -> str:
-        with pytest.raises(EngineFailure, match="no numbers"):
-            await engine.respond(_chat("hello", spoiled))
+        with pytest.raises(EngineFailure, match="not finite"):
+            await engine.respond(_chat("hello", nan_soft))
         return _text(await engine.respond(_chat("hello", soft)))
 
     assert _run(toy, ask)
 
 
 def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, behind, done = toy.prefill, toy.cached_prefix.logits, list[str]()
+    prefill, logits, calls = toy.prefill, toy.cached_prefix.logits, list[str]()
 
-    def reading(*given: Any, **named: Any) -> Any:
-        done.append("r")
-        return read(*given, **named)
+    def recorded_prefill(*args: Any, **kwargs: Any) -> Any:
+        calls.append("p")
+        return prefill(*args, **kwargs)
 
-    def stepping(*given: Any, **named: Any) -> Any:
-        done.append("s")
-        return behind(*given, **named)
+    def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        calls.append("s")
+        return logits(*args, **kwargs)
 
-    monkeypatch.setattr(toy, "prefill", reading)
-    monkeypatch.setattr(toy.cached_prefix, "logits", stepping)
+    monkeypatch.setattr(toy, "prefill", recorded_prefill)
+    monkeypatch.setattr(toy.cached_prefix, "logits", recorded_step)
 
     async def ask(engine: InProcessEngine) -> None:
         long = asyncio.create_task(engine.respond(_chat("long", max_tokens=100)))
@@ -267,13 +271,13 @@ def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pyte
         await long
 
     _run(toy, ask, max_rows=2)
-    course = "".join(done)
-    assert course.count("s") == 99
-    assert course.count("r") > 30
-    assert "rr" not in course[1 : course.rindex("s")]  # between any two readings, the long answer gets a token
+    order = "".join(calls)
+    assert order.count("s") == 99
+    assert order.count("p") > 30
+    assert "pp" not in order[1 : order.rindex("s")]  # the long answer gets a token between any two prefills
 
 
-def test_likeliest_choice_equals_that_of_an_evaluation(toy: CausalLM) -> None:
+def test_chosen_label_equals_that_of_an_evaluation(toy: CausalLM) -> None:
     labels = ("politics", "pop", "sports news", "science", "7")
     softs = [_soft(toy, seed) for seed in range(30)]
 
@@ -293,22 +297,22 @@ def test_close_finishes_running_requests(toy: CausalLM) -> None:
     async def ask() -> tuple[str, str]:
         engine = InProcessEngine(toy, name="toy")
         await engine.start()
-        begun = asyncio.create_task(engine.respond(_chat("hello", max_tokens=40)))
+        running = asyncio.create_task(engine.respond(_chat("hello", max_tokens=40)))
         await asyncio.sleep(0.05)
         await engine.close()
         assert not await engine.is_ready()
         with pytest.raises(EngineFailure):
             await engine.respond(_chat("hello"))
-        return _text(await begun), toy.generate(PromptBatch(["hello"]), GenerationConfig(max_new_tokens=40))[0].text
+        return _text(await running), toy.generate(PromptBatch(["hello"]), GenerationConfig(max_new_tokens=40))[0].text
 
     answer, expected = asyncio.run(ask())
     assert answer.strip() == expected
 
 
-def test_model_failure_fails_its_requests_and_not_the_next(
+def test_model_failure_does_not_affect_later_requests(
     toy: CausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*given: Any, **named: Any) -> Any:
+    def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("with the user's secret in it")
 
     async def ask(engine: InProcessEngine) -> str:

@@ -1,6 +1,6 @@
-"""Users of several tenants ask, write, delete and are erased in random order: none gets another's history.
+"""Users of several tenants send concurrent requests in random order. No user gets another user's history.
 
-Every item carries a marker of its user and tenant. Every persona is compared with that of the user's own items.
+Every item has a marker of its user and tenant. Every persona is compared with the persona of the user's items.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TENANTS = ("shop", "bank", "school", "press")
 
 
 class _DigestEngine(Engine):
-    """An engine that answers with a digest of its soft tokens, after other requests had their turn."""
+    """An engine that yields to other requests, then answers with a digest of the soft tokens."""
 
     models = ("digest",)
 
@@ -37,57 +37,57 @@ class _DigestEngine(Engine):
 
 
 def _digest(soft: SoftPrompt | None) -> bytes:
-    # Rounded: sums of many items differ in the last digits with the order of a batch.
+    # Rounded, because the last digits of sums depend on the order of a batch.
     values = soft.vectors.mul(1000).round().int().numpy().tobytes() if soft else b"none"
     return hashlib.blake2b(values, digest_size=12).hexdigest().encode()
 
 
 class _Client:
-    """A user who knows their own history."""
+    """A user with the history that the server should have."""
 
     def __init__(self, service: Service, who: Who) -> None:
         self.service, self.who = service, who
         self.items: dict[str, HistoryItem] = {}
-        self.made, self.lock = 0, asyncio.Lock()
+        self.added, self.lock = 0, asyncio.Lock()
         self.expected = b""
 
     async def do(self, kind: str, draw: random.Random) -> None:
         """Send one request and check its reply."""
         tenant, user = self.who
-        async with self.lock:  # requests of one user come one by one; those of others meanwhile
+        async with self.lock:  # one request of a user at a time, concurrent with those of other users
             if kind == "ask":
                 turns = [{"role": "user", "content": "review: a film"}]
                 request = ChatRequest.model_validate({"messages": turns, "user": user})
-                answered = await self.service.respond(request, tenant=tenant)
-                assert answered.reply.body == self.expected, self.who
-                assert answered.persona.items == len(self.items)
+                result = await self.service.respond(request, tenant=tenant)
+                assert result.reply.body == self.expected, self.who
+                assert result.persona.items == len(self.items)
             elif kind == "add":
-                self.made += 1
-                record = {"id": f"i{self.made}", "text": self._marker(self.made), "score": draw.choice(LABELS)}
+                self.added += 1
+                record = {"id": f"i{self.added}", "text": self._marker(self.added), "score": draw.choice(LABELS)}
                 await self.service.add_records(tenant, user, records=[record])
                 fields = (("text", record["text"]), ("score", record["score"]))
                 self.items[record["id"]] = HistoryItem(record["id"], fields, "score")
                 self._expect()
             elif kind == "list":
                 store = self.service.store
-                shown = [
+                listed = [
                     self.service.item_fields(item) for item in await asyncio.to_thread(store.list_items, tenant, user)
                 ]
-                assert [item["id"] for item in shown] == list(self.items)
-                assert f"{tenant}/{user}/" in json.dumps(shown) or not self.items
-                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in shown)
+                assert [item["id"] for item in listed] == list(self.items)
+                assert f"{tenant}/{user}/" in json.dumps(listed) or not self.items
+                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in listed)
             elif kind == "delete" and self.items:
                 name = draw.choice(list(self.items))
                 await asyncio.to_thread(self.service.store.delete_item, tenant, user, name)
                 del self.items[name]
                 self._expect()
             elif kind == "erase":
-                if self.made:
+                if self.added:
                     await self.service.erase_user(tenant, user)
                 else:
                     with pytest.raises(MissingData):
                         await self.service.erase_user(tenant, user)
-                self.items, self.made = {}, 0
+                self.items, self.added = {}, 0
                 self._expect()
 
     def _marker(self, number: int) -> str:
@@ -99,21 +99,21 @@ class _Client:
         self.expected = _digest(personalizer.persona("a film", history))
 
 
-async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -> None:
+async def _send_random_requests(service: Service, *, users: int, requests: int, concurrency: int) -> None:
     draw = random.Random(0)
     clients = [_Client(service, (TENANTS[n % 4], f"user {n // 4}")) for n in range(users)]
     for client in clients:
         client._expect()
         await client.do("add", draw)
-    assert len({client.expected for client in clients}) > 0.99 * users  # the personas do tell users apart
+    assert len({client.expected for client in clients}) > 0.99 * users  # almost all personas differ
     kinds = random.Random(1).choices(["ask", "add", "list", "delete", "erase"], [84, 8, 5, 2.5, 0.5], k=requests)
-    coming = iter(kinds)
+    remaining = iter(kinds)
 
     async def worker() -> None:
-        for kind in coming:
+        for kind in remaining:
             await draw.choice(clients).do(kind, draw)
 
-    await asyncio.gather(*(worker() for _ in range(at_once)))
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
     for client in clients:
         await client.do("ask", draw)
 
@@ -122,7 +122,7 @@ async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -
 def test_mixed_requests_never_show_another_users_history(
     toy: CausalLM, tmp_path: Path, users: int, requests: int
 ) -> None:
-    # A cache that holds a tenth of the users, so that they come and go in it too.
+    # The cache has room for a tenth of the users, so it evicts entries.
     service = open_service(toy, tmp_path, engine=_DigestEngine(), cache_bytes=users * 400)
-    asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))
+    asyncio.run(_send_random_requests(service, users=users, requests=requests, concurrency=32))
     assert service.personas.cached_users < users

@@ -1,4 +1,4 @@
-"""Each middleware alone, before a small application."""
+"""Each middleware in front of a small application."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _body(*parts: bytes) -> list[Message]:
 
 
 async def _call(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]:
-    """Send one request with these messages, after which the caller stays connected; the response's messages."""
+    """Send a request whose client stays connected; return the messages of the response."""
     incoming, sent = list(messages), list[Message]()
 
     async def receive() -> Message:
@@ -92,7 +92,7 @@ def _raising(error: BaseException, *, start: bool = False) -> ASGIApp:
         DisconnectMiddleware,
     ],
 )
-def test_middleware_passes_lifespan_on(guard: Callable[[ASGIApp], ASGIApp]) -> None:
+def test_middleware_forwards_lifespan_events(guard: Callable[[ASGIApp], ASGIApp]) -> None:
     assert _run(guard(_hello), {"type": "lifespan"}) == [START, END]
 
 
@@ -128,25 +128,27 @@ def test_error_becomes_a_response_with_its_status(error: Exception, status: int,
     assert code in body["body"]
 
 
-def test_reason_of_a_store_that_fails_is_for_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_reason_of_a_store_failure_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     _, body = _run(ErrorMiddleware(_raising(StorageError("The disk is full."))), _scope())
     assert "The disk is full." in caplog.text
     assert b"disk" not in body["body"]
 
 
 @pytest.mark.parametrize("error", [ValueError(SECRET), RunConflict(SECRET)])
-def test_error_of_the_server_is_not_quoted(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_message_of_a_server_error_is_neither_logged_nor_sent(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     _, body = _run(ErrorMiddleware(_raising(error)), _scope())
     assert SECRET not in caplog.text + body["body"].decode()
     assert type(error).__name__ in caplog.text
 
 
-def test_error_after_the_start_ends_the_response() -> None:
+def test_error_after_the_response_has_started_ends_it() -> None:
     assert _run(ErrorMiddleware(_raising(ValueError(), start=True)), _scope()) == [START]
 
 
-def test_cancelled_request_is_told_that_the_server_stops() -> None:
+def test_request_cancelled_at_shutdown_gets_a_503() -> None:
     start, body = _run(ErrorMiddleware(_raising(asyncio.CancelledError())), _scope())
     assert (start["status"], b"stopping" in body["body"]) == (503, True)
     assert (b"retry-after", b"1") in start["headers"]
@@ -155,12 +157,12 @@ def test_cancelled_request_is_told_that_the_server_stops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "is_let_in"),
+    ("host", "is_allowed"),
     [("localhost:80", True), ("[::1]:9", True), ("[::1]", True), ("127.0.0.1", True), ("a.b:80", False), ("", False)],
 )
-def test_host_that_is_not_this_machine_is_refused(host: str, is_let_in: bool) -> None:
+def test_host_of_another_machine_is_refused(host: str, is_allowed: bool) -> None:
     app = LoopbackHostMiddleware(_hello)
-    if is_let_in:
+    if is_allowed:
         assert _run(app, _scope(host=host)) == [START, END]
     else:
         with pytest.raises(RequestError) as refused:
@@ -190,7 +192,7 @@ def _places(app: ASGIApp, total: int, *, is_shared: bool = False) -> PlacesMiddl
 
 
 def _placed(memory: int = 100) -> Scope:
-    """A request that holds a place."""
+    """Return the scope of a request that holds a place."""
     return {**_scope(), "state": {"place": Place("shop", Budget(memory, is_shared=False))}}
 
 
@@ -216,25 +218,25 @@ def test_body_beyond_the_limit_is_refused_before_its_end(memory: int, status: in
     assert (refused.value.http_status, refused.value.code) == (status, code)
 
 
-def test_body_that_does_not_come_is_refused() -> None:
+def test_body_that_does_not_arrive_is_refused() -> None:
     app = _body_limit(timeout_s=0.01)
     with pytest.raises(RequestError) as refused:
         _run(app, _placed(), {"type": "http.request", "body": b"a", "more_body": True})
     assert (refused.value.http_status, refused.value.code) == (408, "timeout")
 
 
-def test_body_of_a_caller_who_leaves_starts_nothing() -> None:
+def test_incomplete_body_of_a_disconnected_client_is_ignored() -> None:
     assert _run(_body_limit(), _placed(), {"type": "http.request", "body": b"a", "more_body": True}, DISCONNECT) == []
 
 
-def test_requests_beyond_the_limit_at_once_are_refused() -> None:
-    go_on = asyncio.Event()
+def test_concurrent_requests_beyond_the_limit_are_refused() -> None:
+    resume = asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-        await go_on.wait()
+        await resume.wait()
         await _hello(scope, receive, send)
 
-    async def three() -> None:
+    async def scenario() -> None:
         app = _places(slow, 1)
         scope = {**_scope(), "state": {"tenant": "shop"}}
         health, first = (asyncio.create_task(_call(app, request)) for request in (_scope("/health"), scope))
@@ -242,13 +244,13 @@ def test_requests_beyond_the_limit_at_once_are_refused() -> None:
         with pytest.raises(RequestError) as refused:
             await _call(app, {**_scope(), "state": {"tenant": "shop"}})
         assert (refused.value.http_status, refused.value.code) == (429, "overloaded")
-        go_on.set()
+        resume.set()
         assert await first == await health == await _call(app, scope) == [START, END]
 
-    asyncio.run(three())
+    asyncio.run(scenario())
 
 
-def test_tenants_leave_places_to_others() -> None:
+def test_one_tenant_cannot_take_the_whole_budget() -> None:
     budget = Budget(100, is_shared=True)
 
     def fill(tenant: str) -> int:
@@ -269,7 +271,7 @@ def test_tenants_leave_places_to_others() -> None:
 
 
 def _interrupted(app: Callable[[list[str]], ASGIApp]) -> tuple[list[Message], list[str]]:
-    """What is sent, and what the application notes, if the caller leaves after the request."""
+    """Return the sent messages and the application's notes if the client disconnects after its request."""
     notes: list[str] = []
     return _run(DisconnectMiddleware(app(notes)), _scope(), *_body(b"a"), DISCONNECT), notes
 
@@ -288,7 +290,7 @@ def test_disconnect_before_the_start_cancels_the_work() -> None:
     assert _interrupted(app) == ([], ["cancelled"])
 
 
-def test_disconnect_after_the_start_is_received_as_often_as_asked() -> None:
+def test_disconnect_after_the_start_is_received_repeatedly() -> None:
     def app(notes: list[str]) -> ASGIApp:
         async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
             await send(START)
@@ -300,10 +302,10 @@ def test_disconnect_after_the_start_is_received_as_often_as_asked() -> None:
 
 
 @pytest.mark.parametrize("app", [_hello, _echo])
-def test_work_of_a_caller_who_stays_is_finished(app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+def test_work_is_finished_if_the_client_stays_connected(app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
     assert _run(DisconnectMiddleware(app), _scope(), *_body(b"done")) == [START, END]
 
 
-def test_error_of_the_work_reaches_the_middleware_above() -> None:
+def test_error_reaches_the_outer_middleware() -> None:
     with pytest.raises(ValueError, match="no"):
         _run(DisconnectMiddleware(_raising(ValueError("no"))), _scope())

@@ -1,4 +1,4 @@
-"""Request models: what is validated, what passes, what an engine gets."""
+"""Request models: validation, accepted fields, and fields that an engine gets."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _nested(depth: int) -> Any:
     return value
 
 
-def test_to_openai_gives_the_fields_of_the_caller_without_those_of_personaplug() -> None:
+def test_to_openai_keeps_the_callers_fields_without_those_of_personaplug() -> None:
     fields = {"messages": [TURN | {"name": "ann"}], "top_k": 7, "stream": None}
     left_out = {"personaplug": {"free": True}, "user": "ann", "metadata": {"x": 1}, "store": True}
     assert ChatRequest.model_validate(fields | left_out).to_openai() == fields
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"]])
-def test_completion_takes_a_prompt_or_a_list_of_one(prompt: Any) -> None:
+def test_completion_accepts_a_prompt_or_a_list_of_one(prompt: Any) -> None:
     request = CompletionRequest.model_validate({"prompt": prompt})
     assert request.prompt_text == "a"
     assert request.to_openai() == {"prompt": "a"}
@@ -44,7 +44,7 @@ def test_completion_refuses_other_prompts(prompt: Any) -> None:
         CompletionRequest.model_validate({"prompt": prompt})
 
 
-def test_prompt_text_is_that_of_the_last_user() -> None:
+def test_prompt_text_is_the_last_user_message() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
     turns = [TURN, {"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
     assert ChatRequest.model_validate({"messages": turns}).prompt_text == "a\nb"
@@ -52,7 +52,7 @@ def test_prompt_text_is_that_of_the_last_user() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), "\ud800", {"\udfff": 1}, [{"a": [float("nan")]}]])
-def test_value_that_json_cannot_represent_is_refused_wherever_it_stands(value: Any) -> None:
+def test_value_that_json_cannot_represent_is_refused_in_any_field(value: Any) -> None:
     for fields in (
         {"top_p": value},
         {"tools": [{"x": value}]},
@@ -64,7 +64,7 @@ def test_value_that_json_cannot_represent_is_refused_wherever_it_stands(value: A
         assert (refused.value.http_status, refused.value.code) == (400, "invalid_value")
 
 
-def test_nesting_is_bounded() -> None:
+def test_nesting_is_limited() -> None:
     assert check_json(_nested(99)) == _nested(99)
     assert _chat(x=_nested(98)).to_openai()["x"] == _nested(98)
     for depth in (100, 10_000):
@@ -72,14 +72,14 @@ def test_nesting_is_bounded() -> None:
             _chat(x=_nested(depth))
 
 
-def test_sampling_is_a_view_on_undeclared_fields() -> None:
+def test_sampling_reads_the_undeclared_fields() -> None:
     sampling = Sampling.from_fields(_chat(max_tokens=3, temperature=0.5, stop=["", "x"], store=True).model_extra)
     assert (sampling.max_tokens, sampling.temperature, sampling.stop_texts) == (3, 0.5, ("x",))
     assert Sampling.from_fields(None).max_tokens is None
 
 
 @pytest.mark.parametrize("name", [*NEUTRAL, "guided_choice", "chat_template", "max_new_tokens", "prompt_embeds", "x"])
-def test_field_that_changes_an_answer_is_refused_by_name(name: str) -> None:
+def test_unsupported_field_is_refused_by_name(name: str) -> None:
     for value in (None, *NEUTRAL.get(name, ())):
         Sampling.from_fields({name: value})
     with pytest.raises(RequestError, match=repr(name)) as refused:
@@ -88,11 +88,11 @@ def test_field_that_changes_an_answer_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HARMLESS))
-def test_field_that_changes_no_answer_is_accepted(name: str) -> None:
+def test_harmless_field_is_accepted(name: str) -> None:
     Sampling.from_fields({name: "something"})
 
 
-def test_name_of_a_refused_field_is_shown_only_if_short() -> None:
+def test_message_has_the_name_of_a_refused_field_only_if_it_is_short() -> None:
     with pytest.raises(RequestError) as refused:
         Sampling.from_fields({"a secret text " * 10: 1})
     assert "secret" not in str(refused.value)
@@ -110,7 +110,7 @@ def test_name_of_a_refused_field_is_shown_only_if_short() -> None:
         ("completion", {"logprobs": 5}, 5),
     ],
 )
-def test_logprobs_are_asked_for_in_each_routes_form(kind: Kind, fields: dict[str, Any], count: int | None) -> None:
+def test_logprobs_have_the_form_of_each_route(kind: Kind, fields: dict[str, Any], count: int | None) -> None:
     assert Sampling.from_fields(fields, kind=kind).logprob_count(kind) == count
 
 
@@ -141,7 +141,7 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("source", NAMED)
-def test_user_is_named_in_any_documented_place(source: str) -> None:
+def test_user_can_be_named_in_any_documented_field(source: str) -> None:
     request = _chat(**NAMED[source])
     assert request.named_user(None) == "ann"
     assert request.named_user("ann") == "ann"
@@ -151,7 +151,7 @@ def test_user_is_named_in_any_documented_place(source: str) -> None:
     assert "ann" not in str(refused.value)
 
 
-def test_two_places_that_name_different_users_are_refused() -> None:
+def test_fields_that_name_different_users_are_refused() -> None:
     both = NAMED["user"] | {"metadata": {"user_id": "bob"}}
     with pytest.raises(RequestError, match=r"user and metadata\.user_id"):
         _chat(**both).named_user(None)
@@ -169,19 +169,19 @@ def test_two_places_that_name_different_users_are_refused() -> None:
         ("100%25", "100%"),
     ],
 )
-def test_header_is_read_as_utf8_and_percent_encoding(header: str, user: str) -> None:
+def test_user_header_is_utf8_with_or_without_percent_encoding(header: str, user: str) -> None:
     assert _chat().named_user(header) == user
 
 
 @pytest.mark.parametrize("header", ["", "J\xfcrgen", "J%FCrgen", "..", "a%00b", "x" * 300])
-def test_header_that_is_no_id_is_refused(header: str) -> None:
+def test_invalid_id_in_the_user_header_is_refused(header: str) -> None:
     with pytest.raises(RequestError, match="X-Personaplug-User") as refused:
         _chat().named_user(header)
     assert refused.value.http_status == 422
 
 
 @pytest.mark.parametrize("user", ["", [], True, {"a": 1}, 1.5, "a\x00b"])
-def test_user_of_metadata_that_is_no_id_is_refused(user: Any) -> None:
+def test_invalid_user_id_in_metadata_is_refused(user: Any) -> None:
     with pytest.raises(RequestError, match=r"metadata\.user_id"):
         _chat(metadata={"user_id": user}).named_user(None)
     assert _chat(metadata={"user_id": 17}).named_user(None) == "17"

@@ -1,4 +1,4 @@
-"""Paths, methods and origins, on a real server and byte by byte."""
+"""Paths, methods and origins, sent to a real server byte by byte."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 
 def _send(url: str, method: str, path: str, value: Any = None, **headers: str) -> tuple[int, Any]:
-    """Send a path as it is written; the status and the body of the reply."""
+    """Send a path without normalizing it; return the status and the body of the reply."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
     body = None if value is None else json.dumps(value).encode()
     connection.putrequest(method, path, skip_accept_encoding=True)
@@ -64,7 +64,7 @@ def test_path_that_is_not_utf8_is_refused(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["%00", "a%0Ab", "a%EF%BF%BDb", "a%E2%80%AEb", "a%C2%85b", "%20", ".", "..", "%2E%2e"])
-def test_id_that_no_user_may_have_is_refused(url: str, name: str) -> None:
+def test_invalid_id_in_a_path_is_refused(url: str, name: str) -> None:
     for method, path in (("GET", "/history"), ("GET", "/export"), ("DELETE", ""), ("DELETE", "/history/1")):
         assert _send(url, method, f"/v1/users/{name}{path}")[0] == 422
 
@@ -82,29 +82,35 @@ def test_encoded_slash_is_part_of_an_id(url: str) -> None:
         assert _count(url, user) == 1, user
 
 
-def test_user_of_one_spelling_is_the_user_of_another(url: str) -> None:
+def test_different_percent_encodings_name_the_same_user(url: str) -> None:
     _add(url, "Jürgen")
     for spelling in ("J%C3%BCrgen", "%4A%c3%bcrgen"):
         assert _send(url, "GET", f"/v1/users/{spelling}/history")[1]["count"] == 1
     assert _send(url, "GET", "/%761/users/J%C3%BCrgen/%68istory")[1]["count"] == 1
 
 
-NO_ROUTES = ["/v1/users/a/", "/v1/users/a/history/", "/v1/users//history", "/v1//users/a/history", "/v1/users/a%2F"]
-NO_ROUTES += ["/v1/users/a/history/1/", "/v1/users/a/history/1/2", "/v1/users/a/../b", "/V1/users/a", "/v1/users/a/b/c"]
-NO_ROUTES += ["/v1", "/v1/", "/", "//", "/v1/users", "/docs/", "/redoc", "/docs/oauth2-redirect", "/v1/nothing"]
+UNKNOWN_PATHS = ["/v1/users/a/", "/v1/users/a/history/", "/v1/users//history", "/v1//users/a/history", "/v1/users/a%2F"]
+UNKNOWN_PATHS += [
+    "/v1/users/a/history/1/",
+    "/v1/users/a/history/1/2",
+    "/v1/users/a/../b",
+    "/V1/users/a",
+    "/v1/users/a/b/c",
+]
+UNKNOWN_PATHS += ["/v1", "/v1/", "/", "//", "/v1/users", "/docs/", "/redoc", "/docs/oauth2-redirect", "/v1/nothing"]
 
 
-@pytest.mark.parametrize("path", NO_ROUTES)
+@pytest.mark.parametrize("path", UNKNOWN_PATHS)
 def test_path_without_a_route_changes_nothing(url: str, path: str) -> None:
     _add(url, "kept", "1")
     path = path.replace("/a", "/kept")
-    is_user = path == "/v1/users/kept%2F"  # whom nobody knows
+    is_user = path == "/v1/users/kept%2F"  # a valid path of an unknown user
     for method in ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"):
         assert _send(url, method, path)[0] in ((404, 405, 204) if is_user else (404,))
     assert _count(url, "kept") == 1
 
 
-def test_method_that_a_path_has_not_is_answered_with_those_that_it_has(url: str) -> None:
+def test_unsupported_method_is_answered_with_the_supported_methods(url: str) -> None:
     for method in ("PUT", "PATCH", "TRACE"):
         reply = httpx.request(method, f"{url}/v1/users/a/history", headers={"content-type": "application/json"})
         assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
@@ -121,7 +127,7 @@ def test_head_is_get_without_the_body(url: str, path: str) -> None:
     assert httpx.head(f"{url}/v1/users/nobody/history").status_code == 200
 
 
-def test_model_with_a_slash_is_found_either_way(url: str) -> None:
+def test_model_name_may_contain_a_slash(url: str) -> None:
     assert _send(url, "GET", "/v1/models/toy")[0] == 200
     for name in ("org/toy", "org%2Ftoy"):
         status, reply = _send(url, "GET", f"/v1/models/{name}")
@@ -138,14 +144,14 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-def test_page_of_another_site_is_refused(url: str, headers: dict[str, str]) -> None:
+def test_request_from_another_origin_is_refused(url: str, headers: dict[str, str]) -> None:
     status, reply = _send(url, "POST", "/v1/users/foreign/history", {"id": "1", **ITEM}, **headers)
     assert (status, reply["error"]["code"]) == (403, "origin")
     assert _send(url, "GET", "/v1/users/foreign/history", **headers)[0] == 403
     assert _count(url, "foreign") == 0
 
 
-def test_page_that_may_call_and_the_servers_own_are_answered(url: str) -> None:
+def test_requests_from_allowed_and_own_origins_are_answered(url: str) -> None:
     body = {"id": "1", **ITEM}
     for headers in ({"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}, {"Origin": url}, {"Sec-Fetch-Site": "none"}):
         assert _send(url, "POST", "/v1/users/a/history", body, **headers)[0] == 200
@@ -157,14 +163,17 @@ def test_page_that_may_call_and_the_servers_own_are_answered(url: str) -> None:
     assert reply.headers["access-control-allow-origin"] == PAGE
     assert "DELETE" in reply.headers["access-control-allow-methods"]
     reply = httpx.get(f"{url}/v1/users/a/drift", headers={"Origin": PAGE})
-    assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (422, PAGE)  # so that it can be read
+    assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
+        422,
+        PAGE,
+    )  # so that the page can read the error
     assert "X-Request-Id" in reply.headers["access-control-expose-headers"]
     refused = httpx.options(f"{url}/v1/users/a", headers=preflight | {"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in refused.headers
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", None])
-def test_body_that_does_not_say_that_it_is_json_is_refused(url: str, kind: str | None) -> None:
+def test_body_without_a_json_content_type_is_refused(url: str, kind: str | None) -> None:
     content = json.dumps({"id": "1", **ITEM}).encode()
     headers = {} if kind is None else {"content-type": kind}
     user = f"kind-{str(kind).replace('/', '-')}"
@@ -179,12 +188,12 @@ def test_body_that_does_not_say_that_it_is_json_is_refused(url: str, kind: str |
 
 
 @pytest.mark.parametrize("origin", ["app.example.org", "https://", "https://a/b", "*", "https://*.a.org", "https://ü"])
-def test_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+def test_invalid_origin_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match=r"https://app\.example\.org"):
         check_origin(origin)
 
 
-def test_documentation_loads_nothing(url: str) -> None:
+def test_documentation_loads_no_external_resources(url: str) -> None:
     reply = httpx.get(f"{url}/docs")
     assert reply.headers["content-security-policy"].startswith("default-src 'none'")
     assert not re.findall(r"<script|<link|<img|<iframe|@import|url\(|https?://", reply.text)
@@ -193,7 +202,7 @@ def test_documentation_loads_nothing(url: str) -> None:
 
 
 @pytest.mark.parametrize("header", ["X-Personaplug-User", "Authorization", "Content-Type", "Origin"])
-def test_header_that_stands_twice_is_refused(url: str, header: str) -> None:
+def test_duplicate_header_is_refused(url: str, header: str) -> None:
     value = {"Content-Type": "application/json", "Origin": PAGE}.get(header, "ann")
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
     for values, status in ([value], 200), ([value, "other"], 400):

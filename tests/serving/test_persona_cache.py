@@ -28,14 +28,14 @@ from personaplug.serving.persona_cache import Persona, PersonaCache, store_setti
 from personaplug.store.history_store import HistoryStore, StoreSettings
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
-BY_QUERY = replace(
+QUERY_DEPENDENT = replace(
     PlugConfig(), answer_channel="label", options="ignore", label_prior="own", instruction_start="random"
 )
-ALIKE = replace(BY_QUERY, state_tokens=4)
+QUERY_INDEPENDENT = replace(QUERY_DEPENDENT, state_tokens=4)
 ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 
 
-def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
+def _plug(config: PlugConfig = QUERY_INDEPENDENT) -> PersonaPlug:
     torch.manual_seed(1)
     labels = LABELS if config.reads_labels or config.options == "compare" else ()
     plug = PersonaPlug(config, spec=PlugSpec(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
@@ -44,25 +44,25 @@ def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
     return plug
 
 
-def _live(tmp_path: Path, config: PlugConfig = ALIKE, **settings: Any) -> PersonaCache:
+def _open_cache(tmp_path: Path, config: PlugConfig = QUERY_INDEPENDENT, **settings: Any) -> PersonaCache:
     plug = _plug(config)
     store = HistoryStore.open(tmp_path / "histories.db", ENCODER, settings=store_settings(plug))
     return PersonaCache(Personalizer(plug), store, **settings)
 
 
 def _persona(plug: PersonaPlug, items: Sequence[HistoryItem]) -> SoftPrompt:
-    """The soft prompt of an evaluation."""
+    """Return the soft prompt that an evaluation computes."""
     personalizer = Personalizer(plug)
     return personalizer.persona("a film", personalizer.encode(items, encoder=ENCODER))
 
 
-def _ask(live: PersonaCache, tenant: str, user: str | None, *, query: str, **settings: Any) -> Persona:
-    ticket = live.store.admit(tenant, user) if user is not None else None
-    return live.persona(ticket, query=query, **settings)
+def _ask(cache: PersonaCache, tenant: str, user: str | None, *, query: str, **settings: Any) -> Persona:
+    ticket = cache.store.admit(tenant, user) if user is not None else None
+    return cache.persona(ticket, query=query, **settings)
 
 
-def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
-    soft = _ask(live, "shop", user, query=query, **settings).soft
+def _tokens(cache: PersonaCache, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
+    soft = _ask(cache, "shop", user, query=query, **settings).soft
     assert soft is not None
     return soft.vectors
 
@@ -70,19 +70,19 @@ def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **setti
 @pytest.mark.parametrize(
     "config",
     [
-        ALIKE,
-        BY_QUERY,
-        replace(ALIKE, answer_channel="text"),
-        replace(ALIKE, answer_channel="style"),
+        QUERY_INDEPENDENT,
+        QUERY_DEPENDENT,
+        replace(QUERY_INDEPENDENT, answer_channel="text"),
+        replace(QUERY_INDEPENDENT, answer_channel="style"),
     ],
 )
-def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig) -> None:
-    live = _live(tmp_path, config)
-    add(live.store, "shop", "ann", ITEMS)
-    expected = _persona(live.plug, ITEMS)
-    for _ in range(2):  # made, and then kept
-        torch.testing.assert_close(_tokens(live, "ann"), expected.vectors)
-    persona = _ask(live, "shop", "ann", query="a film")
+def test_persona_equals_the_one_of_an_evaluation(tmp_path: Path, config: PlugConfig) -> None:
+    cache = _open_cache(tmp_path, config)
+    add(cache.store, "shop", "ann", ITEMS)
+    expected = _persona(cache.plug, ITEMS)
+    for _ in range(2):  # computed, then cached
+        torch.testing.assert_close(_tokens(cache, "ann"), expected.vectors)
+    persona = _ask(cache, "shop", "ann", query="a film")
     assert persona.soft is not None
     assert expected.label_bias is not None
     assert expected.label_bias.any()
@@ -91,128 +91,128 @@ def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig
 
 
 def test_cached_history_still_depends_on_the_query(tmp_path: Path) -> None:
-    live = _live(tmp_path, BY_QUERY)
-    add(live.store, "shop", "ann", ITEMS)
-    assert not torch.equal(_tokens(live, "ann", "film 1"), _tokens(live, "ann", "film 2"))
+    cache = _open_cache(tmp_path, QUERY_DEPENDENT)
+    add(cache.store, "shop", "ann", ITEMS)
+    assert not torch.equal(_tokens(cache, "ann", "film 1"), _tokens(cache, "ann", "film 2"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"options": "compare"}])
 def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
-    live = _live(tmp_path, replace(BY_QUERY, **changes))
-    add(live.store, "shop", "ann", ITEMS)
+    cache = _open_cache(tmp_path, replace(QUERY_DEPENDENT, **changes))
+    add(cache.store, "shop", "ann", ITEMS)
     options = Options("which", ("film 1", "film 2", "film 3"))
-    history = live.store.load_history("shop", "ann", latest=10)
+    history = cache.store.load_history("shop", "ann", latest=10)
     for query in ("film 1", "film 2"):
-        _ask(live, "shop", "ann", query="another")
-        persona = _ask(live, "shop", "ann", query=query, options=options)
+        _ask(cache, "shop", "ann", query="another")
+        persona = _ask(cache, "shop", "ann", query=query, options=options)
         assert persona.soft is not None
         assert persona.cached
-        assert torch.equal(persona.soft.vectors, live.personalizer.persona(query, history, options=options).vectors)
+        assert torch.equal(persona.soft.vectors, cache.personalizer.persona(query, history, options=options).vectors)
 
 
 def test_options_reach_a_plug_that_compares_options(tmp_path: Path) -> None:
-    live = _live(tmp_path, replace(ALIKE, options="compare"))
-    add(live.store, "shop", "ann", ITEMS)
+    cache = _open_cache(tmp_path, replace(QUERY_INDEPENDENT, options="compare"))
+    add(cache.store, "shop", "ann", ITEMS)
     options = [Options("which", texts) for texts in (("film 1", "film 2", "film 3"), ("film 2", "film 1", "film 3"))]
-    first, second = (_tokens(live, "ann", "which", options=each) for each in options)
+    first, second = (_tokens(cache, "ann", "which", options=each) for each in options)
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
+@pytest.mark.parametrize("config", [QUERY_INDEPENDENT, QUERY_DEPENDENT])
 @pytest.mark.parametrize("user", [None, "nobody"])
 def test_user_without_history_gets_the_fallback(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
-    live = _live(tmp_path, config)
-    population = _persona(live.plug, [])
+    cache = _open_cache(tmp_path, config)
+    population = _persona(cache.plug, [])
     for persona_scale in (1.0, 0.5):
-        torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
-    assert _ask(live, "shop", user, query="a film").applied == "population"
-    plain = _ask(PersonaCache(Personalizer(live.plug), live.store, fallback="plain"), "shop", user, query="a film")
+        torch.testing.assert_close(_tokens(cache, user, persona_scale=persona_scale), population.vectors)
+    assert _ask(cache, "shop", user, query="a film").applied == "population"
+    plain = _ask(PersonaCache(Personalizer(cache.plug), cache.store, fallback="plain"), "shop", user, query="a film")
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
-@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
+@pytest.mark.parametrize("config", [QUERY_INDEPENDENT, QUERY_DEPENDENT])
 def test_persona_scale_interpolates_and_extrapolates(tmp_path: Path, config: PlugConfig) -> None:
-    live = _live(tmp_path, config)
-    add(live.store, "shop", "ann", ITEMS)
-    assert _ask(live, "shop", "ann", query="a film", persona_scale=0).soft is None
+    cache = _open_cache(tmp_path, config)
+    add(cache.store, "shop", "ann", ITEMS)
+    assert _ask(cache, "shop", "ann", query="a film", persona_scale=0).soft is None
     common, half, full, beyond = (
-        _tokens(live, user, persona_scale=persona_scale)
+        _tokens(cache, user, persona_scale=persona_scale)
         for user, persona_scale in ((None, 1.0), ("ann", 0.5), ("ann", 1.0), ("ann", 2.0))
     )
     torch.testing.assert_close(half, (common + full) / 2)
     torch.testing.assert_close(beyond, 2 * full - common)
 
 
-@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
+@pytest.mark.parametrize("config", [QUERY_INDEPENDENT, QUERY_DEPENDENT])
 def test_change_by_another_process_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig) -> None:
-    live, elsewhere = _live(tmp_path, config), HistoryStore.open(tmp_path / "histories.db", ENCODER)
-    add(elsewhere, "shop", "ann", ITEMS[:2])
-    before = _tokens(live, "ann")
-    add(elsewhere, "shop", "ann", ITEMS[2:])  # as another process would: nobody tells `live`
-    persona = _ask(live, "shop", "ann", query="a film")
+    cache, other_store = _open_cache(tmp_path, config), HistoryStore.open(tmp_path / "histories.db", ENCODER)
+    add(other_store, "shop", "ann", ITEMS[:2])
+    before = _tokens(cache, "ann")
+    add(other_store, "shop", "ann", ITEMS[2:])  # like another process, which does not notify `cache`
+    persona = _ask(cache, "shop", "ann", query="a film")
     assert (persona.items, persona.cached) == (5, False)
-    assert not torch.equal(before, _tokens(live, "ann"))
-    elsewhere.erase_user("shop", "ann")
-    assert _ask(live, "shop", "ann", query="a film").applied == "population"
-    assert live.cached_users == 0
-    add(elsewhere, "shop", "ann", ITEMS[:2])
-    assert _ask(live, "shop", "ann", query="a film").items == 2
+    assert not torch.equal(before, _tokens(cache, "ann"))
+    other_store.erase_user("shop", "ann")
+    assert _ask(cache, "shop", "ann", query="a film").applied == "population"
+    assert cache.cached_users == 0
+    add(other_store, "shop", "ann", ITEMS[:2])
+    assert _ask(cache, "shop", "ann", query="a film").items == 2
 
 
-def test_cache_size_is_bounded(tmp_path: Path) -> None:
-    live = _live(tmp_path, cache_bytes=5_000)
+def test_cache_size_is_limited(tmp_path: Path) -> None:
+    cache = _open_cache(tmp_path, cache_bytes=5_000)
     for user in map(str, range(20)):
-        add(live.store, "shop", user, ITEMS[:1])
-        _ask(live, "shop", user, query="a film")
-    assert 1 <= live.cached_users < 5
-    assert live.cached_bytes <= 5_000
-    assert _ask(_live(tmp_path, cache_bytes=100), "shop", "3", query="a film").applied == "user"
+        add(cache.store, "shop", user, ITEMS[:1])
+        _ask(cache, "shop", user, query="a film")
+    assert 1 <= cache.cached_users < 5
+    assert cache.cached_bytes <= 5_000
+    assert _ask(_open_cache(tmp_path, cache_bytes=100), "shop", "3", query="a film").applied == "user"
 
 
 def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = _live(tmp_path)
-    add(live.store, "shop", "ann", ITEMS)
-    load_history = live.store.load_history
+    cache = _open_cache(tmp_path)
+    add(cache.store, "shop", "ann", ITEMS)
+    load_history = cache.store.load_history
 
-    def read_then_erased(*given: Any, **named: Any) -> Any:
-        history = load_history(*given, **named)
-        live.store.erase_user("shop", "ann")
-        live.forget("shop", "ann")
+    def read_then_erased(*args: Any, **kwargs: Any) -> Any:
+        history = load_history(*args, **kwargs)
+        cache.store.erase_user("shop", "ann")
+        cache.forget("shop", "ann")
         return history
 
-    monkeypatch.setattr(live.store, "load_history", read_then_erased)
+    monkeypatch.setattr(cache.store, "load_history", read_then_erased)
     with pytest.raises(UserErased):
-        _ask(live, "shop", "ann", query="a film")
-    assert live.cached_users == 0
+        _ask(cache, "shop", "ann", query="a film")
+    assert cache.cached_users == 0
 
 
 def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None:
-    """Users with one distinctive item each are asked for at random by several threads while others write."""
-    live = _live(tmp_path, cache_bytes=60_000)  # some come and go
+    """Several threads request personas of random users, each with one distinctive item, while entries are dropped."""
+    cache = _open_cache(tmp_path, cache_bytes=60_000)  # small, so it evicts entries
     expected = {}
     for number in range(60):
         tenant, user = f"tenant {number % 3}", f"user {number // 3}"  # the same names in every tenant
-        own = item("only", f"likes number {number}", answer=LABELS[number % 3])
-        add(live.store, tenant, user, [own])
-        expected[tenant, user] = _persona(live.plug, [own]).vectors
-    crossed: list[tuple[str, str]] = []
+        only_item = item("only", f"likes number {number}", answer=LABELS[number % 3])
+        add(cache.store, tenant, user, [only_item])
+        expected[tenant, user] = _persona(cache.plug, [only_item]).vectors
+    mismatches: list[tuple[str, str]] = []
 
     def ask(seed: int) -> None:
         draw = random.Random(seed)
         for _ in range(400):
             tenant, user = draw.choice(list(expected))
-            soft = _ask(live, tenant, user, query="a film").soft
+            soft = _ask(cache, tenant, user, query="a film").soft
             if soft is None or not torch.allclose(soft.vectors, expected[tenant, user], atol=1e-5):
-                crossed.append((tenant, user))
+                mismatches.append((tenant, user))
             if draw.random() < 0.05:
-                live.forget(tenant, user)
+                cache.forget(tenant, user)
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not crossed
+    assert not mismatches
 
 
 def test_store_that_does_not_fit_the_plug_is_refused(tmp_path: Path) -> None:
@@ -225,19 +225,19 @@ def test_store_that_does_not_fit_the_plug_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EncoderMismatch):
         PersonaCache(Personalizer(plug), other)
     with pytest.raises(ConfigError, match="population, plain"):
-        _live(tmp_path, fallback="default")
+        _open_cache(tmp_path, fallback="default")
 
 
 def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None:
-    live = _live(tmp_path)
-    live.plug.cold_start = ColdStart(torch.ones_like(live.plug.population_prompt().vectors[0]), max_items=2)
+    cache = _open_cache(tmp_path)
+    cache.plug.cold_start = ColdStart(torch.ones_like(cache.plug.population_prompt().vectors[0]), max_items=2)
     applied = []
     for new_item in ITEMS[:3]:
-        add(live.store, "shop", "ann", [new_item])
-        applied.append(_ask(live, "shop", "ann", query="a film").applied)
+        add(cache.store, "shop", "ann", [new_item])
+        applied.append(_ask(cache, "shop", "ann", query="a film").applied)
         weights = item_weights(
-            live.personalizer, "a film", live.personalizer.encode(ITEMS[: len(applied)], encoder=ENCODER)
+            cache.personalizer, "a film", cache.personalizer.encode(ITEMS[: len(applied)], encoder=ENCODER)
         )
         assert bool(weights.any()) == (applied[-1] == "user")
     assert applied == ["population", "population", "user"]
-    assert not torch.equal(_tokens(live, "ann"), _tokens(live, None))
+    assert not torch.equal(_tokens(cache, "ann"), _tokens(cache, None))

@@ -1,4 +1,4 @@
-"""The routes of stated preferences, for plugs of closed sets as for those of conversations."""
+"""The routes of stated preferences."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _put(url: str, user: str, *sentences: object, **fields: Any) -> httpx.Respon
 
 
 def _counts(reply: httpx.Response) -> dict[str, int]:
-    """Return what a replacement changed; the plug of these tests reads no preferences."""
+    """Return the counts of a replacement. The plug of these tests reads no preferences."""
     counts: dict[str, int] = reply.json()
     assert counts.pop("used") is False
     return counts
@@ -45,8 +45,8 @@ def _get(url: str, user: str) -> list[dict[str, Any]]:
     reply = httpx.get(f"{url}/v1/users/{user}/preferences").json()
     assert reply["count"] == len(reply["preferences"])
     assert reply["user"] == user
-    found: list[dict[str, Any]] = reply["preferences"]
-    return found
+    preferences: list[dict[str, Any]] = reply["preferences"]
+    return preferences
 
 
 def _post(url: str, user: str, *items: dict[str, Any]) -> httpx.Response:
@@ -74,7 +74,7 @@ def test_preferences_are_replaced_listed_and_removed(url: str) -> None:
     assert _post(url, "ann", ITEM).json()["new"] == 1
     listed = httpx.get(f"{url}/v1/users/ann/history").json()
     assert (listed["count"], [item["kind"] for item in listed["items"]]) == (3, ["preference", "preference", "answer"])
-    assert _post(url, "ann", *listed["items"]).json()["same"] == 3, "what was read can be written back"
+    assert _post(url, "ann", *listed["items"]).json()["same"] == 3, "a listed item can be added again"
     exported = httpx.get(f"{url}/v1/users/ann/export").json()["items"]
     assert exported[0]["fields"] == [["preference", "Old films"]]
     assert httpx.delete(f"{url}/v1/users/ann/history/{first['id']}").json() == {"deleted": True}
@@ -83,7 +83,7 @@ def test_preferences_are_replaced_listed_and_removed(url: str) -> None:
     assert (_get(url, "ann"), httpx.get(f"{url}/v1/users/ann/history").json()["count"]) == ([], 1)
 
 
-def test_same_sentence_is_one_preference_however_it_comes(url: str) -> None:
+def test_same_sentence_is_one_preference_on_all_routes(url: str) -> None:
     assert _post(url, "bob", {"preference": "No horror.", "date": "2024-01-01"}, ITEM).json()["new"] == 2
     assert httpx.post(f"{url}/v1/users/bob/history", json={"preference": "No horror."}).json()["replaced"] == 1
     assert _put(url, "bob", "No horror.", "No horror.").json() == {
@@ -97,7 +97,7 @@ def test_same_sentence_is_one_preference_however_it_comes(url: str) -> None:
     assert _put(url, "bob").json()["removed"] == 1
 
 
-def test_preferences_of_nobody_are_none(url: str) -> None:
+def test_unknown_user_has_no_preferences(url: str) -> None:
     assert _counts(_put(url, "nobody")) == {"new": 0, "replaced": 0, "same": 0, "removed": 0}
     assert _get(url, "nobody") == []
     assert httpx.delete(f"{url}/v1/users/nobody").status_code == 404
@@ -114,7 +114,7 @@ def test_invalid_preferences_are_refused_and_change_nothing(url: str, sentences:
     assert [each["preference"] for each in _get(url, "carl")] == ["No horror."]
 
 
-def test_blank_preference_and_one_beside_an_answer_are_refused(url: str) -> None:
+def test_blank_preference_and_preference_with_an_answer_are_refused(url: str) -> None:
     assert (_put(url, "dora", "ok", " \n ").status_code, _get(url, "dora")) == (400, [])
     mixed = _post(url, "dora", {"preference": "No horror.", "text": "a film", "score": "4"})
     assert (mixed.status_code, mixed.json()["error"]["code"]) == (400, "item")
@@ -123,12 +123,12 @@ def test_blank_preference_and_one_beside_an_answer_are_refused(url: str) -> None
     assert plain.status_code == 415
 
 
-def test_blanks_around_a_sentence_make_no_other_preference(url: str) -> None:
+def test_white_space_around_a_preference_is_ignored(url: str) -> None:
     assert _put(url, "gil", "No horror.", " No horror.\n").json()["new"] == 1
     assert [each["preference"] for each in _get(url, "gil")] == ["No horror."]
 
 
-def test_history_takes_no_more_preferences_than_a_user_may_state(url: str) -> None:
+def test_history_route_limits_the_number_of_preferences(url: str) -> None:
     many = [{"preference": f"number {number}"} for number in range(MAX_PREFERENCES + 1)]
     refused = _post(url, "emil", *many)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "item")
@@ -137,7 +137,7 @@ def test_history_takes_no_more_preferences_than_a_user_may_state(url: str) -> No
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
-def test_preference_makes_a_new_user_personal_at_once_if_the_plug_knows_any(
+def test_preference_gives_a_new_user_a_persona_if_the_plug_reads_preferences(
     is_trained: bool, toy: CausalLM, tmp_path: Path
 ) -> None:
     service = open_service(toy, tmp_path)
@@ -156,7 +156,7 @@ def test_preference_makes_a_new_user_personal_at_once_if_the_plug_knows_any(
     assert personas == [("population", "0"), stated, ("population", "0")]
 
 
-def test_store_without_texts_lists_ids_and_dates_alone(toy: CausalLM, tmp_path: Path) -> None:
+def test_store_without_texts_lists_only_ids_and_dates(toy: CausalLM, tmp_path: Path) -> None:
     with served(open_service(toy, tmp_path, keep_text=False)) as url:
         _put(url, "ann", "No horror.")
         (stated,) = _get(url, "ann")
@@ -166,7 +166,7 @@ def test_store_without_texts_lists_ids_and_dates_alone(toy: CausalLM, tmp_path: 
     assert b"No horror" not in content
 
 
-def test_preferences_that_came_before_an_erasure_are_refused(toy: CausalLM, tmp_path: Path) -> None:
+def test_preferences_sent_before_an_erasure_are_refused(toy: CausalLM, tmp_path: Path) -> None:
     service: Service = open_service(toy, tmp_path)
     elsewhere = HistoryStore.open(tmp_path / "histories.db")
 

@@ -1,4 +1,4 @@
-"""A real vLLM server (`make vllm`) behind ours: what soft tokens do there, and what becomes of its fall."""
+"""A real vLLM server (`make vllm`) behind ours: the effect of soft tokens, and a crash of the server."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def folder() -> Path:
 
 @contextmanager
 def vllm(folder: Path, *arguments: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A vLLM server of the model; its address."""
+    """Start a vLLM server of the model; yield its address and its process."""
     port = port or free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "small"]
     command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
@@ -93,7 +93,7 @@ def address(folder: Path) -> Iterator[str]:
 
 
 def _service(folder: Path, address: str, place: Path, *, placement: Any = "suffix") -> Service:
-    """A service with an untrained plug, whose tokens are embeddings of words: what they say shows in the answer."""
+    """Open a service with an untrained plug; `_say` replaces its personas by words whose effect is visible."""
     table = EmbeddingTable.of_folder(folder)
     spec = PlugSpec(LLMIdentity(MODEL, None, "0" * 16, WIDTH), 1.0, ENCODER.identity, TASK.labels)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def _service(folder: Path, address: str, place: Path, *, placement: Any = "suffi
 
 
 def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
-    """Let each user's persona be the embedded tokens of a text."""
+    """Replace each user's persona by the embedded tokens of a text."""
     table = EmbeddingTable.of_folder(folder)
 
     def persona(ticket: Ticket | None, *, query: str, **given: Any) -> Persona:
@@ -124,13 +124,13 @@ FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"pers
 
 
 def test_soft_tokens_act_as_the_beginning_of_the_answer(folder: Path, address: str, tmp_path: Path) -> None:
-    """Embedded words do what the same words do, written as the beginning of the answer."""
+    """Embedded words have the same effect as the same words at the beginning of the answer."""
     service = _service(folder, address, tmp_path)
-    said = {"ann": "The capital of France is", "bob": "I do not like"}
-    _say(service, folder, said)
+    words_of_users = {"ann": "The capital of France is", "bob": "I do not like"}
+    _say(service, folder, words_of_users)
     turns = [{"role": "user", "content": PROMPT}]
     with served(service) as url:
-        for user, words in said.items():
+        for user, words in words_of_users.items():
             answer = _client(url).chat.completions.create(model="small", messages=turns, user=user, **FREE)
             stream = _client(url).chat.completions.create(model="small", messages=turns, user=user, stream=True, **FREE)
             streamed = "".join(event.choices[0].delta.content or "" for event in stream if event.choices)
@@ -146,7 +146,7 @@ def test_soft_tokens_act_as_the_beginning_of_the_answer(folder: Path, address: s
             assert answer.choices[0].message.content == streamed == text["choices"][0]["message"]["content"]
 
 
-def test_completion_puts_soft_tokens_at_their_placement(folder: Path, address: str, tmp_path: Path) -> None:
+def test_completion_respects_the_placement_of_soft_tokens(folder: Path, address: str, tmp_path: Path) -> None:
     for placement, whole in (("suffix", PROMPT + " and then we"), ("prefix", " and then we" + PROMPT)):
         (place := tmp_path / placement).mkdir()
         service = _service(folder, address, place, placement=placement)
@@ -172,7 +172,7 @@ def test_label_prior_decides_the_answer(folder: Path, address: str, tmp_path: Pa
     service = _service(folder, address, tmp_path)
     prior = service.personas.personalizer.plug.label_prior
     assert prior is not None
-    prior.trust.data.fill_(50.0)  # beyond what the model could say against it
+    prior.trust.data.fill_(50.0)  # stronger than the model's own preference
     with served(service) as url:
         for user, score in (("ann", "5"), ("bob", "2")):
             items = [{"id": str(n), "text": f"film {n}", "score": score} for n in range(3)]
@@ -193,17 +193,17 @@ def test_prefix_cache_serves_the_prompt_to_all_users(folder: Path, address: str,
             _client(url).chat.completions.create(model="small", messages=turns, user=f"user {number}", **FREE)
     after = _hits(address)
     queried, hit = (new - old for new, old in zip(after, before, strict=True))
-    assert hit / queried > 0.6  # of five requests, four find the text that the first one read
+    assert hit / queried > 0.6  # four of five requests find the prompt of the first one in the cache
 
 
 def _hits(address: str) -> tuple[float, float]:
     text = httpx.get(f"{address}/metrics").text
-    found = [
+    matches = [
         re.search(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)
         for name in ("queries", "hits")
     ]
-    assert all(found)
-    queried, hit = (float(match.group(1)) for match in found if match)
+    assert all(matches)
+    queried, hit = (float(match.group(1)) for match in matches if match)
     return queried, hit
 
 
@@ -220,7 +220,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def patched(module):
             execute(module)
-            module._gen_prompt_embeds_extra_hash_keys = lambda *given, **named: []
+            module._gen_prompt_embeds_extra_hash_keys = lambda *args, **kwargs: []
 
         spec.loader.exec_module = patched
         return spec
@@ -236,7 +236,7 @@ def test_users_get_their_own_answers_from_a_warm_cache(folder: Path, address: st
     assert not engine.salts_personas
 
 
-def test_cache_that_leaves_embeds_out_of_its_keys_gets_a_salt_for_each_persona(
+def test_cache_whose_keys_ignore_embeds_gets_a_salt_per_persona(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLIND_CACHE)
@@ -255,7 +255,7 @@ def test_start_refuses_vllm_without_the_flag(folder: Path, tmp_path: Path) -> No
             asyncio.run(service.engine.start())
 
 
-def test_vllm_killed_during_a_stream_is_reported_and_used_again(folder: Path, tmp_path: Path) -> None:
+def test_vllm_killed_during_a_stream_is_reported_and_reused_after_restart(folder: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Tell me a long story. review: x"}]
     with vllm(folder, "--enable-prompt-embeds") as (address, process):
         service = _service(folder, address, tmp_path)
@@ -265,7 +265,7 @@ def test_vllm_killed_during_a_stream_is_reported_and_used_again(folder: Path, tm
             )
             next(iter(stream))
             os.killpg(process.pid, signal.SIGKILL)
-            with pytest.raises(openai.APIError, match="broke off"):
+            with pytest.raises(openai.APIError, match=r"stream (ended|was interrupted)"):
                 list(stream)
             with pytest.raises(openai.InternalServerError) as failed:
                 _client(url).chat.completions.create(model="small", messages=turns, **FREE)

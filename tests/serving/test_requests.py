@@ -1,4 +1,4 @@
-"""What requests say and ask: who the user is, the task's wording, probabilities, closed sets, feedback, limits."""
+"""Requests: naming the user, the task's wording, probabilities, labels, feedback and limits."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_user_is_read_from_a_header_and_other_fields(url: str) -> None:
     assert _code(_chat(url, headers={"X-Personaplug-User": "a%00"})) == (422, "invalid_value")
 
 
-def test_requests_that_name_nobody_are_said_once(
+def test_requests_without_a_user_are_logged_once(
     toy: CausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="personaplug")
@@ -94,7 +94,7 @@ def test_requests_that_name_nobody_are_said_once(
         "",
     ],
 )
-def test_prompt_with_the_marker_alone_is_no_task(url: str, prompt: str) -> None:
+def test_prompt_with_only_the_marker_is_off_task(url: str, prompt: str) -> None:
     reply = _chat(url, prompt, user="ann", max_tokens=8, temperature=0)
     assert _personal(reply) == ("plain", "off-task")
     assert reply.json()["choices"][0]["message"]["content"] not in LABELS
@@ -104,7 +104,7 @@ def test_wording_is_recognized_with_white_space_around_it(url: str) -> None:
     assert _personal(_chat(url, f"\n {PROMPT} \n", user="ann")) == ("user", None)
 
 
-def test_task_is_asked_by_the_last_message(url: str) -> None:
+def test_last_message_decides_the_task(url: str) -> None:
     task, system = {"role": "user", "content": PROMPT}, {"role": "system", "content": "Be kind."}
     for messages in ([system, task], [task, {"role": "assistant", "content": "4"}, task]):
         assert _personal(_chat(url, messages=messages, user="ann")) == ("user", None)
@@ -113,13 +113,13 @@ def test_task_is_asked_by_the_last_message(url: str) -> None:
         assert _personal(reply) == ("plain", "off-task")
 
 
-def test_reason_says_why_an_answer_is_not_the_users(url: str) -> None:
+def test_reason_header_says_why_the_users_persona_is_not_applied(url: str) -> None:
     assert _personal(_chat(url, user="nobody")) == ("population", "no-history")
     assert _personal(_chat(url)) == ("population", "no-user")
     assert _personal(_chat(url, user="ann", personaplug={"persona_scale": 0})) == ("plain", "persona-scale")
 
 
-def test_task_is_published(url: str) -> None:
+def test_task_route_describes_the_task(url: str) -> None:
     about = httpx.get(f"{url}/v1/task").json()
     assert about["wordings"] == ["How would the user rate this? review: {query} Answer with one number."]
     assert (about["name"], about["kind"], about["labels"]) == ("Films", "rating", list(LABELS))
@@ -128,14 +128,14 @@ def test_task_is_published(url: str) -> None:
 
 
 def _expected(service: Service, toy: CausalLM) -> list[float]:
-    """The labels' probabilities as an evaluation computes them."""
+    """Return the labels' probabilities that an evaluation computes."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in ITEMS]
     personalizer, query = service.personas.personalizer, PROMPT.split("review: ")[1]
     soft = personalizer.persona(query, personalizer.encode(history, encoder=ENCODER))
     return toy.score(PromptBatch([PROMPT], soft), LABELS)[0].softmax(dim=0).tolist()
 
 
-def test_probabilities_are_those_of_an_evaluation(service: Service, url: str, toy: CausalLM) -> None:
+def test_probabilities_equal_those_of_an_evaluation(service: Service, url: str, toy: CausalLM) -> None:
     expected = _expected(service, toy)
     body = _chat(url, user="ann", personaplug={"probabilities": True}).json()
     assert list(body["personaplug"]["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
@@ -147,7 +147,7 @@ def test_probabilities_are_those_of_an_evaluation(service: Service, url: str, to
     assert body["choices"][0]["message"]["content"] == likeliest
 
 
-def test_logprobs_are_those_of_the_labels_in_openais_form(service: Service, url: str, toy: CausalLM) -> None:
+def test_logprobs_of_labels_have_openais_format(service: Service, url: str, toy: CausalLM) -> None:
     import math
 
     expected = dict(zip(LABELS, map(math.log, _expected(service, toy)), strict=True))
@@ -161,7 +161,7 @@ def test_logprobs_are_those_of_the_labels_in_openais_form(service: Service, url:
     assert logprobs["token_logprobs"][0] == max(logprobs["top_logprobs"][0].values())
 
 
-def test_stream_holds_logprobs_and_probabilities(url: str) -> None:
+def test_stream_contains_logprobs_and_probabilities(url: str) -> None:
     fields: dict[str, Any] = {"user": "ann", "logprobs": True, "personaplug": {"probabilities": True}}
     whole, text = _chat(url, **fields).json(), _chat(url, stream=True, **fields).text
     (event,) = [line for line in text.splitlines() if '"probabilities"' in line]
@@ -178,7 +178,7 @@ def test_probabilities_of_free_text_are_refused(url: str, fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("fields", [{"stop": list("1234")}, {"stop": "5"}, {"max_tokens": 1}])
-def test_label_is_neither_stopped_nor_cut(toy: CausalLM, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_label_is_never_truncated(toy: CausalLM, tmp_path: Path, fields: dict[str, Any]) -> None:
     labels = ("10 stars", "20 stars", "5 stars")
     task = replace(TASK, kind="label", labels=labels)
     with served(open_service(toy, tmp_path, task=task)) as base_url:
@@ -189,14 +189,14 @@ def test_label_is_neither_stopped_nor_cut(toy: CausalLM, tmp_path: Path, fields:
         assert _chat(base_url, "review: tea", **fields).json()["choices"][0]["message"]["content"] in labels
 
 
-def test_max_tokens_above_the_limit_is_clamped_and_said(url: str) -> None:
+def test_max_tokens_above_the_limit_is_clamped_and_reported(url: str) -> None:
     reply = _chat(url, "hello", max_tokens=100_000, temperature=0)
     assert (reply.status_code, reply.headers["x-personaplug-max-tokens"]) == (200, "200")
     assert reply.json()["usage"]["completion_tokens"] <= 200
     assert "x-personaplug-max-tokens" not in _chat(url, "hello", max_tokens=8).headers
 
 
-def test_other_protocols_are_refused_with_the_right_route(url: str) -> None:
+def test_other_protocols_are_refused_with_the_supported_routes(url: str) -> None:
     for path in ("responses", "messages"):
         reply = httpx.post(f"{url}/v1/{path}", json={"input": "hello"})
         assert _code(reply) == (404, "unknown_route")
@@ -212,7 +212,7 @@ def test_item_without_an_id_gets_one_from_its_content(url: str) -> None:
     assert one.json()["same"] == 1
 
 
-def test_two_items_of_one_id_in_a_body_are_refused(url: str) -> None:
+def test_two_different_items_with_one_id_are_refused(url: str) -> None:
     items = [{"id": "a", "text": "x", "score": "1"}, {"id": "a", "text": "y", "score": "1"}]
     reply = _add(url, "dora", *items)
     assert _code(reply) == (400, "item")
@@ -222,7 +222,7 @@ def test_two_items_of_one_id_in_a_body_are_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("score", [9, "banana", "", "4.5", 0])
-def test_answer_outside_the_labels_is_refused_singly_and_in_a_list(url: str, score: Any) -> None:
+def test_answer_outside_the_labels_is_refused_in_one_item_and_in_a_list(url: str, score: Any) -> None:
     item = {"id": "a", "text": "x", "score": score}
     for body in ({"items": [item]}, item):
         reply = httpx.post(f"{url}/v1/users/emil/history", json=body)
@@ -237,14 +237,14 @@ def _feedback(url: str, user: str, reply: httpx.Response, answer: Any) -> httpx.
 
 
 @pytest.mark.parametrize("answer", [2, "2", 2.0, " 2 "])
-def test_feedback_is_the_query_without_its_wording_and_the_label(url: str, answer: Any) -> None:
+def test_feedback_item_has_the_query_without_its_wording_and_the_label(url: str, answer: Any) -> None:
     user = f"fred-{answer!r}".replace("/", "")
     assert _feedback(url, user, _chat(url, user=user), answer).json()["new"] == 1
     (item,) = httpx.get(f"{url}/v1/users/{user}/history").json()["items"]
     assert (item["text"], item["score"]) == ("a film about tea.", "2")
 
 
-def test_feedback_that_is_no_item_is_refused(url: str) -> None:
+def test_feedback_that_cannot_be_an_item_is_refused(url: str) -> None:
     assert _code(_feedback(url, "gina", _chat(url, user="gina"), 9)) == (400, "answer")
     assert _code(_feedback(url, "gina", _chat(url, user="gina"), "banana")) == (400, "answer")
     off_task = _chat(url, "review: hello", user="gina", max_tokens=4)
@@ -259,7 +259,7 @@ def test_feedback_that_is_no_item_is_refused(url: str) -> None:
         Task("Parts", "text", ("title", "text", "place"), "title", ("rouge_1",), query_after="cite: "),
     ],
 )
-def test_feedback_is_refused_if_a_request_does_not_tell_the_item(toy: CausalLM, tmp_path: Path, task: Task) -> None:
+def test_feedback_is_refused_if_the_item_needs_other_fields(toy: CausalLM, tmp_path: Path, task: Task) -> None:
     config = replace(CONFIG, answer_channel="text", label_prior="none")
     with served(open_service(toy, tmp_path, task=task, config=config)) as base_url:
         reply = _chat(base_url, "cite: a paper on tea", user="ann", max_tokens=4)
@@ -267,7 +267,7 @@ def test_feedback_is_refused_if_a_request_does_not_tell_the_item(toy: CausalLM, 
         assert httpx.get(f"{base_url}/v1/users/ann/history").json()["count"] == 0
 
 
-def test_numeric_answer_is_accepted_singly_as_in_a_list(toy: CausalLM, tmp_path: Path) -> None:
+def test_numeric_answer_is_accepted_in_one_item_and_in_a_list(toy: CausalLM, tmp_path: Path) -> None:
     task = replace(TASK, item_fields=("text",), answer_field="answer")
     with served(open_service(toy, tmp_path, task=task)) as base_url:
         endpoint = f"{base_url}/v1/users/ann/history"
@@ -279,17 +279,17 @@ def test_numeric_answer_is_accepted_singly_as_in_a_list(toy: CausalLM, tmp_path:
 def test_long_prompt_is_refused_before_tokenizer_and_encoder(
     service: Service, url: str, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused by its characters alone, then by its tokens, and never shown to the encoder."""
+    """It is refused by its characters or by its tokens, and the encoder never reads it."""
     tokenized: list[int] = []
     texts = toy.prompt_tokenizer.texts
     encode_many = texts.encode_many
 
-    def counted(given: Any, **options: Any) -> Any:
-        tokenized.extend(map(len, given))
-        return encode_many(given, **options)
+    def counted(texts: Any, **options: Any) -> Any:
+        tokenized.extend(map(len, texts))
+        return encode_many(texts, **options)
 
-    def unwanted(*given: Any, **named: Any) -> Any:
-        raise AssertionError("a persona was made")
+    def unwanted(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a persona was computed")
 
     monkeypatch.setattr(texts, "encode_many", counted)
     monkeypatch.setattr(service.personas, "persona", unwanted)
@@ -324,11 +324,11 @@ def test_long_prompt_is_refused_before_tokenizer_and_encoder(
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "detail": "low"}]}]},
     ],
 )
-def test_field_that_would_be_ignored_is_refused(url: str, fields: dict[str, Any]) -> None:
+def test_field_that_would_have_no_effect_is_refused(url: str, fields: dict[str, Any]) -> None:
     assert _chat(url, "hello", **fields).status_code == 400
 
 
-def test_fields_that_change_nothing_are_accepted(url: str) -> None:
+def test_harmless_fields_are_accepted(url: str) -> None:
     fields: dict[str, Any] = {
         "n": 1, "tool_choice": "none", "logprobs": False, "presence_penalty": 0, "store": True, "service_tier": "auto",
         "prompt_cache_key": "x", "metadata": {"a": "b"}, "guided_choice": None, "response_format": {"type": "text"},

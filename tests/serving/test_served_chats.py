@@ -1,4 +1,4 @@
-"""Conversations through OpenAI's own client: every message of a user is personal, and what users say counts at once."""
+"""Chats through OpenAI's client: every user message gets a persona, and feedback takes effect immediately."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ USERS = {"ann": "tea!!! yay", "bob": "A drink, Sir.", "carl": "it is leaves in w
 
 
 def open_chats(toy: CausalLM, folder: Path, *, engine: Engine | None = None, **settings: Any) -> Service:
-    """Open a service of a plug for conversations that can tell kinds of items apart."""
+    """Open a service with a chat plug that distinguishes the kinds of items."""
     service = open_service(toy, folder, task=CHAT, config=STYLE, engine=engine, **settings)
     torch.nn.init.normal_(_kinds_of(service.personas.plug), generator=torch.Generator().manual_seed(0))
     return service
@@ -58,11 +58,11 @@ def _kinds_of(plug: PersonaPlug) -> torch.nn.Parameter:
 
 @dataclass
 class Chats:
-    """A served plug for conversations, on one of the engines.
+    """A served chat plug, on one of the engines.
 
     Attributes:
         soft: the soft tokens of each request, in order; None for the plain model.
-        prompts: what the engine read of each request, as text.
+        prompts: the prompt of each request that the engine read, as text.
     """
 
     url: str
@@ -72,16 +72,16 @@ class Chats:
     prompts: list[str] = field(default_factory=list)
 
     def ask(self, user: str, *questions: str, **fields: Any) -> Any:
-        """Send a conversation whose earlier questions were answered "well", and return the raw reply."""
+        """Send a chat in which the answers to earlier questions are "well"; return the raw reply."""
         turns: list[Any] = [{"role": "system", "content": "Be kind."}]
         for question in questions:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": "well"}]
         client: Any = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        given = {"model": self.service.engine.models[0], "max_tokens": 6, "temperature": 0} | fields
-        return client.chat.completions.with_raw_response.create(messages=turns[:-1], user=user, **given)
+        options = {"model": self.service.engine.models[0], "max_tokens": 6, "temperature": 0} | fields
+        return client.chat.completions.with_raw_response.create(messages=turns[:-1], user=user, **options)
 
     def persona(self, user: str, question: str = QUESTIONS[0]) -> torch.Tensor:
-        """Return the soft tokens that a question of a user gets now."""
+        """Return the current soft tokens for a question of a user."""
         self.ask(user, question)
         soft = self.soft[-1]
         assert soft is not None
@@ -97,18 +97,18 @@ class Chats:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was trained on conversations which all begin with the same words."""
+    """A run trained on chats that all begin with the same words."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").mkdir()
     (folder / "data" / "task.json").write_text(json.dumps({"name": "Chats", "kind": "chat"}))
     for split in ("train", "dev"):
         questions, golds = [], []
         for number in range(24):
-            kept = {"id": "1", "question": "Hi?", "answer": "Hello" + "!" * (number % 3)}
-            profile = [kept, {"id": "2", "question": "Hi?", "rejected": "Yo"}, {"id": "3", "preference": "Be brief."}]
+            answer = {"id": "1", "question": "Hi?", "answer": "Hello" + "!" * (number % 3)}
+            profile = [answer, {"id": "2", "question": "Hi?", "rejected": "Yo"}, {"id": "3", "preference": "Be brief."}]
             context = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-            asked = {"id": f"{split}{number}", "user_id": f"{split} {number % 6}", "input": f"Tell me of {number}"}
-            questions.append(asked | {"profile": profile} | ({"context": context} if number % 2 else {}))
+            sample = {"id": f"{split}{number}", "user_id": f"{split} {number % 6}", "input": f"Tell me of {number}"}
+            questions.append(sample | {"profile": profile} | ({"context": context} if number % 2 else {}))
             golds.append({"id": f"{split}{number}", "output": f"well{'!' * (number % 3)}"})
         (folder / "data" / f"{split}_questions.json").write_text(json.dumps(questions))
         outputs = {"task": "Chats", "golds": golds}
@@ -120,14 +120,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_trained_run_of_conversations_serves_any_message(
-    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_trained_chat_run_serves_any_message(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="personaplug")
     run = Run.open(trained)
     assert run.wordings == ()
     service = open_run(run, ServingConfig(str(tmp_path / "h.db"), keep_text=True))
-    assert "every message of a user in a chat" in caplog.text
+    assert "every user message of a chat" in caplog.text
     assert "wording" not in caplog.text
     assert service.personas.plug.known_items(np.array([0, 1, 2], dtype=np.int8)).tolist() == [0, 1, 2]
     with served(service) as url:
@@ -138,14 +136,14 @@ def test_trained_run_of_conversations_serves_any_message(
             assert chats.ask("ann", "Hi.", prompt).headers["x-personaplug-persona"] == "user"
 
 
-def test_kinds_are_left_out_of_one_answer_unless_training_had_them(trained: Path) -> None:
+def test_respond_skips_item_kinds_that_training_did_not_have(trained: Path) -> None:
     run = Run.open(trained)
     models = open_models(run.config)
     plug = run.load_plug("plug", seed=run.config.training.seeds[0], models=models)
-    kept = HistoryItem("1", (("question", "Hi?"), ("answer", "Hello!!")), "answer")
+    answer = HistoryItem("1", (("question", "Hi?"), ("answer", "Hello!!")), "answer")
     items = [
-        kept,
-        replace(kept, id="2", kind="rejection"),
+        answer,
+        replace(answer, id="2", kind="rejection"),
         HistoryItem("3", (("preference", "No."),), kind="preference"),
     ]
     counts = []
@@ -211,7 +209,7 @@ def embedded(toy: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         yield chats
 
 
-def test_conversation_of_four_turns_with_three_users(chats: Chats) -> None:
+def test_chat_of_four_turns_with_three_users(chats: Chats) -> None:
     for user, answer in USERS.items():
         assert chats.post(user, question="Hi?", answer=answer).status_code == 200
     for turn in range(1, 5):
@@ -233,7 +231,7 @@ def test_conversation_of_four_turns_with_three_users(chats: Chats) -> None:
         assert not torch.equal(ann, carl)
 
 
-def test_persona_is_that_of_the_last_message(chats: Chats) -> None:
+def test_persona_is_computed_for_the_last_message(chats: Chats) -> None:
     for number in range(3):
         chats.post("ann", question=f"question {number}", answer=f"answer {number}!")
     chats.ask("ann", "another", "question 1")
@@ -270,10 +268,10 @@ def test_thumbs_down_changes_the_next_answer(chats: Chats) -> None:
     assert not torch.equal(after, chats.persona("ann"))
 
 
-def test_stated_preference_is_answered_at_once_and_ends_with_an_erasure(chats: Chats) -> None:
+def test_preference_takes_effect_immediately_until_an_erasure(chats: Chats) -> None:
     plug = chats.service.personas.plug
     plug.cold_start = ColdStart(max_items=3)
-    nobody, endpoint = chats.persona("ann"), f"{chats.url}/v1/users/ann/preferences"
+    population, endpoint = chats.persona("ann"), f"{chats.url}/v1/users/ann/preferences"
     chats.post("ann", question="Hi?", answer="Hello.")
     raw = chats.ask("ann", QUESTIONS[0])
     assert (raw.headers["x-personaplug-persona"], raw.headers["x-personaplug-reason"]) == ("population", "few-items")
@@ -282,15 +280,15 @@ def test_stated_preference_is_answered_at_once_and_ends_with_an_erasure(chats: C
     short = chats.soft[-1]
     assert (raw.headers["x-personaplug-persona"], raw.headers["x-personaplug-items"]) == ("user", "2")
     assert short is not None
-    assert not torch.equal(short, nobody)
+    assert not torch.equal(short, population)
     assert httpx.put(endpoint, json={"preferences": ["Long answers with many examples"]}).json()["removed"] == 1
     assert not torch.equal(chats.persona("ann"), short)
     assert httpx.delete(f"{chats.url}/v1/users/ann").status_code == 200
-    assert torch.equal(chats.persona("ann"), nobody)
+    assert torch.equal(chats.persona("ann"), population)
     assert httpx.get(endpoint).json() == {"user": "ann", "count": 0, "preferences": []}
 
 
-def test_streamed_conversation_takes_thumbs_too(chats: Chats) -> None:
+def test_streamed_chat_accepts_a_rating(chats: Chats) -> None:
     stream: Any = chats.ask("ann", QUESTIONS[0], stream=True)
     text = "".join(event.choices[0].delta.content or "" for event in stream.parse())
     request = stream.headers["x-request-id"]
@@ -313,7 +311,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock"}}]
         ([("user", "a")], {"personaplug": {"persona_scale": 0}}, "persona-scale"),
     ],
 )
-def test_every_message_of_a_user_is_personal(
+def test_every_user_message_gets_a_persona(
     embedded: Chats, messages: list[tuple[str, str]], fields: dict[str, Any], reason: str | None
 ) -> None:
     embedded.post("ann", question="Hi?", answer="Hello.")
@@ -332,23 +330,23 @@ def test_chat_that_offers_tools_or_ends_with_their_result_is_plain(toy: CausalLM
         engine = VLLMEngine(address, table=table, width=WIDTH, placement="suffix")
         with served(open_chats(toy, tmp_path, engine=engine)) as url:
             httpx.post(f"{url}/v1/users/ann/history", json={"question": "Hi?", "answer": "Hello."})
-            asked: dict[str, Any] = {"role": "user", "content": "What time is it?"}
+            question: dict[str, Any] = {"role": "user", "content": "What time is it?"}
             result = {"role": "tool", "content": "noon", "tool_call_id": "1"}
             call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
             calling = {"role": "assistant", "content": None, "tool_calls": [call]}
             for messages, fields, persona in (
-                ([asked], {"tools": TOOLS}, "plain"),
-                ([asked], {"tools": TOOLS, "tool_choice": "none"}, "user"),
-                ([asked, calling, result], {"tools": TOOLS}, "plain"),
-                ([asked, calling, result], {}, "plain"),
-                ([asked, calling, result, asked], {}, "user"),
+                ([question], {"tools": TOOLS}, "plain"),
+                ([question], {"tools": TOOLS, "tool_choice": "none"}, "user"),
+                ([question, calling, result], {"tools": TOOLS}, "plain"),
+                ([question, calling, result], {}, "plain"),
+                ([question, calling, result, question], {}, "user"),
             ):
                 body = {"messages": messages, "user": "ann", **fields}
                 reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
                 assert reply.headers["x-personaplug-persona"] == persona, reply.text
 
 
-def test_completion_is_no_conversation(embedded: Chats) -> None:
+def test_completion_gets_no_persona_from_a_chat_task(embedded: Chats) -> None:
     embedded.post("ann", question="Hi?", answer="Hello.")
     body = {"prompt": "Once upon a time", "user": "ann", "max_tokens": 4}
     reply = httpx.post(f"{embedded.url}/v1/completions", json=body, timeout=30)
@@ -360,14 +358,14 @@ def test_completion_is_no_conversation(embedded: Chats) -> None:
     assert reply.headers["x-personaplug-persona"] == "user"
 
 
-def test_task_of_conversations_is_published(embedded: Chats) -> None:
+def test_task_route_describes_a_chat_task(embedded: Chats) -> None:
     about = httpx.get(f"{embedded.url}/v1/task").json()
     assert (about["kind"], about["wordings"], about["labels"]) == ("chat", ["{query}"], [])
     assert (about["item_fields"], about["answer_field"]) == (["question", "answer"], "answer")
     assert about["item_kinds"] == ["answer", "rejection", "preference"]
 
 
-def test_explanation_covers_preferences_that_are_older_than_the_latest_items(embedded: Chats) -> None:
+def test_explanation_covers_preferences_older_than_the_latest_items(embedded: Chats) -> None:
     limit = embedded.service.personas.plug.config.max_history
     old = {"preference": "Short answers.", "date": "2001-01-01"}
     many = [{"question": f"q {number}", "answer": "a", "date": "2020-01-01"} for number in range(limit + 5)]
@@ -378,7 +376,7 @@ def test_explanation_covers_preferences_that_are_older_than_the_latest_items(emb
     items = {item["id"]: item for item in explanation["items"]}
     (stated,) = [item for item in items.values() if item["kind"] == "preference"]
     assert stated["preference"] == "Short answers."
-    assert stated["weight"] == pytest.approx(0.5, abs=0.01), "a preference shares half of the weight at first"
+    assert stated["weight"] == pytest.approx(0.5, abs=0.01), "untrained, it gets half of the weight"
     service = embedded.service
     history = service.store.load_history("default", "ann", latest=limit)
     assert len(history) == limit
@@ -386,7 +384,7 @@ def test_explanation_covers_preferences_that_are_older_than_the_latest_items(emb
     torch.testing.assert_close(embedded.persona("ann"), expected)
 
 
-def test_conversation_is_explained_with_its_turns(embedded: Chats, toy: CausalLM) -> None:
+def test_explanation_of_a_chat_uses_its_turns(embedded: Chats, toy: CausalLM) -> None:
     embedded.post("ann", items=[{"question": f"q {number}", "answer": "tea!" * number} for number in range(3)])
     turns = [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello."), ("user", "What is tea?")]
     messages = [{"role": role.replace("system", "developer"), "content": text} for role, text in turns]
@@ -407,7 +405,7 @@ def test_conversation_is_explained_with_its_turns(embedded: Chats, toy: CausalLM
         assert httpx.post(endpoint, json=body).json()["error"]["code"] == code
 
 
-def test_rejections_count_only_for_a_plug_that_was_trained_with_some(embedded: Chats) -> None:
+def test_rejections_count_only_if_the_plug_was_trained_with_some(embedded: Chats) -> None:
     embedded.post("ann", question="Hi?", answer="Hello.")
     before = embedded.persona("ann")
     embedded.post("ann", question="Hi?", rejected="Yo.")

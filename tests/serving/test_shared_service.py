@@ -1,4 +1,4 @@
-"""A service of several tasks: a prompt gets the task whose wording it has, a record the task whose fields it has."""
+"""A service of several tasks: the wording selects a prompt's task, and the fields select a record's task."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOY = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and a run of ratings and conversations, and a run of ratings and messages."""
+    """Data sets, a run of ratings and chats, and a run of ratings and messages."""
     folder = tmp_path_factory.mktemp("shared")
     for kind in ("rating", "manners", "style"):
         simulation = SimulationConfig(task=kind, users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)
@@ -87,7 +87,7 @@ def _add(url: str, *records: dict[str, Any], user: str = "ann") -> httpx.Respons
     return httpx.post(f"{url}/v1/users/{user}/history", json={"items": list(records)}, timeout=60)
 
 
-def test_a_prompt_is_answered_by_the_task_whose_wording_it_has(url: str) -> None:
+def test_wording_selects_the_task_of_a_prompt(url: str) -> None:
     assert _add(url, RATING, CHAT).json()["new"] == 2
     rated, chatted = _ask(url, FILM), _ask(url, "What is coffee?")
     assert _text(rated) in LABELS
@@ -100,21 +100,21 @@ def test_a_prompt_is_answered_by_the_task_whose_wording_it_has(url: str) -> None
     assert _text(summary) not in LABELS
 
 
-def test_each_task_has_the_personas_of_its_own_plug(url: str, service: Service) -> None:
+def test_each_task_uses_its_own_plug(url: str, service: Service) -> None:
     _add(url, RATING, CHAT)
     ticket = service.store.admit("default", "ann")
     instructions = []
-    for own in service.tasks:
-        soft = own.personas.persona(ticket, query="tea").soft
+    for task in service.tasks:
+        soft = task.personas.persona(ticket, query="tea").soft
         assert soft is not None
-        expected = own.personas.plug.instruction * own.personas.plug.spec.embedding_scale
+        expected = task.personas.plug.instruction * task.personas.plug.spec.embedding_scale
         torch.testing.assert_close(soft.vectors[0, : len(expected)], expected)
         instructions.append(expected)
     assert not torch.equal(*instructions)
-    assert {own.personas.store for own in service.tasks} == {service.store}
+    assert {task.personas.store for task in service.tasks} == {service.store}
 
 
-def test_without_a_task_of_conversations_other_prompts_are_plain(folder: Path, tmp_path: Path) -> None:
+def test_without_a_chat_task_other_prompts_are_plain(folder: Path, tmp_path: Path) -> None:
     with served(_open(folder / "written", tmp_path / "h.db")) as url:
         _add(url, RATING)
         assert _text(_ask(url, FILM)) in LABELS
@@ -123,7 +123,7 @@ def test_without_a_task_of_conversations_other_prompts_are_plain(folder: Path, t
         assert other.headers["x-personaplug-reason"] == "off-task"
 
 
-def test_feedback_is_an_item_of_the_task_that_answered(url: str) -> None:
+def test_feedback_becomes_an_item_of_the_task_that_answered(url: str) -> None:
     for prompt, answer in ((FILM, "4"), ("What is coffee?", "A drink!")):
         request = _ask(url, prompt).headers["x-request-id"]
         done = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": answer})
@@ -136,23 +136,23 @@ def test_feedback_is_an_item_of_the_task_that_answered(url: str) -> None:
     ]
 
 
-def test_text_that_is_a_number_is_stored_without_a_label(url: str, service: Service) -> None:
+def test_numeric_text_is_stored_without_a_label(url: str, service: Service) -> None:
     _add(url, RATING, CHAT | {"answer": "5"})
     request = _ask(url, "What is coffee?").headers["x-request-id"]
     assert httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "1984"}).is_success
     items = service.store.list_items("default", "ann")
     assert [(item.answer, item.label_id) for item in items] == [("5", 4), ("5", -1), ("1984", -1)]
-    assert [item.answer_labels for item in items] == [None, (), ()]  # so a copy of the store has no label either
+    assert [item.answer_labels for item in items] == [None, (), ()]  # so a copy of the store has no labels either
 
 
-def test_erasure_forgets_a_user_in_the_personas_of_all_tasks(url: str, service: Service) -> None:
+def test_erasure_drops_the_cached_personas_of_all_tasks(url: str, service: Service) -> None:
     _add(url, RATING, CHAT)
     for prompt in (FILM, "What is coffee?"):
         _ask(url, prompt)
-    assert [own.personas.cached_users for own in service.tasks] == [1, 1]
+    assert [task.personas.cached_users for task in service.tasks] == [1, 1]
     assert "personaplug_cached_users 2.0" in httpx.get(f"{url}/metrics").text
     assert httpx.delete(f"{url}/v1/users/ann").status_code == 200
-    assert [own.personas.cached_users for own in service.tasks] == [0, 0]
+    assert [task.personas.cached_users for task in service.tasks] == [0, 0]
 
 
 def test_task_route_lists_all_tasks(url: str) -> None:
@@ -161,16 +161,16 @@ def test_task_route_lists_all_tasks(url: str) -> None:
     assert all("item_kinds" in task for task in tasks)
 
 
-def test_a_record_of_no_task_is_refused_with_their_fields(url: str) -> None:
+def test_record_of_no_task_is_refused_with_the_fields_of_all_tasks(url: str) -> None:
     reply = _add(url, {"title": "secret"})
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert "item 1: it has the fields of no task" in message
+    assert "item 1: its fields fit no task" in message
     assert "Manners: question, answer; Simulated_rating: text, score" in message
     assert "secret" not in message
 
 
-def test_explanation_is_of_the_task_whose_wording_the_prompt_has(url: str, service: Service) -> None:
+def test_wording_selects_the_task_of_an_explanation(url: str, service: Service) -> None:
     _add(url, RATING, CHAT)
     for prompt, answer in ((FILM, "5"), ("What is coffee?", "A drink!")):
         reply = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": prompt, "answer": answer}, timeout=60)
@@ -178,7 +178,7 @@ def test_explanation_is_of_the_task_whose_wording_the_prompt_has(url: str, servi
         assert reply.json()["items_used"] == 2
 
 
-def test_rejected_answers_and_preferences_are_taken_with_several_tasks(url: str) -> None:
+def test_rejected_answers_and_preferences_are_accepted_with_several_tasks(url: str) -> None:
     rejected = {"question": "What is tea?", "rejected": "A drink, Sir."}
     assert _add(url, rejected, {"preference": "Be brief."}).json()["new"] == 2
     kinds = [item["kind"] for item in httpx.get(f"{url}/v1/users/ann/history").json()["items"]]
@@ -195,21 +195,21 @@ def _read(record: dict[str, Any], *tasks: Task) -> HistoryItem:
     return items_of_records(tasks, [record], content_id=lambda item: "x")[0]
 
 
-def test_of_tasks_whose_items_begin_alike_the_one_that_reads_more_is_taken() -> None:
+def test_record_belongs_to_the_task_that_reads_most_of_its_fields() -> None:
     assert _read({"text": "a", "title": "b"}, TEXT, POST).answer == "b"
     assert _read({"text": "a"}, TEXT, POST).answer_name is None
     assert _read({"text": "a", "title": "b", "task": "Text"}, TEXT, POST).answer_name is None
 
 
-def test_a_record_of_several_tasks_names_its_own() -> None:
-    with pytest.raises(RequestError, match=r"fields of several tasks; name one as `task`.*Films: text, score; Books"):
+def test_record_that_fits_several_tasks_must_name_its_task() -> None:
+    with pytest.raises(RequestError, match=r"fit several tasks; name one as `task`.*Films: text, score; Books"):
         _read({"text": "a", "score": 2}, FILMS, BOOKS)
     assert _read({"text": "a", "score": 3, "task": "Books"}, FILMS, BOOKS).answer == "3"
     with pytest.raises(RequestError, match="no task"):
         _read({"text": "a", "score": 3, "task": "Songs"}, FILMS, BOOKS)
 
 
-def test_a_task_whose_prompts_nothing_tells_apart_takes_none_from_others() -> None:
+def test_task_without_a_distinct_wording_takes_no_prompts_from_others() -> None:
     greedy = TaskPrompts(Task("Any", "label", ("text",), "tag", ("accuracy",), labels=("a", "b")), [Wording()])
     films = TaskPrompts(FILMS, [Wording("Rate the film: ", "Rate the film: ", is_fixed=True)])
     chat = TaskPrompts(Task("Chats", "chat", ("question", "answer"), "answer", ("rouge_1",)))
@@ -222,7 +222,7 @@ def test_a_task_whose_prompts_nothing_tells_apart_takes_none_from_others() -> No
 
 
 @pytest.mark.parametrize("how", [{"query_after": " "}, {"query_pattern": "(.*)"}, {"query_pattern": r"(\w+)(.*)"}])
-def test_a_marker_or_pattern_of_any_text_forces_no_prompt_into_labels(how: dict[str, str]) -> None:
+def test_marker_or_pattern_that_matches_any_text_forces_no_prompt_into_labels(how: dict[str, str]) -> None:
     any_text = Task("Any", "label", ("text",), "tag", ("accuracy",), labels=("a", "b"))
     greedy = TaskPrompts(replace(any_text, **how), [Wording()])  # type: ignore[arg-type]
     chat = TaskPrompts(Task("Chats", "chat", ("question", "answer"), "answer", ("rouge_1",)))
@@ -230,17 +230,17 @@ def test_a_marker_or_pattern_of_any_text_forces_no_prompt_into_labels(how: dict[
     assert find_task([greedy, chat], "What is tea?")[0] == 1
 
 
-def test_a_second_task_of_conversations_gets_no_prompt_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_second_chat_task_answers_no_prompts_and_a_warning_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     tasks = [TaskPrompts(Task(name, "chat", ("question", "answer"), "answer", ("rouge_1",))) for name in ("One", "Two")]
     assert find_task(tasks, "What is tea?")[0] == 0
     with caplog.at_level("INFO"):
         log_tasks(tasks)
-    assert "task One: every message" in caplog.text
-    assert "task Two: it gets no prompt, because One answers conversations" in caplog.text
-    assert "task Two: every message" not in caplog.text
+    assert "task One: uses a persona for every user message" in caplog.text
+    assert "task Two: answers no prompts, because task One answers chats" in caplog.text
+    assert "task Two: uses a persona" not in caplog.text
 
 
-def test_a_preference_beside_fields_of_any_task_is_refused() -> None:
+def test_preference_with_fields_of_a_task_is_refused() -> None:
     with pytest.raises(RequestError, match="and fields of an answer"):
         _read({"preference": "Be brief.", "text": "a", "title": "b"}, FILMS, POST)
     with pytest.raises(RequestError, match="and fields of an answer"):
@@ -267,7 +267,7 @@ def test_commands_find_the_run_by_the_data_and_by_the_prompt(folder: Path, tmp_p
     assert "matches the wording of no task" in refused.output
 
 
-def test_train_refuses_what_is_for_one_data_set(folder: Path, tmp_path: Path) -> None:
+def test_train_refuses_options_that_need_one_data_set(folder: Path, tmp_path: Path) -> None:
     both = ("--data", folder / "rating", "--data", folder / "manners", "--out", tmp_path / "run", *TOY)
     for more in (("--methods", "lora"), ("--task", "LaMP_3")):
         assert "need exactly one --data" in _call("train", *both, *more).output
@@ -276,13 +276,13 @@ def test_train_refuses_what_is_for_one_data_set(folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_stated_preferences_and_an_explanation_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_commands_set_preferences_and_explain(folder: Path, tmp_path: Path) -> None:
     run, store = folder / "chatty", tmp_path / "h.db"
     service = _open(run, store)
     asyncio.run(service.add_records("default", "ann", records=[RATING, CHAT]))
     asyncio.run(service.close())
     done = _call("set-preferences", "Be brief.", "--run", run, "--store", store, "--user", "ann")
     assert done.exit_code == 0, done.output
-    told = _call("explain", "--run", run, "--store", store, "--user", "ann", "--prompt", FILM)
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.output[told.output.index("{") :])["items_used"] == 3  # the preference counts, too
+    result = _call("explain", "--run", run, "--store", store, "--user", "ann", "--prompt", FILM)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output[result.output.index("{") :])["items_used"] == 3  # including the preference

@@ -1,4 +1,4 @@
-"""What the service does with its store: erasures while requests run, and a database that hangs."""
+"""The service and its store: erasures during requests, and a database that hangs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECORD = {"id": "1", "text": "a film", "score": LABELS[0]}
 
 
 class HookedEngine(Engine):
-    """Answers after `hook` was called."""
+    """Calls `hook`, then answers."""
 
     models = ("hooked",)
 
@@ -67,7 +67,7 @@ def run(service: Service, work: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(closing())
 
 
-def test_items_that_are_encoded_during_an_erasure_are_refused(service: Service, tmp_path: Path) -> None:
+def test_items_encoded_during_an_erasure_are_refused(service: Service, tmp_path: Path) -> None:
     encoder, started, may_end = service.store.encoder, threading.Event(), threading.Event()
 
     class Slow:
@@ -115,7 +115,7 @@ def test_reply_with_the_persona_of_an_erased_user_is_withheld(
     run(service, work)
 
 
-def test_persona_of_a_history_that_is_erased_meanwhile_is_neither_cached_nor_given(
+def test_persona_of_a_history_erased_meanwhile_is_neither_cached_nor_used(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere, personas = HistoryStore.open(tmp_path / "histories.db"), service.personas
@@ -136,7 +136,7 @@ def test_persona_of_a_history_that_is_erased_meanwhile_is_neither_cached_nor_giv
     run(service, work)
 
 
-def test_question_before_an_erasure_elsewhere_does_not_become_history(service: Service, tmp_path: Path) -> None:
+def test_request_before_an_erasure_by_another_process_cannot_become_history(service: Service, tmp_path: Path) -> None:
     elsewhere = HistoryStore.open(tmp_path / "histories.db")
 
     async def work() -> None:
@@ -144,7 +144,7 @@ def test_question_before_an_erasure_elsewhere_does_not_become_history(service: S
         with pytest.raises(MissingData):
             elsewhere.erase_user("shop", "ann")
         after = await service.respond(chat("ann"), tenant="shop")
-        with pytest.raises(Exception, match="No request of this id"):
+        with pytest.raises(Exception, match="no recent request with this id"):
             await service.add_feedback("shop", "ann", request_id=before.id, feedback=Feedback("1"))
         assert service.store.count("shop", "ann") == 0
         assert (await service.add_feedback("shop", "ann", request_id=after.id, feedback=Feedback("1"))).new == 1
@@ -156,7 +156,7 @@ def test_question_before_an_erasure_elsewhere_does_not_become_history(service: S
 def stoppable(
     postgres: PostgresServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Service, PostgresServer]]:
-    """A service with a store in a PostgreSQL that can be stopped."""
+    """A service with a store in PostgreSQL, and the database server, which can be paused."""
     monkeypatch.setattr(BoundedConnection, "silence_s", 1.0)
     monkeypatch.setattr("personaplug.store.postgres.ANSWER_S", 2.0)
     place, settings = postgres.cleaned_database(), service.store.settings
@@ -167,7 +167,7 @@ def stoppable(
     postgres.resume()
 
 
-def test_hanging_database_fails_users_and_nobody_else(stoppable: tuple[Service, PostgresServer]) -> None:
+def test_hanging_database_fails_only_requests_with_a_user(stoppable: tuple[Service, PostgresServer]) -> None:
     service, server = stoppable
 
     async def fails(work: Awaitable[object]) -> None:
@@ -182,7 +182,7 @@ def test_hanging_database_fails_users_and_nobody_else(stoppable: tuple[Service, 
         waiting += [asyncio.create_task(fails(service.add_records("shop", "ann", records=[RECORD]))) for _ in range(9)]
         await asyncio.sleep(0.2)
         assert (await service.respond(chat(None), tenant="shop")).persona.applied == "population"
-        assert not any(task.done() for task in waiting), "the database is still waited for"
+        assert not any(task.done() for task in waiting), "these requests still wait for the database"
         await asyncio.gather(*waiting)
         assert time.monotonic() - started < 15
         server.resume()

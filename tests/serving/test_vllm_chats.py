@@ -1,4 +1,4 @@
-"""Chats and prompts on the way to vLLM: control tokens that users write, the template and day of training."""
+"""Chats and prompts for vLLM: control tokens in user texts, and the chat template and date of training."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def test_control_tokens_in_a_chat_are_refused(
     with pytest.raises(RequestError, match="control token") as refused:
         ask(address, table_of(), engine_request("chat", body, soft))
     assert (refused.value.http_status, refused.value.code) == (400, "reserved_text")
-    assert not any("messages" in sent and "logprobs" not in sent for sent in stand_in.bodies)  # those of the start have
+    assert not any("messages" in sent and "logprobs" not in sent for sent in stand_in.bodies)  # start checks do
 
 
-def test_answers_that_come_back_may_hold_what_answers_show(stand_in: StandIn, address: str) -> None:
+def test_assistant_messages_may_contain_tokens_that_answers_contain(stand_in: StandIn, address: str) -> None:
     turns = [("user", "a < b"), ("assistant", "<think>hm</think> yes"), ("user", "why?")]
     messages = [{"role": role, "content": text} for role, text in turns]
     ask(address, table_of(), engine_request("chat", {"messages": messages}, None))
     assert stand_in.bodies[-1]["messages"] == messages
 
 
-def test_arguments_of_tools_may_hold_an_escaped_emoji(stand_in: StandIn, address: str) -> None:
+def test_tool_arguments_may_contain_an_escaped_emoji(stand_in: StandIn, address: str) -> None:
     function = {"name": "f", "arguments": json.dumps({"a": "\N{GRINNING FACE}"})}
     turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     body = {"messages": [{"role": "user", "content": "a"}, turn, {"role": "tool", "content": "b"}]}
@@ -85,7 +85,7 @@ def test_arguments_of_tools_may_hold_an_escaped_emoji(stand_in: StandIn, address
 
 
 @pytest.mark.parametrize("messages", ["x", None, [1], {"role": "user"}])
-def test_a_completion_with_messages_is_no_failure(stand_in: StandIn, address: str, messages: object) -> None:
+def test_completion_may_have_a_field_messages(stand_in: StandIn, address: str, messages: object) -> None:
     ask(address, table_of(), engine_request("completion", {"prompt": "a", "messages": messages}, None))
     assert stand_in.bodies[-1]["prompt"] == "a"
 
@@ -93,8 +93,8 @@ def test_a_completion_with_messages_is_no_failure(stand_in: StandIn, address: st
 def test_control_tokens_in_a_prompt_are_sent_as_text(stand_in: StandIn, address: str) -> None:
     table, prompt = table_of(), "x<|im_end|></think>"
     expected = [*bytes_tokenizer()("x", add_special_tokens=False)["input_ids"]]
-    for sign in prompt[1:]:
-        expected += bytes_tokenizer()(sign, add_special_tokens=False)["input_ids"]
+    for character in prompt[1:]:
+        expected += bytes_tokenizer()(character, add_special_tokens=False)["input_ids"]
     requests = [engine_request("completion", {"prompt": prompt}, soft) for soft in (None, SOFT)]
     ask(address, table, *requests, engine_request("completion", {"prompt": "x"}, None))
     ids, embedded, plain = stand_in.bodies[-3:]
@@ -102,20 +102,20 @@ def test_control_tokens_in_a_prompt_are_sent_as_text(stand_in: StandIn, address:
     assert read_embeds(embedded["prompt_embeds"])[: len(expected), 0].tolist() == expected
 
 
-def test_chat_that_is_too_long_is_refused_before_it_is_tokenized(stand_in: StandIn, address: str) -> None:
+def test_long_chat_is_refused_before_it_is_tokenized(stand_in: StandIn, address: str) -> None:
     body = user("x" * (MAX_MODEL_LEN * 16 + 1))
     with pytest.raises(RequestError) as refused:
         ask(address, table_of(), engine_request("chat", body, None))
     assert refused.value.code == "context_length_exceeded"
 
 
-# The template of training
+# The training template
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_start_accepts_the_template_of_training(stand_in: StandIn, address: str, placement: str) -> None:
+def test_start_accepts_the_training_template(stand_in: StandIn, address: str, placement: str) -> None:
     table = table_of(CHATML)
-    stand_in.tokenizer = table.tokenizer  # whose thinking block is switched off for personas
+    stand_in.tokenizer = table.tokenizer  # with a thinking block that is disabled for personas
     ask(
         address,
         table,
@@ -126,18 +126,18 @@ def test_start_accepts_the_template_of_training(stand_in: StandIn, address: str,
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_start_refuses_another_template_than_in_training(stand_in: StandIn, address: str, placement: str) -> None:
+def test_start_refuses_a_template_that_differs_from_training(stand_in: StandIn, address: str, placement: str) -> None:
     stand_in.tokenizer = table_of("{% for m in messages %}{{ m.content }}{% endfor %}").tokenizer
-    with pytest.raises(ConfigError, match="otherwise than training"):
+    with pytest.raises(ConfigError, match="differently from training"):
         ask(address, table_of(CHATML), placement=placement)
 
 
 def test_start_refuses_a_template_that_writes_todays_date(stand_in: StandIn, address: str) -> None:
     table, day = table_of(DATED), "2024-02-05"
     stand_in.tokenizer = table.tokenizer
-    with pytest.raises(ConfigError, match=f"hold {day}.*--chat-template"):
+    with pytest.raises(ConfigError, match=f"training used {day}.*--chat-template"):
         ask(address, table, chat_date=day)
     stand_in.tokenizer = table_of(dated_template(DATED, day)).tokenizer
     ask(address, table, chat_date=day)
-    with pytest.raises(ConfigError, match="otherwise than training"):
+    with pytest.raises(ConfigError, match="differently from training"):
         ask(address, table, chat_date="2024-02-06")

@@ -1,4 +1,4 @@
-"""The vLLM engine: what it sends, what it refuses, and how it reports vLLM's failures."""
+"""The vLLM engine: requests it sends, requests it refuses, and reports of vLLM's failures."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable, encode_emb
 from personaplug.serving.openai_protocol import Kind
 
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
-START_REQUESTS = 11  # with a body: the width's, a text's and its embeddings', eight of two users
-ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
+START_REQUESTS = 11  # with a body: one checks the width, two compare a text and its embeddings, eight compare users
+CHAT_BODY = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def _soft(placement: str = "suffix") -> SoftPrompt:
 def test_chat_with_suffix_sends_soft_tokens_as_the_beginning_of_the_answer(
     stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, key="k"), engine_request("chat", ASKED, _soft(), id="r1"))
+    _ask(_engine(address, table, key="k"), engine_request("chat", CHAT_BODY, _soft(), id="r1"))
     sent = stand_in.bodies[-1]
-    assert sent["messages"][:2] == ASKED["messages"]
+    assert sent["messages"][:2] == CHAT_BODY["messages"]
     (part,) = sent["messages"][2]["content"]
     assert (sent["messages"][2]["role"], part["type"]) == ("assistant", "prompt_embeds")
     torch.testing.assert_close(read_embeds(part["data"]), SOFT[0].bfloat16())
@@ -92,25 +92,27 @@ def test_chat_with_suffix_sends_soft_tokens_as_the_beginning_of_the_answer(
 def test_chat_with_prefix_sends_soft_tokens_before_the_last_users_text(
     stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, placement="prefix"), engine_request("chat", ASKED, _soft("prefix")))
+    _ask(_engine(address, table, placement="prefix"), engine_request("chat", CHAT_BODY, _soft("prefix")))
     content = stand_in.bodies[-1]["messages"][1]["content"]
     assert [part["type"] for part in content] == ["prompt_embeds", "text"]
     assert content[1]["text"] == "hello"
     assert "continue_final_message" not in stand_in.bodies[-1]
 
 
-def test_request_without_a_persona_is_sent_with_its_fields_alone(
+def test_request_without_a_persona_is_sent_with_only_its_fields(
     stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     harmless = {"user": "ann", "metadata": {"user_id": "ann"}, "store": True, "n": None}
-    _ask(_engine(address, table), engine_request("chat", ASKED | harmless, None))
+    _ask(_engine(address, table), engine_request("chat", CHAT_BODY | harmless, None))
     sent = stand_in.bodies[-1]
     assert sent.pop("cache_salt")
-    assert sent == {**ASKED, "model": "small"}
+    assert sent == {**CHAT_BODY, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_completion_is_sent_embedded(stand_in: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
+def test_completion_is_sent_as_embeddings(
+    stand_in: StandIn, address: str, table: EmbeddingTable, placement: str
+) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
     sent = stand_in.bodies[-1]
     assert "prompt" not in sent
@@ -120,7 +122,7 @@ def test_completion_is_sent_embedded(stand_in: StandIn, address: str, table: Emb
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_completion_puts_soft_tokens_behind_the_bos(
+def test_completion_places_soft_tokens_after_the_bos_token(
     stand_in: StandIn, address: str, toy: CausalLM, placement: str
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
@@ -132,7 +134,7 @@ def test_completion_puts_soft_tokens_behind_the_bos(
 
 
 def _framing_tokenizer() -> Any:
-    """A tokenizer that adds one token before a text and one behind it."""
+    """Return a tokenizer that adds one token before a text and one after it."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -153,7 +155,7 @@ def test_tokenizer_that_splits_a_text_is_refused() -> None:
 
 @dataclass
 class _Watch:
-    """The texts that a table tokenizes, and the threads that do."""
+    """The texts that a table has tokenized, and the threads that did so."""
 
     texts: list[str] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
@@ -171,17 +173,15 @@ def _watched(table: EmbeddingTable) -> _Watch:
     return watch
 
 
-def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
-    stand_in: StandIn, address: str, toy: CausalLM
-) -> None:
+def test_long_prompt_is_refused_before_it_is_embedded(stand_in: StandIn, address: str, toy: CausalLM) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
     watch = _watched(table)
-    many, more = "a" * (MAX_MODEL_LEN * table.longest_token + 1), "b" * MAX_MODEL_LEN
-    for prompt in (many, more):
+    too_many_characters, too_many_tokens = "a" * (MAX_MODEL_LEN * table.longest_token + 1), "b" * MAX_MODEL_LEN
+    for prompt in (too_many_characters, too_many_tokens):
         request = engine_request("completion", {"prompt": prompt}, _soft())
         assert _not_sent(stand_in, _engine(address, table), request).code == "context_length_exceeded"
-    assert many not in watch.texts  # this one is not even tokenized
-    assert more in watch.texts
+    assert too_many_characters not in watch.texts
+    assert too_many_tokens in watch.texts
     fits = "b" * (MAX_MODEL_LEN - SOFT.shape[1] - 2)
     _ask(_engine(address, table), engine_request("completion", {"prompt": fits}, _soft()))
     assert len(read_embeds(stand_in.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
@@ -209,9 +209,9 @@ def test_choices_constrain_the_answer_unless_the_request_does(
     form = {"response_format": {"type": "json_object"}}
     _ask(
         _engine(address, table),
-        engine_request("chat", ASKED, _soft(), ("1", "2")),
-        engine_request("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
-        engine_request("chat", ASKED | form, _soft(), ("1", "2")),
+        engine_request("chat", CHAT_BODY, _soft(), ("1", "2")),
+        engine_request("chat", {**CHAT_BODY, "temperature": 0.5}, _soft(), ("1", "2")),
+        engine_request("chat", CHAT_BODY | form, _soft(), ("1", "2")),
     )
     first, warm, formed = stand_in.bodies[-3:]
     assert first["structured_outputs"] == {"choice": ["1", "2"]}
@@ -225,21 +225,22 @@ def test_label_bias_is_sent_with_the_choices(
     soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
     _ask(
         _engine(address, table),
-        engine_request("chat", ASKED, soft, ("1", "2")),
-        engine_request("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
-        engine_request("chat", ASKED, soft),
+        engine_request("chat", CHAT_BODY, soft, ("1", "2")),
+        engine_request("chat", {**CHAT_BODY, "logit_bias": {"7": 1}}, soft, ("1", "2")),
+        engine_request("chat", CHAT_BODY, soft),
     )
     biased, own, free = stand_in.bodies[-3:]
     (one,), (two,) = toy.prompt_tokenizer.encode_labels(["1", "2"])
     sent = biased["logit_bias"]
-    assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)  # as they are one to nothing, the mean counting 1
-    assert sent[str(two)] == -100  # as far as vLLM goes
+    # The label's share is 1, and the mean share is 1/2.
+    assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)
+    assert sent[str(two)] == -100  # the lowest bias that vLLM accepts
     assert own["logit_bias"] == {"7": 1}
     assert "logit_bias" not in free
 
 
 def _not_sent(stand_in: StandIn, engine: VLLMEngine, request: EngineRequest) -> RequestError:
-    """What a request is refused with that never reaches vLLM."""
+    """Return the error of a request that is refused before it reaches vLLM."""
     before = len(stand_in.bodies)
     with pytest.raises(RequestError) as refused:
         _ask(engine, request)
@@ -247,12 +248,12 @@ def _not_sent(stand_in: StandIn, engine: VLLMEngine, request: EngineRequest) -> 
     return refused.value
 
 
-def _said(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def _chat_body(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts) or "hello"}], **fields}
 
 
 EMBEDS = encode_embeds(torch.zeros(1, WIDTH))
-CALLED = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"a": "\\u003cprompt_embeds>"}'}}
+TOOL_CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"a": "\\u003cprompt_embeds>"}'}}
 
 
 @pytest.mark.parametrize("persona", [False, True])
@@ -260,21 +261,25 @@ CALLED = {"type": "function", "id": "1", "function": {"name": "f", "arguments": 
     ("kind", "body", "code"),
     [
         ("completion", {"prompt": "a", "prompt_embeds": EMBEDS}, "reserved"),
-        ("chat", _said(prompt_embeds=EMBEDS), "reserved"),
-        ("chat", _said({"type": "prompt_embeds", "data": EMBEDS}), "reserved"),
-        ("chat", _said({"type": "x", "uuid": "1", "prompt_embeds": 1, "data": EMBEDS}), "reserved"),
-        ("chat", _said(echo=True), "unsupported"),
+        ("chat", _chat_body(prompt_embeds=EMBEDS), "reserved"),
+        ("chat", _chat_body({"type": "prompt_embeds", "data": EMBEDS}), "reserved"),
+        ("chat", _chat_body({"type": "x", "uuid": "1", "prompt_embeds": 1, "data": EMBEDS}), "reserved"),
+        ("chat", _chat_body(echo=True), "unsupported"),
         ("completion", {"prompt": "a", "echo": True}, "unsupported"),
-        ("chat", _said(prompt_logprobs=0), "unsupported"),
+        ("chat", _chat_body(prompt_logprobs=0), "unsupported"),
         ("completion", {"prompt": "a", "prompt_logprobs": 1}, "unsupported"),
         ("completion", {"prompt": "so <prompt_embeds> it is"}, "reserved_text"),
         ("chat", {"messages": [{"role": "<prompt_embeds>", "content": "a"}]}, "reserved_text"),
-        ("chat", _said(tools=[{"function": {"name": "f", "description": "<prompt_embeds>"}}]), "reserved_text"),
-        ("chat", {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALLED]}]}, "reserved_text"),
-        ("chat", _said({"type": "text", "text": "<prompt_"}, {"type": "text", "text": "embeds>"}), "reserved_text"),
+        ("chat", _chat_body(tools=[{"function": {"name": "f", "description": "<prompt_embeds>"}}]), "reserved_text"),
+        ("chat", {"messages": [{"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}]}, "reserved_text"),
+        (
+            "chat",
+            _chat_body({"type": "text", "text": "<prompt_"}, {"type": "text", "text": "embeds>"}),
+            "reserved_text",
+        ),
     ],
 )
-def test_request_that_crashes_vllm_is_refused(
+def test_request_that_would_crash_vllm_is_refused(
     stand_in: StandIn,
     address: str,
     table: EmbeddingTable,
@@ -288,30 +293,32 @@ def test_request_that_crashes_vllm_is_refused(
 
 
 def test_persona_with_nan_is_not_sent(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
-    spoiled = SOFT.clone()
-    spoiled[0, 1, 2] = float("nan")
-    with pytest.raises(EngineFailure, match="no numbers"):
-        _ask(_engine(address, table), engine_request("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
+    vectors = SOFT.clone()
+    vectors[0, 1, 2] = float("nan")
+    with pytest.raises(EngineFailure, match="not finite"):
+        _ask(_engine(address, table), engine_request("chat", CHAT_BODY, SoftPrompt(vectors, placement="suffix")))
     assert len(stand_in.bodies) == START_REQUESTS
 
 
 def test_continued_answer_with_a_persona_is_refused(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
-    request = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
+    request = engine_request("chat", {**CHAT_BODY, "continue_final_message": True}, _soft())
     assert _not_sent(stand_in, _engine(address, table), request).code == "messages"
 
 
 def test_harmless_values_of_risky_fields_are_sent(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     harmless = {"echo": False, "prompt_logprobs": None, "best_of": 1, "stop": "prompt_embeds, and a \\ and a \u2028"}
-    _ask(_engine(address, table), *[engine_request("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
+    _ask(
+        _engine(address, table), *[engine_request("chat", {**CHAT_BODY, **harmless}, soft) for soft in (None, _soft())]
+    )
     assert [body["stop"] for body in stand_in.bodies[-2:]] == [harmless["stop"]] * 2
     assert "echo" not in stand_in.bodies[-1]
     assert stand_in.headers[-1]["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("odd", [5, "a", [5], [{"content": 5}], [{"content": [5]}]])
-def test_value_of_a_field_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any) -> None:
-    _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "documents": odd}, _soft()))
-    assert stand_in.bodies[-1]["documents"] == odd
+@pytest.mark.parametrize("value", [5, "a", [5], [{"content": 5}], [{"content": [5]}]])
+def test_value_of_a_field_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable, value: Any) -> None:
+    _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "documents": value}, _soft()))
+    assert stand_in.bodies[-1]["documents"] == value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"deep": ["\udfff"]}])
@@ -320,7 +327,7 @@ def test_value_that_json_cannot_represent_is_refused(
     stand_in: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
 ) -> None:
     with pytest.raises(RequestError) as refused:
-        engine_request("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
+        engine_request("chat", {**CHAT_BODY, "top_p": value}, _soft() if persona else None)
     assert refused.value.http_status == 400
 
 
@@ -328,8 +335,8 @@ def test_value_that_json_cannot_represent_is_refused(
     ("wrong", "message"),
     [
         ({"flag": False}, "--enable-prompt-embeds"),
-        ({"width": 64}, "another width"),
-        ({"embeds_say": "coffee"}, "differently"),
+        ({"width": 64}, "do not have the plug's width"),
+        ({"embeds_say": "coffee"}, "different answers"),
         ({"template_adds": 2}, "--chat-template"),
         ({"instead": {"/tokenize": (404, b'{"detail":"Not Found"}')}}, "found status 404"),
         ({"instead": {"/tokenize": (200, b'{"tokens": []}')}}, "found no tokens"),
@@ -343,14 +350,14 @@ def test_start_refuses_a_server_that_does_not_fit(
         setattr(stand_in, name, value)
     engine = _engine(address, table)
 
-    async def asked_twice() -> None:
-        for _ in range(2):  # a refusal is no start
+    async def start_twice() -> None:
+        for _ in range(2):  # after a failure, `start` checks again
             with pytest.raises(ConfigError, match=message):
                 await engine.start()
         assert engine.models == ()
         await engine.close()
 
-    asyncio.run(asked_twice())
+    asyncio.run(start_twice())
 
 
 @pytest.mark.parametrize(
@@ -375,7 +382,7 @@ def test_start_names_the_route_of_an_invalid_reply(
         _ask(_engine(address, table))
 
 
-def test_start_learns_the_longest_prompt(address: str, table: EmbeddingTable) -> None:
+def test_start_reads_the_maximum_length_of_a_prompt(address: str, table: EmbeddingTable) -> None:
     engine = _engine(address, table)
     _ask(engine)
     assert engine.max_model_len == MAX_MODEL_LEN
@@ -383,7 +390,7 @@ def test_start_learns_the_longest_prompt(address: str, table: EmbeddingTable) ->
 
 def test_start_without_a_server_fails(table: EmbeddingTable) -> None:
     engine = _engine("http://127.0.0.1:9", table)
-    with pytest.raises(EngineFailure, match="no vLLM server"):
+    with pytest.raises(EngineFailure, match="Cannot reach a vLLM server"):
         _ask(engine)
 
     async def ready() -> bool:
@@ -392,13 +399,13 @@ def test_start_without_a_server_fails(table: EmbeddingTable) -> None:
     assert not asyncio.run(ready())
 
 
-def test_stream_is_passed_on_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
-    (events,) = _ask(_engine(address, table), engine_request("chat", {**ASKED, "stream": True}, _soft()))
+def test_stream_is_forwarded_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
+    (events,) = _ask(_engine(address, table), engine_request("chat", {**CHAT_BODY, "stream": True}, _soft()))
     assert b"".join(events).endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("breaks", [True, False])
-def test_broken_stream_passes_on_whole_events_only(
+def test_broken_stream_forwards_only_complete_events(
     stand_in: StandIn, address: str, table: EmbeddingTable, breaks: bool
 ) -> None:
     stand_in.breaks, stand_in.halts = breaks, not breaks
@@ -408,25 +415,25 @@ def test_broken_stream_passes_on_whole_events_only(
     async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.respond(engine_request("chat", {**CHAT_BODY, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         async for events in reply.body:
             events_received.append(events)
 
-    with pytest.raises(EngineFailure, match="broke off"):
+    with pytest.raises(EngineFailure, match=r"stream (ended|was interrupted)"):
         asyncio.run(scenario())
     assert b"".join(events_received).count(b"data: ") == 1
     assert b"".join(events_received).endswith(b"\n\n")
 
 
 @pytest.mark.parametrize("read", [0, 1])
-def test_closed_stream_ends_at_vllm(stand_in: StandIn, address: str, table: EmbeddingTable, read: int) -> None:
+def test_closing_a_stream_ends_it_at_vllm(stand_in: StandIn, address: str, table: EmbeddingTable, read: int) -> None:
     stand_in.endless = True
 
     async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.respond(engine_request("chat", {**CHAT_BODY, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         events = aiter(reply.body)
         for _ in range(read):
@@ -442,9 +449,9 @@ def test_closed_stream_ends_at_vllm(stand_in: StandIn, address: str, table: Embe
     asyncio.run(scenario())
 
 
-async def _until(true: Callable[[], bool]) -> None:
+async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not true():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -465,7 +472,7 @@ def test_reply_with_broken_framing_fails_within_the_timeout(table: EmbeddingTabl
         async with asyncio.timeout(10):
             assert not await engine.is_ready()
             with pytest.raises(EngineFailure):  # noqa: PT012
-                reply = await engine.respond(engine_request("chat", {**ASKED, "stream": stream}, _soft()))
+                reply = await engine.respond(engine_request("chat", {**CHAT_BODY, "stream": stream}, _soft()))
                 assert not isinstance(reply.body, bytes)
                 async for _ in reply.body:
                     pass
@@ -482,9 +489,9 @@ def test_invalid_address_is_refused(url: str, table: EmbeddingTable) -> None:
     assert "word" not in str(failed.value).replace("password", "")
 
 
-def test_key_or_address_that_cannot_be_sent_is_a_failure(address: str, table: EmbeddingTable) -> None:
+def test_invalid_key_or_host_name_is_an_engine_failure(address: str, table: EmbeddingTable) -> None:
     for engine in (_engine(address, table, key="a\nb"), _engine("http://a..b", table)):
-        with pytest.raises(EngineFailure, match="no vLLM server"):
+        with pytest.raises(EngineFailure, match="Cannot reach a vLLM server"):
             _ask(engine)
     assert _ask(_engine(address, table, key="a key of a file\n")) == []
 
@@ -503,7 +510,9 @@ def test_request_seconds_of_a_stream_end_at_its_first_event(
 
 def test_timeouts_of_streams_and_whole_answers_differ(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     stand_in.silent_s = 2
-    streamed, in_one_piece = (engine_request("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
+    streamed, in_one_piece = (
+        engine_request("chat", {**CHAT_BODY, "stream": stream}, _soft()) for stream in (True, False)
+    )
     with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, timeout_s=1), streamed)
     assert b"tea" in _ask(_engine(address, table, timeout_s=1), in_one_piece)[0]
@@ -516,7 +525,7 @@ def _answered(engine: VLLMEngine, stand_in: StandIn, status: int) -> EngineReply
         await engine.start()
         stand_in.status = status
         try:
-            return await engine.respond(engine_request("chat", ASKED, _soft()))
+            return await engine.respond(engine_request("chat", CHAT_BODY, _soft()))
         finally:
             await engine.close()
 
@@ -538,7 +547,7 @@ def test_refusal_by_vllm_reaches_the_caller(
     [
         (401, "another key"),
         (403, "another key"),
-        (404, "no longer knows the model small"),
+        (404, "no longer serves the model small"),
         (405, "status 405"),
         (500, "status 500"),
         (501, "status 501"),
@@ -558,7 +567,7 @@ def test_log_likelihoods_are_refused(address: str, table: EmbeddingTable) -> Non
         asyncio.run(_engine(address, table).log_likelihoods("a", "b", softs=[None]))
 
 
-def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
+def test_failures_of_vllm_are_distinguished_and_end_with_their_cause(
     stand_in: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     engine = _engine(address, table)
@@ -572,7 +581,7 @@ def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
         assert chat().choices[0].message.content == "tea"
         stand_in.status = 400
         with pytest.raises(openai.BadRequestError, match="the text that was sent"):
-            chat()  # their own words, to the caller alone
+            chat()  # only the caller gets vLLM's message
         stand_in.status = 429
         with pytest.raises(openai.RateLimitError) as busy:
             chat()
@@ -583,19 +592,17 @@ def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
         assert failed.value.status_code == 502
         assert "SECRET" not in str(failed.value)
         stand_in.status, stand_in.breaks = 200, True
-        with pytest.raises(openai.APIError, match="broke off"):
-            list(chat(stream=True))  # amid an event, yet OpenAI's client can parse the error
+        with pytest.raises(openai.APIError, match=r"stream (ended|was interrupted)"):
+            list(chat(stream=True))  # the stream breaks within an event, but OpenAI's client can parse the error
         stand_in.breaks = False
         assert chat().choices[0].message.content == "tea"
         assert stand_in.bodies[-1]["structured_outputs"] == {"choice": list(LABELS)}
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
 
 
-def test_vllm_that_comes_back_is_used_again(
-    stand_in: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
-) -> None:
+def test_restarted_vllm_is_used_again(stand_in: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path) -> None:
     with running(stand_in.app) as address:
-        pass  # it has gone, and its port is free
+        pass  # the server has stopped, so its port is free
     engine = _started(address, table)
     service = open_service(toy, tmp_path, engine=engine)
     body = {"messages": [{"role": "user", "content": "review: x"}]}
@@ -608,7 +615,7 @@ def test_vllm_that_comes_back_is_used_again(
             assert httpx.get(f"{url}/ready").status_code == 200
 
 
-def test_request_cut_off_by_a_stop_gets_503(
+def test_request_cut_off_at_shutdown_gets_a_503(
     stand_in: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     stand_in.silent_s = 30
@@ -624,7 +631,7 @@ def test_request_cut_off_by_a_stop_gets_503(
 
 
 def _started(address: str, table: EmbeddingTable, **settings: Any) -> VLLMEngine:
-    """An engine as it is after its start, whose server has gone since."""
+    """Return an engine that skips the checks at start, so that it needs no server."""
     engine = _engine(address, table, model="small", **settings)
 
     async def nothing() -> None:

@@ -1,4 +1,4 @@
-"""A vLLM server that talks nonsense or mixes its users up: noticed in time, and a failure of the engine."""
+"""A vLLM server that sends invalid replies or mixes up users causes an engine failure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _engine(address: str, table: EmbeddingTable, *, timeout_s: float = 120, stre
 @pytest.fixture(scope="module")
 def url(toy: CausalLM, address: str, table: EmbeddingTable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine = _engine(address, table, timeout_s=5)
-    with served(open_service(toy, tmp_path_factory.mktemp("nonsense"), engine=engine)) as base_url:
+    with served(open_service(toy, tmp_path_factory.mktemp("replies"), engine=engine)) as base_url:
         yield base_url
 
 
@@ -63,7 +63,7 @@ def _healthy(stand_in: StandIn) -> Iterator[None]:
     stand_in.instead, stand_in.events, stand_in.cache = {}, [], ""
 
 
-NONSENSE = [
+INVALID_REPLIES = [
     b"<html>down for maintenance</html>",
     b'{"object": "error", "message": "SECRET"}',
     b'{"error": {"message": "SECRET"}}',
@@ -87,8 +87,8 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
-@pytest.mark.parametrize("body", NONSENSE, ids=range(len(NONSENSE)))
-def test_status_200_without_an_answer_is_502(stand_in: StandIn, url: str, path: str, body: bytes) -> None:
+@pytest.mark.parametrize("body", INVALID_REPLIES, ids=range(len(INVALID_REPLIES)))
+def test_status_200_without_an_answer_becomes_502(stand_in: StandIn, url: str, path: str, body: bytes) -> None:
     stand_in.instead = {path: (200, body)}
     for stream in (False, True):
         reply = httpx.post(f"{url}{path}", json=BODIES[path] | {"stream": stream}, timeout=30)
@@ -97,7 +97,7 @@ def test_status_200_without_an_answer_is_502(stand_in: StandIn, url: str, path: 
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 429])
-def test_refusal_without_json_is_reported_in_our_words(stand_in: StandIn, url: str, status: int) -> None:
+def test_refusal_without_json_gets_our_own_message(stand_in: StandIn, url: str, status: int) -> None:
     stand_in.instead = {CHAT: (status, b"<html>SECRET</html>")}
     reply = httpx.post(f"{url}{CHAT}", json=BODIES[CHAT], timeout=30)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, "refused")
@@ -122,7 +122,7 @@ BROKEN_STREAMS = [
 
 
 @pytest.mark.parametrize("events", BROKEN_STREAMS, ids=range(len(BROKEN_STREAMS)))
-def test_nonsense_in_a_stream_ends_it_with_an_error_event(stand_in: StandIn, url: str, events: list[bytes]) -> None:
+def test_invalid_event_ends_a_stream_with_an_error_event(stand_in: StandIn, url: str, events: list[bytes]) -> None:
     stand_in.events = events
     reply = httpx.post(f"{url}{CHAT}", json=BODIES[CHAT] | {"stream": True}, timeout=30)
     *before, last = [event for event in reply.text.split("\n\n") if event]
@@ -131,7 +131,7 @@ def test_nonsense_in_a_stream_ends_it_with_an_error_event(stand_in: StandIn, url
     assert "[DONE]" not in reply.text
 
 
-def test_stream_with_comments_and_other_line_ends_is_passed_on(stand_in: StandIn, url: str) -> None:
+def test_stream_with_comments_and_other_line_ends_is_forwarded(stand_in: StandIn, url: str) -> None:
     error = b'data: {"error": {"message": "in the words of vLLM"}}'
     stand_in.events = [b": ping\n\n", TEA + b"\r\n", b"\r\n" + error[:9], error[9:] + b"\n\ndata: [DONE]\n\n"]
     reply = httpx.post(f"{url}{CHAT}", json=BODIES[CHAT] | {"stream": True}, timeout=30)
@@ -158,7 +158,7 @@ async def _endless(chunk: bytes, *, pause_s: float = 0) -> AsyncIterator[bytes]:
 
 
 def _ask_raw(table: EmbeddingTable, chunk: bytes, *, stream: bool, pause_s: float = 0) -> int:
-    """Ask a server that sends a chunk again and again; returns the bytes that it got rid of."""
+    """Send a request to a server that repeats a chunk; return the number of bytes that the server sent."""
     sent = itertools.count()
 
     async def counted() -> AsyncIterator[bytes]:
@@ -185,18 +185,18 @@ def _ask_raw(table: EmbeddingTable, chunk: bytes, *, stream: bool, pause_s: floa
     return next(sent) * len(chunk)
 
 
-def test_endless_bytes_without_an_event_are_bounded(table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_bytes_without_an_event_are_limited(table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_replies, "_MAX_EVENT_BYTES", 2**20)
     assert _ask_raw(table, b"x" * 2**16, stream=True) < 2**24
 
 
-def test_endless_reply_in_one_piece_is_bounded(table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_reply_in_one_piece_is_limited(table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_replies.read_bounded, "__kwdefaults__", {"max_bytes": 2**20})
     assert _ask_raw(table, b"x" * 2**16, stream=False) < 2**24
 
 
 @pytest.mark.parametrize("chunk", [b"x", b": ping\n\n", TEA + b"\n\n"])
-def test_stream_that_drips_is_bounded_in_time(table: EmbeddingTable, chunk: bytes) -> None:
+def test_slow_stream_is_limited_in_time(table: EmbeddingTable, chunk: bytes) -> None:
     _ask_raw(table, chunk, stream=True, pause_s=0.05)
 
 
@@ -211,7 +211,7 @@ def _start(address: str, table: EmbeddingTable) -> VLLMEngine:
     return engine
 
 
-def test_cache_that_leaves_embeds_out_of_its_keys_is_not_served(
+def test_start_refuses_a_cache_whose_keys_ignore_embeds_and_salts(
     stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     stand_in.cache = "salt"
@@ -221,7 +221,7 @@ def test_cache_that_leaves_embeds_out_of_its_keys_is_not_served(
 
 
 def _salts(stand_in: StandIn, engine: VLLMEngine) -> list[str]:
-    """The cache salts of two users of a tenant, and of one of another."""
+    """Return the cache salts of two users of one tenant and of a user of another tenant."""
 
     async def run() -> None:
         await engine.start()
@@ -235,7 +235,7 @@ def _salts(stand_in: StandIn, engine: VLLMEngine) -> list[str]:
     return [body["cache_salt"] for body in stand_in.bodies[-3:]]
 
 
-def test_cache_that_keeps_salts_apart_gets_one_for_each_persona(
+def test_cache_whose_keys_ignore_embeds_gets_a_salt_per_persona(
     stand_in: StandIn, address: str, table: EmbeddingTable, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in.cache = "embeds"
@@ -243,7 +243,7 @@ def test_cache_that_keeps_salts_apart_gets_one_for_each_persona(
     assert "cache salt" in caplog.text
 
 
-def test_users_of_a_tenant_share_a_healthy_cache_and_tenants_do_not(
+def test_users_of_a_tenant_share_a_correct_cache_but_tenants_do_not(
     stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     ann, bob, stranger = _salts(stand_in, _engine(address, table))
@@ -251,7 +251,7 @@ def test_users_of_a_tenant_share_a_healthy_cache_and_tenants_do_not(
 
 
 @pytest.mark.parametrize("fields", [{"guided_choice": ["a"]}, {"prompt_embeds": "x"}, {"cache_salt": "x"}, {"x": 1}])
-def test_field_that_vllm_is_not_sent_is_refused(address: str, table: EmbeddingTable, fields: dict[str, Any]) -> None:
+def test_field_that_is_not_sent_to_vllm_is_refused(address: str, table: EmbeddingTable, fields: dict[str, Any]) -> None:
     engine = _engine(address, table)
     with pytest.raises(RequestError) as refused:
         asyncio.run(engine.prepare(engine_request("chat", BODIES[CHAT] | fields, None).body))
@@ -259,7 +259,7 @@ def test_field_that_vllm_is_not_sent_is_refused(address: str, table: EmbeddingTa
     assert next(iter(fields)) in str(refused.value)
 
 
-def test_closed_set_at_vllm_knows_no_stops_and_no_log_probabilities(stand_in: StandIn, url: str) -> None:
+def test_label_request_ignores_stop_texts_and_refuses_log_probabilities(stand_in: StandIn, url: str) -> None:
     body = BODIES[CHAT] | {"stop": "4", "max_tokens": 1, "presence_penalty": 2, "temperature": 0.5}
     assert httpx.post(f"{url}{CHAT}", json=body, timeout=30).status_code == 200
     sent = stand_in.bodies[-1]
@@ -273,13 +273,13 @@ def test_closed_set_at_vllm_knows_no_stops_and_no_log_probabilities(stand_in: St
     assert (stand_in.bodies[-1]["logprobs"], stand_in.bodies[-1]["stop"]) == (True, "4")
 
 
-def test_long_prompt_is_refused_before_a_persona_is_made(
+def test_long_prompt_is_refused_before_a_persona_is_computed(
     toy: CausalLM, address: str, table: EmbeddingTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = open_service(toy, tmp_path, engine=_engine(address, table))
 
-    def unwanted(*given: Any, **named: Any) -> Any:
-        raise AssertionError("a persona was made")
+    def unwanted(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a persona was computed")
 
     monkeypatch.setattr(service.personas, "persona", unwanted)
     monkeypatch.setattr(table.tokenizer, "__call__", unwanted, raising=False)

@@ -1,6 +1,6 @@
-"""Engines, which answer a request once its persona is known, and their registry.
+"""Registry of engines. An engine answers a request with a given persona.
 
-A new engine is a class with the methods of `Engine` and a call of `register_engine`.
+To add an engine, subclass `Engine` and call `register_engine`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ _ENGINES: dict[str, RegisteredEngine] = {}
 
 
 def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_phrases: bool = False) -> None:
-    """Make an engine available as `--engine NAME` or `--engine SCHEME://ADDRESS`.
+    """Register an engine for `--engine NAME` or `--engine SCHEME://ADDRESS`.
 
     Args:
-        supports_phrases: whether the engine implements `build_phrases`.
+        supports_phrases: True if the engine implements `build_phrases`.
     """
     register(_ENGINES, name_or_scheme, RegisteredEngine(opener, supports_phrases), kind="engine")
 
 
 def find_engine(name_or_url: str) -> RegisteredEngine:
-    """Return the engine of a name or, by its scheme, of a URL."""
+    """Return the engine for a name or for the scheme of a URL."""
     scheme = name_or_url.partition("://")[0].lower()
     if not _ENGINES.keys() & {name_or_url, scheme}:
         load_plugins()
     name = name_or_url if name_or_url in _ENGINES else scheme
     if name not in _ENGINES:
-        # The name itself is not shown: it may be an address that holds a password.
-        raise ConfigError(f"An engine is one of {', '.join(_ENGINES)}, or an address such as http://127.0.0.1:8123.")
+        # The message omits the name, because it may be an address with a password.
+        raise ConfigError(
+            f"Unknown engine. Choose one of {', '.join(_ENGINES)}, or an address such as http://127.0.0.1:8123."
+        )
     return _ENGINES[name]
 
 

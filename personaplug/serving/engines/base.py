@@ -1,4 +1,4 @@
-"""The interface of an engine: a frozen language model that answers requests which have their persona."""
+"""Engine interface: a frozen language model that answers requests with a given persona."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
 
 @dataclass(frozen=True, repr=False)
 class EngineRequest:
-    """A request as an engine gets it."""
+    """The input of `Engine.respond`."""
 
     body: ChatRequest | CompletionRequest
     soft: SoftPrompt | None  # (1, S, D)
     choices: Sequence[str] = ()  # the closed set of answers; empty = free text
     id: str = ""
-    phrases: UserNgramCache | None = None  # the user's own phrases, mixed into free text
+    phrases: UserNgramCache | None = None  # n-grams of the user's answers, mixed into free text
     tenant: str = ""
     prepared: object = None  # what `Engine.prepare` returned
 
 
 class EventStream(AsyncIterator[bytes]):
-    """A reply event by event. It has to be closed, even if nobody reads it.
+    """A streamed reply. It must be closed, even if nobody reads it.
 
-    A generator alone would not do: one that never started runs no `finally`.
+    A plain generator is not enough, because one that never started does not run its `finally`.
     """
 
     def __init__(self, events: AsyncGenerator[bytes], *, on_close: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ class EventStream(AsyncIterator[bytes]):
 
 @dataclass(frozen=True, repr=False)
 class EngineReply:
-    """A reply as it goes out: JSON, or event by event."""
+    """A reply to send: JSON, or a stream of events."""
 
     body: bytes | EventStream
     status: int = 200
@@ -58,52 +58,52 @@ class EngineReply:
 
 
 class Engine(ABC):
-    """A language model that takes requests from many users at once.
+    """A language model that answers concurrent requests of many users.
 
     Attributes:
-        models: the names by which requests may call it.
-        is_remote: whether the model runs in another process.
+        models: the names that requests may use for it.
+        is_remote: True if the model runs in another process.
     """
 
     models: tuple[str, ...]
     is_remote = False
 
     async def start(self) -> None:  # noqa: B027  # optional
-        """Start, and check that soft tokens work as in training; further calls do nothing."""
+        """Start the engine, and check that soft tokens work as in training. Further calls do nothing."""
 
     async def is_ready(self) -> bool:
         return True
 
     def check_length(self, characters: int) -> None:  # noqa: B027  # optional
-        """Refuse a text of so many characters if it has too many tokens whatever they are."""
+        """Refuse a number of characters that exceeds the model's maximum number of tokens for any text."""
 
     async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> object:
-        """Check a request before its persona is made, and return what is known of it then.
+        """Check a request before its persona is computed; return the value for `EngineRequest.prepared`.
 
-        RequestError if the engine does not support it or its prompt is too long.
+        RequestError if the engine does not support the request, or if its prompt is too long.
         """
         return None
 
     async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
-        """Check the texts of an explanation before anything else reads them; RequestError if they are too long."""
+        """Check the texts of an explanation before they are used; RequestError if they are too long."""
         self.check_length(characters(prompt) + len(answer))
 
     @abstractmethod
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Answer one request; RequestError if the engine does not support it, EngineFailure if the model fails."""
+        """Answer a request; RequestError if the engine does not support it, EngineFailure if the model fails."""
 
     async def log_likelihoods(
         self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer under each soft prompt, all of one shape; RequestError if it cannot be measured."""
+        """Return log p of an answer for each soft prompt, all of one shape; RequestError if this is not supported."""
         raise RequestError(
-            "This engine cannot say how likely an answer is behind soft tokens: leave `answer` out, or use "
-            "`personaplug explain`, which loads the model itself.",
+            "This engine cannot compute the likelihood of an answer with soft tokens. Remove `answer`, or use "
+            "`personaplug explain`, which loads the model.",
             code="unsupported",
         )
 
     def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
-        """Build the phrases of a user's past answers, for an engine that mixes them in."""
+        """Build an n-gram cache of a user's past answers, if the engine supports phrases."""
         raise NotImplementedError
 
     async def close(self) -> None:  # noqa: B027  # optional
@@ -111,20 +111,19 @@ class Engine(ABC):
 
 
 LoadPlug = Callable[[LLMIdentity | None], PersonaPlug]
-"""Loads the plug and checks that it fits a language model; None = the model runs elsewhere, and the engine checks."""
+"""Loads the plug and checks that it fits a language model; None = a remote model, which the engine checks."""
 
 EngineOpener = Callable[[ModelConfig, ServingConfig, LoadPlug], tuple[Engine, PersonaPlug]]
-"""Opens an engine, and loads the plug with the device and the number format that the engine needs."""
+"""Opens an engine, and loads the plug with the device and the data type that the engine needs."""
 
 
 def longest_token(tokenizer: Any) -> int:
-    """Characters of a tokenizer's longest token, so a text has at least its length divided by this many tokens."""
+    """Return the characters of a tokenizer's longest token. It bounds the number of tokens of a text from below."""
     return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def too_long(max_tokens: int) -> RequestError:
     return RequestError(
-        f"Prompt, persona and answer may have {max_tokens} tokens together in this model; these have more. Shorten "
-        f"the prompt.",
+        f"Prompt, persona and answer together exceed the model's {max_tokens} tokens. Shorten the prompt.",
         code="context_length_exceeded",
     )

@@ -1,4 +1,4 @@
-"""The embedded engine: a transformers model in this process, which runs requests of all users in shared batches."""
+"""The embedded engine: a transformers model in this process, which batches the requests of all users."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import ModelScheduler
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Message, ReplyFormatter, to_json
 
-# Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
-# of logits), tokens of all prompts and answers.
+# Limits of one forward pass that scores an answer for several soft prompts: rows, tokens of all answers (each takes a
+# row of logits), tokens of all prompts and answers.
 _SCORE_ROWS = 32
 _SCORE_ANSWER_TOKENS = 512
 _SCORE_TOKENS = 8192
 
-_MAX_HELD = 32_768  # tokens, padding included, that all running answers may come to hold; bounds the memory
-_MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
-_MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # which no template shows, or which replies hold
-_PART_FIELDS = {"type", "text", "cache_control", "prompt_cache_breakpoint"}  # the last two change no answer
+_MAX_HELD = 32_768  # maximum tokens of all running rows, with padding; limits the memory
+_MIN_TEMPERATURE = 1e-4  # below it, decoding is greedy
+_MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # replies have these fields, and no template writes them
+_PART_FIELDS = {"type", "text", "cache_control", "prompt_cache_breakpoint"}  # the last two do not affect the answer
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True, repr=False)
 class Prepared:
-    """A request that has been checked."""
+    """A request that passed the checks."""
 
     sampling: Sampling
     prompt: TokenizedPrompt
@@ -61,26 +61,26 @@ class InProcessEngine(Engine):
     """A decoder-only model in this process.
 
     Args:
-        max_rows: answers that are generated at once.
-        max_new_tokens: longest answer.
+        max_rows: maximum number of concurrent answers.
+        max_new_tokens: maximum tokens of an answer.
     """
 
     def __init__(self, llm: LanguageModel, *, name: str, max_rows: int = 16, max_new_tokens: int = 512) -> None:
         if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
             raise ConfigError(
-                f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
-                f"prompt and answer in one stream, with a cache of keys and values per token."
+                f"{llm.identity.name} cannot serve concurrent requests. Use a decoder-only model with a key-value "
+                f"cache per token."
             )
         self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
-        # Tokens of a prompt, its soft tokens and its answer.
+        # Maximum tokens of a prompt, its soft tokens and its answer.
         self.max_tokens = llm.max_cached_tokens or 2048
         self._longest_token = longest_token(llm.prompt_tokenizer.tokenizer)
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 
     @classmethod
     def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
-        """Open the engine as `EngineOpener` says."""
+        """Open the engine; see `EngineOpener`."""
         llm = open_llm(model)
         name = config.model or model.llm
         engine = cls(llm, name=name, max_rows=config.max_rows, max_new_tokens=config.max_new_tokens)
@@ -105,8 +105,8 @@ class InProcessEngine(Engine):
     async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> Prepared:
         sampling = Sampling.from_fields(body.model_extra, kind=body.kind)
         if not choices and (sampling.logprob_count(body.kind) is not None or body.personaplug.probabilities):
-            message = "Probabilities are those of labels; this prompt is answered in free text. GET /v1/task says which"
-            raise RequestError(f"{message} prompts have labels.", code="unsupported")
+            message = "Only labels have probabilities, but this prompt is answered with free text. GET /v1/task lists"
+            raise RequestError(f"{message} the prompts with labels.", code="unsupported")
         turns = None if isinstance(body, CompletionRequest) else [_turn(message) for message in body.messages]
         self.check_length(body.characters)
         prompt = await asyncio.to_thread(self._tokenize, body, turns)
@@ -137,7 +137,7 @@ class InProcessEngine(Engine):
         try:
             return EngineReply(to_json(await job.whole(formatter)), headers=headers)
         finally:
-            job.cancel()  # has no effect on a job that has ended
+            job.cancel()  # no effect if the job has ended
 
     async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
         self.check_length(characters(prompt) + len(answer))
@@ -149,7 +149,7 @@ class InProcessEngine(Engine):
     async def log_likelihoods(
         self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Measure in passes, between which other requests go on."""
+        """Measure in several passes, so that other requests can run in between."""
         log_likelihoods: list[float] = []
         try:
             rows = await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
@@ -158,11 +158,11 @@ class InProcessEngine(Engine):
                 score = partial(self._score, prompt, answer, softs=part, choices=choices)
                 log_likelihoods += await self._scheduler.run(score)
         finally:
-            self.llm.prompt_tokenizer.clear_cache()  # its cache holds the user's words, which must not outlast the user
+            self.llm.prompt_tokenizer.clear_cache()  # user text in the cache must not outlive the request
         return log_likelihoods
 
     def _rows_per_pass(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> int:
-        """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
+        """Return how many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
         try:
             prompt_tokens = tokenizer.encode_prompt(prompt)
@@ -172,7 +172,7 @@ class InProcessEngine(Engine):
         if prompt_tokens.truncated:
             raise too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
-            message = f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}."
+            message = f"An answer to explain may have at most {self.max_new_tokens} tokens; found {len(answer_ids)}."
             raise RequestError(message, code="max_tokens")
         total = len(prompt_tokens.ids) + len(answer_ids)
         return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // max(1, len(answer_ids)), _SCORE_TOKENS // total))
@@ -189,21 +189,21 @@ class InProcessEngine(Engine):
     def _row(self, request: EngineRequest, prepared: Prepared, closed_set: ClosedSet | None) -> Slot:
         prompt, sampling, soft = prepared.prompt, prepared.sampling, request.soft
         if soft is not None and not soft.is_finite():
-            raise EngineFailure("The persona holds values that are no numbers.")
+            raise EngineFailure("The persona has values that are not finite.")
         prompt_tokens = len(prompt.ids) + (soft.tokens if soft else 0)
         if not prompt_tokens:
             raise RequestError("The prompt is empty.", code="empty_prompt")
         room = self.max_tokens - prompt_tokens
         choices = self.llm.prompt_tokenizer.encode_labels(request.choices) if request.choices else []
-        # A label is never cut, whatever max_tokens says.
+        # Labels are never truncated; max_tokens does not apply to them.
         needed = max(map(len, choices)) if choices else 1
         if needed > room:
             raise too_long(self.max_tokens)
-        wanted = needed if choices else min(sampling.max_new_tokens or room, self.max_new_tokens, room)
+        max_new_tokens = needed if choices else min(sampling.max_new_tokens or room, self.max_new_tokens, room)
         default = 0.0 if request.choices else 1.0
         temperature = default if sampling.temperature is None else sampling.temperature
         config = GenerationConfig(
-            max_new_tokens=wanted,
+            max_new_tokens=max_new_tokens,
             do_sample=temperature >= _MIN_TEMPERATURE,
             temperature=max(temperature, _MIN_TEMPERATURE),
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _MIN_TEMPERATURE),
@@ -225,12 +225,12 @@ class InProcessEngine(Engine):
 
 
 def _turn(message: Message) -> tuple[str, str]:
-    """Return a message's role and text; RequestError if it holds what this engine does not support."""
+    """Return a message's role and text; RequestError if the message has content that this engine does not support."""
     role = _ROLES.get(message.role)
     if role is None:
-        raise RequestError(f"The embedded engine knows the roles {', '.join(_ROLES)}.", code="messages")
+        raise RequestError(f"The embedded engine supports the roles {', '.join(_ROLES)}.", code="messages")
     parts = message.content if isinstance(message.content, list) else []
     unknown = {name for name, value in (message.model_extra or {}).items() if value and name not in _MESSAGE_FIELDS}
     if unknown or any(part.get("type") != "text" or part.keys() - _PART_FIELDS for part in parts):
-        raise RequestError("The embedded engine reads text alone: no images, files or calls.", code="messages")
+        raise RequestError("The embedded engine supports text only: no images, files or calls.", code="messages")
     return role, message.text

@@ -1,4 +1,4 @@
-"""A request to the in-process engine while its tokens arrive: its text, and the text as OpenAI's events."""
+"""A running request of the in-process engine: collects its tokens and yields text or OpenAI events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class ClosedSet:
-    """The labels that an answer is one of, and what the reply says of their probabilities."""
+    """The labels of an answer, and which probabilities the reply reports."""
 
     labels: Sequence[str]
     top_logprobs: int | None = None  # None = no log-probabilities
@@ -38,14 +38,14 @@ class ClosedSet:
         return Logprobs(answer, dict(zip(self.labels, normalized.tolist(), strict=True)), self.top_logprobs)
 
     def extra(self, scores: Sequence[float]) -> dict[str, Any]:
-        """What a reply says beside OpenAI's fields."""
+        """Return the fields of a reply that are not OpenAI's."""
         if not self.with_distribution:
             return {}
         return {"personaplug": label_distribution(self.labels, scores).to_json()}
 
 
 class Job:
-    """A row of the batch and the text of its tokens: a label of the closed set, or free text up to a stop text."""
+    """A row of the batch and its text: a label of the closed set, or free text up to a stop text."""
 
     def __init__(
         self,
@@ -57,40 +57,40 @@ class Job:
         tenant: str,
     ) -> None:
         self.row, self.closed_set, self.tenant = row, closed_set, tenant
-        self.is_cancelled = False  # whether nobody waits for it any more
+        self.is_cancelled = False  # True once nobody waits for the reply
         self.finish_reason = "stop"  # valid once the text has ended
         self._decode, self._stop_texts = decode, stop_texts
         self._published = self._completion_tokens = 0
-        self._updates: asyncio.Queue[int | str] = asyncio.Queue()  # tokens, and last why the row ended
+        self._updates: asyncio.Queue[int | str] = asyncio.Queue()  # token ids, and at the end the finish reason
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt, soft tokens included."""
+        """Tokens of the prompt, including soft tokens."""
         return len(self.row.prompt.ids) + (self.row.soft.tokens if self.row.soft else 0)
 
     @property
     def max_size(self) -> int:
-        """Tokens that the row may come to hold."""
+        """Maximum tokens of the row."""
         return self.prompt_tokens + self.row.config.max_new_tokens
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens read and written, as OpenAI counts them."""
-        read, written = self.prompt_tokens, self._completion_tokens
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        """Token counts in OpenAI's format."""
+        prompt, completion = self.prompt_tokens, self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def cancel(self) -> None:
         self.is_cancelled = True
 
     def publish(self) -> None:
-        """Pass new tokens on, from the event loop."""
+        """Pass new tokens to the reader. Call it in the event loop."""
         updates: list[int | str] = [*self.row.ids[self._published :], *([self.row.ended] if self.row.ended else [])]
         self._published = len(self.row.ids)
         for update in updates:
             self._updates.put_nowait(update)
 
     async def text(self) -> AsyncGenerator[str]:
-        """Yield the text as it comes, a label in one piece; EngineFailure if the model fails on it."""
+        """Yield the text piece by piece, or a label in one piece; EngineFailure if the model fails."""
         if self.closed_set is not None:
             yield await self._label(self.closed_set)
             return
@@ -111,7 +111,7 @@ class Job:
             yield rest
 
     async def whole(self, formatter: ReplyFormatter) -> dict[str, Any]:
-        """Return the reply in one piece."""
+        """Return the complete reply."""
         text = "".join([piece async for piece in self.text()])
         logprobs = self._logprobs(text)
         return formatter.whole(text, reason=self.finish_reason, usage=self.usage, logprobs=logprobs) | self._extra()
@@ -145,7 +145,7 @@ class Job:
 
 
 def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:
-    """Count the characters that may be sent: none that may be half a character or begin a stop text."""
+    """Return how much of the text can be sent: hold back incomplete characters and possible starts of stop texts."""
     end = len(text.rstrip(_INCOMPLETE))
     for stop in stop_texts:
         beginnings = range(min(len(stop) - 1, len(text)), 0, -1)

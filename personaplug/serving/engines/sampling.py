@@ -1,4 +1,4 @@
-"""Options of a request that the in-process engine acts on; it refuses all others that would change the answer."""
+"""Sampling options of the in-process engine. It refuses other options that would change the answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
     **dict.fromkeys(("logit_bias", "structured_outputs", "chat_template_kwargs"), ({},)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),  # there are no tools, so none is called
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),  # without tools, both mean the same
     "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -29,18 +29,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-"""Fields that the engine does not know, with the values that leave an answer as it is. Null does so in every field."""
+"""Unsupported fields, with the values that do not affect the answer. Null does not affect it in any field."""
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # ignored: it pads events and changes no answer
+    include_obfuscation: bool | None = None  # ignored: it pads events and does not affect the answer
 
 
 class Sampling(BaseModel):
-    """A view on the undeclared fields of a request."""
+    """The undeclared fields of a request that the engine supports."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -51,24 +51,24 @@ class Sampling(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | int | None = None  # a truth value in chats, a number in completions
+    logprobs: bool | int | None = None  # a boolean in chats, a number in completions
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any] | None, *, kind: Kind = "chat") -> Sampling:
-        """Validate the undeclared fields; RequestError if one of them is invalid or unsupported."""
+        """Validate the undeclared fields; RequestError if a field is invalid or unsupported."""
         fields = fields or {}
         try:
             sampling = cls.model_validate(fields)
         except ValidationError as error:
             raise RequestError(first_error(error.errors()), code="invalid_value") from None
         if len(sampling.stop_texts) > _MAX_STOPS:
-            raise RequestError(f"stop: at most {_MAX_STOPS} texts may end an answer.", code="invalid_value")
+            raise RequestError(f"stop: at most {_MAX_STOPS} texts are supported.", code="invalid_value")
         for name, value in fields.items():
             is_known = name in cls.model_fields or name in HARMLESS or value is None
             if not is_known and value not in NEUTRAL.get(name, ()):
                 raise RequestError(
-                    f"The embedded engine does not know {shown_field(name)}; leave it out.", code="unsupported"
+                    f"The embedded engine does not support {shown_field(name)}. Remove it.", code="unsupported"
                 )
         sampling.logprob_count(kind)
         return sampling
@@ -83,15 +83,17 @@ class Sampling(BaseModel):
         return self.max_completion_tokens or self.max_tokens
 
     def logprob_count(self, kind: Kind) -> int | None:
-        """How many labels to list with their log-probabilities; None = the request asks for no log-probabilities."""
+        """Return how many labels to list with log-probabilities; None if the request asks for no log-probabilities."""
         logprobs, top = self.logprobs, self.top_logprobs
         is_flag = logprobs is None or isinstance(logprobs, bool)
         if kind == "chat" and not is_flag:
-            raise RequestError("logprobs of a chat is true or false; top_logprobs is a number.", code="invalid_value")
+            raise RequestError(
+                "In a chat, logprobs must be true or false, and top_logprobs a number.", code="invalid_value"
+            )
         if kind == "chat" and top and not logprobs:
-            raise RequestError("top_logprobs needs logprobs=true.", code="invalid_value")
+            raise RequestError("top_logprobs requires logprobs=true.", code="invalid_value")
         if kind == "completion" and (top or logprobs is True or not 0 <= int(logprobs or 0) <= _MAX_LOGPROBS):
-            message = f"A completion says logprobs=N, of 0 to {_MAX_LOGPROBS}, without top_logprobs."
+            message = f"In a completion, logprobs must be a number from 0 to {_MAX_LOGPROBS}, without top_logprobs."
             raise RequestError(message, code="invalid_value")
         if kind == "completion":
             return None if is_flag else int(logprobs or 0)
@@ -99,5 +101,5 @@ class Sampling(BaseModel):
 
 
 def shown_field(name: str) -> str:
-    """A field's name for a message; a longer one may be a text in the wrong place."""
-    return repr(name) if len(name) <= 40 else f"a field whose name has {len(name)} characters"
+    """Return a field's name for a message, but not a long one, which may be misplaced user text."""
+    return repr(name) if len(name) <= 40 else f"the field whose name has {len(name)} characters"

@@ -1,7 +1,7 @@
 """ModelScheduler: batches requests to one model continuously.
 
-All work on the model runs in one thread, token by token. Between two tokens the event loop admits new rows, drops
-cancelled ones and passes the new tokens on; other work on the model takes its turn.
+All work on the model runs in one thread, token by token. Between two tokens, the event loop admits new rows, drops
+cancelled rows and passes new tokens to the readers. Other work on the model also runs between two tokens.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from personaplug.serving.engines.job import Job
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_PREFILL_TOKENS = 2048  # prompt tokens that are read between two tokens of the running rows
+_PREFILL_TOKENS = 2048  # prompt tokens to prefill between two decoding steps
 
 
 class ModelScheduler:
-    """Runs rows of a model side by side; bound to the event loop that starts it.
+    """Runs rows of a model concurrently. It belongs to the event loop that starts it.
 
     Args:
-        max_rows: rows that run at once.
-        max_held: tokens, padding included, that the running rows may come to hold; a single row may hold more.
+        max_rows: maximum number of concurrent rows.
+        max_held: maximum tokens of all running rows, with padding. A single row may exceed it.
     """
 
     def __init__(self, llm: CausalLM, *, max_rows: int, max_held: int) -> None:
         self.llm, self.max_rows, self.max_held = llm, max_rows, max_held
         self._waiting: list[Job] = []
         self._running: list[Job] = []
-        self._tenants: set[str] = set()  # of all jobs so far
+        self._tenants: set[str] = set()  # that have submitted a job
         self._batch = ContinuousBatch(llm)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-model")
         self._wake_up = asyncio.Event()
@@ -52,7 +52,7 @@ class ModelScheduler:
             self._task = asyncio.create_task(self._run_rows())
 
     async def close(self) -> None:
-        """Finish the rows that were submitted, then stop."""
+        """Finish the submitted rows, then stop."""
         self._is_closed = True
         self._wake_up.set()
         if self._task is not None:
@@ -66,13 +66,13 @@ class ModelScheduler:
         self._wake_up.set()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Call a function that uses the model, between two tokens, and return its result."""
+        """Call a function that uses the model between two tokens, and return its result."""
         self._check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
 
     def _check_alive(self) -> None:
         if not self.is_alive:
-            raise EngineFailure("The model is no longer running.")
+            raise EngineFailure("The model is not running.")
 
     async def _run_rows(self) -> None:
         loop = asyncio.get_running_loop()
@@ -86,7 +86,7 @@ class ModelScheduler:
             self._waiting = [job for job in self._waiting if job not in admitted]
             self._running += admitted
             if not self._running:
-                self._batch = ContinuousBatch(self.llm)  # frees the states of the last rows
+                self._batch = ContinuousBatch(self.llm)  # frees the cache of the last rows
                 await self._wake_up.wait()
                 continue
             await loop.run_in_executor(self._model_thread, self._advance, admitted)
@@ -95,43 +95,43 @@ class ModelScheduler:
             self._running = [job for job in self._running if job.row.ended is None]
 
     def _next_jobs(self) -> list[Job]:
-        """Choose the waiting rows that may start now, without delaying the running ones for long.
+        """Choose the waiting rows that can start now. Limit their prompts, so that running rows are not delayed.
 
-        The tenant with the fewest rows goes next, with the oldest of its requests. As soon as there are several
-        tenants, each leaves a row to the others.
+        The tenant with the fewest rows goes next, with its oldest request. If there are several tenants, each leaves
+        a row to the others.
         """
-        rows_of = Counter(job.tenant for job in self._running)
-        max_rows_of_one = max(1, self.max_rows - (len(self._tenants) > 1))
-        waiting, chosen, prompt_tokens = list(self._waiting), list[Job](), 0
+        rows_by_tenant = Counter(job.tenant for job in self._running)
+        max_rows_per_tenant = max(1, self.max_rows - (len(self._tenants) > 1))
+        waiting, next_jobs, prompt_tokens = list(self._waiting), list[Job](), 0
         longest = max((job.max_size for job in self._running), default=0)
-        while allowed := [job for job in waiting if rows_of[job.tenant] < max_rows_of_one]:
-            job = min(allowed, key=lambda job: rows_of[job.tenant])
-            rows, longest = len(self._running) + len(chosen) + 1, max(longest, job.max_size)
+        while allowed := [job for job in waiting if rows_by_tenant[job.tenant] < max_rows_per_tenant]:
+            job = min(allowed, key=lambda job: rows_by_tenant[job.tenant])
+            rows, longest = len(self._running) + len(next_jobs) + 1, max(longest, job.max_size)
             prompt_tokens += len(job.row.prompt.ids)
             fits = rows <= self.max_rows and (longest * rows <= self.max_held or rows == 1)
-            if not fits or (prompt_tokens > _PREFILL_TOKENS and chosen):
+            if not fits or (prompt_tokens > _PREFILL_TOKENS and next_jobs):
                 break
             waiting.remove(job)
-            chosen.append(job)
-            rows_of[job.tenant] += 1
-        return chosen
+            next_jobs.append(job)
+            rows_by_tenant[job.tenant] += 1
+        return next_jobs
 
     def _advance(self, admitted: Sequence[Job]) -> None:
-        """Read the prompts of new rows, then choose every row's next token; runs in the model's thread."""
+        """Prefill the new rows, then decode the next token of every row. Runs in the model's thread."""
         try:
             if admitted:
                 self._batch.add([job.row for job in admitted])
-        except Exception as error:  # of the model or the machine
+        except Exception as error:  # from the model or the hardware
             _fail(admitted, error)
         try:
             self._batch.step()
-        except Exception as error:  # the callers must hear of it, and later requests be served
+        except Exception as error:  # report it to the callers, and serve later requests
             _fail(self._running, error)
             self._batch = ContinuousBatch(self.llm)
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:
-    # The error's message may quote the request.
+    # Log only the type, because the message may quote the request.
     logger.error("the model failed on %d requests: %s", len(jobs), type(error).__name__)
     for job in jobs:
         job.row.ended = "failed"

@@ -1,6 +1,6 @@
-"""A vLLM server as engine: requests reach it with soft tokens beside the text.
+"""A vLLM server as engine: sends it requests with text and soft tokens.
 
-At the start it is checked which model it runs, and whether soft tokens mean there what they mean in training.
+At start, it checks which model the server runs, and that soft tokens have the same effect as in training.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable, build_body
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Kind
 
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
-_CALLER_STATUSES = (400, 413, 422, 429)  # they tell the caller something about the request
+_CALLER_STATUSES = (400, 413, 422, 429)  # these errors are about the request, so the caller gets them
 _CONNECT_S = 5
-_KEEPALIVE_S = 4  # vLLM itself closes idle connections after 5
+_KEEPALIVE_S = 4  # below the 5 seconds after which vLLM closes idle connections
 _MAX_CHECK_BYTES = 4 * 2**20
 
 
@@ -41,15 +41,15 @@ class VLLMEngine(Engine):
     """A vLLM server, started with `--enable-prompt-embeds`.
 
     Args:
-        width: D of the plug's soft tokens.
-        model: empty = vLLM's own name.
-        chat_date: the day of the plug's prompts, if the chat template writes one.
+        width: dimension D of the plug's soft tokens.
+        model: name of the model for callers; empty = vLLM's name.
+        chat_date: date in the plug's training prompts, if the chat template writes one.
     """
 
     is_remote = True
-    timeout_s: float = 120  # longest silence within a stream
-    answer_s: float = 600  # longest time for an answer in one piece
-    stream_s: float = 3600  # and for a stream
+    timeout_s: float = 120  # maximum time between two events of a stream
+    answer_s: float = 600  # maximum time of a reply in one piece
+    stream_s: float = 3600  # maximum time of a stream
 
     def __init__(
         self,
@@ -65,16 +65,16 @@ class VLLMEngine(Engine):
         self.url = _checked_url(url)
         self.models = (model,) if model else ()
         self.table, self.width, self.placement, self.chat_date = table, width, placement, chat_date
-        self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
-        self.salts_personas = False  # whether each persona gets a cache salt of its own; as the start finds out
+        self.max_model_len: int | None = None  # maximum tokens of a prompt and its answer, reported by vLLM at start
+        self.salts_personas = False  # True if each persona needs its own cache salt; set at start
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
 
     @classmethod
     def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
-        """Open the engine as `EngineOpener` says. At its start it checks vLLM's model, by width and by answers."""
-        url = _checked_url(config.engine)  # before anything is loaded
+        """Open the engine; see `EngineOpener`. Its `start` checks the width and the answers of vLLM's model."""
+        url = _checked_url(config.engine)  # before models are loaded
         plug = load_plug(None).compute_items_in("bfloat16")
         engine = cls(
             url,
@@ -103,7 +103,7 @@ class VLLMEngine(Engine):
         except BaseException:
             await self.close()
             raise
-        # Set last, so that a second start after a refusal checks again.
+        # Set last, so that `start` checks again after a failure.
         self.max_model_len, self.salts_personas = facts.max_model_len, facts.salts_personas
         self.models, self._served_name = self.models or (facts.name,), facts.name
 
@@ -125,13 +125,13 @@ class VLLMEngine(Engine):
         self.check_length(body.characters)
         table, max_tokens = self.table, self.max_model_len
         await asyncio.to_thread(check_body, body, choices=choices, table=table, max_tokens=max_tokens)
-        return True  # `respond` checks what no `prepare` has checked
+        return True  # tells `respond` that the request is checked
 
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Pass a request on; vLLM's refusals reach the caller with its own words and status."""
+        """Forward a request. The caller gets vLLM's refusals with their message and status."""
         if not request.prepared:
             await self.prepare(request.body, choices=request.choices)
-        content = await asyncio.to_thread(self._body, request)  # embedding a long prompt takes a while
+        content = await asyncio.to_thread(self._body, request)  # embedding a long prompt takes long
         streams, is_chat = bool(request.body.stream), request.body.kind == "chat"
         url = self.url + _ROUTES[request.body.kind]
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
@@ -143,7 +143,7 @@ class VLLMEngine(Engine):
                 async with response:
                     reply = await read_bounded(response)
         except CONNECTION_ERRORS as error:
-            raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}).") from None
+            raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}). Try again later.") from None
         if response.status == 200:
             check_reply(reply, is_chat=is_chat)
         elif response.status in _CALLER_STATUSES:
@@ -168,13 +168,13 @@ class VLLMEngine(Engine):
 
     @property
     def _session(self) -> aiohttp.ClientSession:
-        """Connections of the event loop that first uses them."""
+        """The HTTP session; it belongs to the event loop that first uses it."""
         if self._open_session is None or self._open_session.closed:
             self._open_session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
-                # Replies are bounded by asyncio.timeout: one that breaks amid its framing stops aiohttp's own timers.
+                # asyncio.timeout limits replies, because broken framing stops aiohttp's own timers.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             )
         return self._open_session
@@ -182,9 +182,9 @@ class VLLMEngine(Engine):
     def _failure(self, status: int) -> EngineFailure:
         name, reason = self._served_name, ""
         if status in (401, 403):
-            reason = ": it asks for another key than this server was started with"
+            reason = ": it requires another key. Start this server with that --engine-key"
         elif status == 404:
-            reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
+            reason = f": it no longer serves the model {name}. If it serves another model now, restart this server"
         return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
 
     async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
@@ -197,18 +197,18 @@ class VLLMEngine(Engine):
                 reply = await read_bounded(response, max_bytes=_MAX_CHECK_BYTES)
                 return response.status, reply.decode("utf-8", errors="replace")
         except (*CONNECTION_ERRORS, ValueError) as error:  # ValueError: the key or address cannot be sent
-            raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
+            raise EngineFailure(f"Cannot reach a vLLM server at {self.url} ({type(error).__name__}).") from None
 
 
 def _checked_url(url: str) -> str:
-    """Return the address without /v1; ConfigError if it is invalid, or holds a password, which errors would show."""
+    """Return the address without /v1; ConfigError if it is invalid or has a password, which messages would show."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_address = False
     if not is_address or " " in url:
-        raise ConfigError("The address of a vLLM server is such as http://127.0.0.1:8123; found another form.")
+        raise ConfigError("The address of the vLLM server is not valid. Use an address such as http://127.0.0.1:8123.")
     if parts.username is not None or parts.password is not None:
-        raise ConfigError("The address of a vLLM server holds no name or password; its key is --engine-key.")
+        raise ConfigError("The address of the vLLM server must not have a name or password. Use --engine-key.")
     return url.rstrip("/").removesuffix("/v1")

@@ -1,4 +1,4 @@
-"""Checks of a vLLM server at the start: that soft tokens mean there what they mean in training, and stay apart."""
+"""Checks of a vLLM server at start: soft tokens have the same effect as in training, and users' answers stay apart."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from personaplug.serving.engines.vllm_requests import EMBEDS, EmbeddingTable, ad
 logger = logging.getLogger(__name__)
 
 Fetch = Callable[..., Awaitable[tuple[int, str]]]
-"""Calls a path of the server, with a JSON body if one is given; returns status and text."""
+"""Requests a path of the server, optionally with a JSON body; returns status and text."""
 
 _PROBE = "The quick brown fox jumps over the lazy dog, and then"
 _PROBE_TOKENS = 8
-_MAX_DIFFERENCE = 0.05  # of a token's log-probability between two computations of the same
+_MAX_DIFFERENCE = 0.05  # of a token's log-probability between two computations of one prompt
 
-# Two users whose persona is the embedding of a text, with the same text behind it. The text fills whole blocks of the
-# cache: 384 tokens are more than a block, which has 16 to 256.
+# Two users whose personas are embeddings of different texts, followed by the same prompt. The prompt fills whole cache
+# blocks: it has 384 tokens, and a block has 16 to 256.
 _SECRETS = ("The password is tiger. " * 8, "The password is seven. " * 8)
 _FILLER, _QUESTION = "The weather was fine, and the children played in the garden all day. ", "The password is"
 _FILLER_TOKENS = 384
-_TEMPLATE_TOKENS = 96  # at most, and those of the question and the answer
-_SAME = 2e-3  # log-probabilities that differ by less are those of one user
-_CHANGED = 0.25  # by more, those of another user: a warm cache rounds otherwise than a cold one
+_TEMPLATE_TOKENS = 96  # upper bound, including the question and the answer
+_SAME = 2e-3  # if log-probabilities differ by less, two users got the same answer
+_CHANGED = 0.25  # if they differ by more than rounding of a warm cache, a user got another user's answer
 
 
 @dataclass(frozen=True)
 class Signature:
-    """How a server answers a prompt: the tokens that it writes, with their log-probabilities."""
+    """The tokens of a server's answer, with their log-probabilities."""
 
     tokens: tuple[str, ...]
     logprobs: tuple[float, ...]
 
     def is_same(self, other: Signature) -> bool:
-        """True if the same tokens are written, with the same probabilities."""
+        """True if the tokens and their probabilities are the same."""
         pairs = zip(self.logprobs, other.logprobs, strict=False)
         return self.tokens == other.tokens and all(abs(a - b) <= _SAME for a, b in pairs)
 
     def has_changed(self, later: Signature) -> bool:
-        """True if the first token's probability is another one, by more than rounding."""
+        """True if the first token's probability differs by more than rounding."""
         return abs(self.logprobs[0] - later.logprobs[0]) > _CHANGED
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What the checks found out.
+    """The results of the checks.
 
     Attributes:
-        max_model_len: tokens of a prompt and its answer.
-        salts_personas: whether answers stay apart only if each persona has a cache salt of its own.
+        max_model_len: maximum tokens of a prompt and its answer.
+        salts_personas: True if each persona needs its own cache salt to keep answers apart.
     """
 
     name: str
@@ -81,7 +81,7 @@ class StartChecks:
         self.width, self.placement, self.chat_date = width, placement, chat_date
 
     async def run(self) -> ServerFacts:
-        """Check everything; ConfigError if the server cannot be used, EngineFailure if it talks nonsense."""
+        """Run all checks; ConfigError if the server is not suitable, EngineFailure if its replies are not valid."""
         name, max_model_len = await self._find_model()
         await self._check_width(name)
         await self._check_embeddings(name)
@@ -91,25 +91,25 @@ class StartChecks:
         return ServerFacts(name, max_model_len, await self._needs_salts(name, max_model_len))
 
     async def _find_model(self) -> tuple[str, int | None]:
-        """Return the name of vLLM's model, and how many tokens it reads."""
+        """Return the name of vLLM's model and its maximum number of tokens."""
         status, text = await self._fetch("/v1/models")
         if status in (401, 403):
-            raise self._unfit(f"asks for another key (status {status}).")
+            raise self._unfit(f"requires another key (status {status}). Set --engine-key.")
         with self._parsing("/v1/models"):
             model = json.loads(text)["data"][0]
             name, max_model_len = str(model["id"]), model.get("max_model_len")
         return name, max_model_len if isinstance(max_model_len, int) else None
 
     async def _check_width(self, name: str) -> None:
-        # A single value as embeds is refused either way, and the message tells why.
+        # vLLM always refuses embeds of one value, and its message has the reason.
         body = {"model": name, EMBEDS: encode_embeds(torch.zeros(1, 1)), "max_tokens": 1}
         _, message = await self._fetch("/v1/completions", body)
         if "--enable-prompt-embeds" in message:
-            raise self._unfit("takes no soft tokens: start it with --enable-prompt-embeds.")
+            raise self._unfit("does not accept soft tokens. Start it with --enable-prompt-embeds.")
         if "hidden_size" in message and f"hidden_size {self.width}." not in message:
             raise self._unfit(
-                f"runs {name}, whose embeddings have another width than the plug's {self.width}: serve the model that "
-                f"the plug was trained for."
+                f"runs {name}, whose embeddings do not have the plug's width {self.width}. Serve the model that the "
+                f"plug was trained for."
             )
 
     async def _check_embeddings(self, name: str) -> None:
@@ -119,8 +119,8 @@ class StartChecks:
         embeds_text, embeds_log_prob = await self._probe(name, embeds)
         if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
             raise self._unfit(
-                f"answers a text and the same text embedded differently: {name} is another model than the plug's, or "
-                f"its prompt_embeds are broken. Serve the plug's model."
+                f"gives different answers to a text and to the embeddings of the text. {name} is not the plug's model, "
+                f"or its prompt_embeds are broken. Serve the plug's model."
             )
 
     async def _probe(self, name: str, prompt: dict[str, str]) -> tuple[str, float]:
@@ -131,67 +131,67 @@ class StartChecks:
             return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
 
     async def _check_template(self, name: str) -> None:
-        """Check that vLLM writes a chat as training did, and that soft tokens stand where the answer would begin."""
+        """Check that vLLM renders a chat as in training, with the soft tokens in the same place."""
         body = {"model": name, "messages": [{"role": "user", "content": _PROBE}]}
         unanswered = body | {"add_generation_prompt": True, "chat_template_kwargs": {"enable_thinking": False}}
         expected = self.table.chat_ids(_PROBE, day=self.chat_date) or await self._tokenize(unanswered)
         if self.placement == "suffix":
             soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
-            found = (await self._tokenize(add_soft_tokens(body, soft)))[:-1]
+            ids = (await self._tokenize(add_soft_tokens(body, soft)))[:-1]
         else:
-            found = await self._tokenize(unanswered)
-        if found != expected:
+            ids = await self._tokenize(unanswered)
+        if ids != expected:
             raise ConfigError(
-                f"vLLM writes a chat for {name} otherwise than training did: soft tokens would stand behind other "
-                f"tokens. Start it with a --chat-template that writes the model's own, and the same before an answer "
-                f"that has begun as before one that is to begin."
+                f"vLLM renders a chat for {name} differently from training, so soft tokens would follow other tokens. "
+                f"Start vLLM with the model's own --chat-template. It must write the same tokens before a started "
+                f"answer as before a new one."
             )
 
     async def _check_date(self, name: str) -> None:
-        """Check that no template asks for today's date: it then fails if the date's function is none."""
+        """Check that the template does not write today's date: if it does, it fails without the date function."""
         options = {"enable_thinking": False, "strftime_now": ""}
         body = {"model": name, "messages": [{"role": "user", "content": _PROBE}], "chat_template_kwargs": options}
         if (await self._fetch("/tokenize", body))[0] != 200:
             raise self._unfit(
-                f"writes today's date into the chats of {name}; those of training hold {self.chat_date}. Start it with "
-                f"--chat-template and a copy of the model's template in which each strftime_now(…) is that day."
+                f"writes today's date into the chats of {name}, but training used {self.chat_date}. Copy the model's "
+                f"template, replace each strftime_now(…) with that date, and pass the copy as --chat-template."
             )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
         status, text = await self._fetch("/tokenize", body)
-        found, tokens = f"status {status}", None
+        problem, tokens = f"status {status}", None
         if status == 200:
             with self._parsing("/tokenize"):
-                found, tokens = "no tokens", json.loads(text).get("tokens")
+                problem, tokens = "no tokens", json.loads(text).get("tokens")
         if not tokens or not isinstance(tokens, list):
             raise self._unfit(
-                f"must say on /tokenize how it writes a chat, to see where soft tokens stand; found {found}. Let this "
-                f"server reach that route."
+                f"must tokenize chats on /tokenize, to check the place of soft tokens; found {problem}. Allow this "
+                f"server to access that route."
             )
         return tokens
 
     async def _needs_salts(self, name: str, max_model_len: int | None) -> bool:
-        """Check that two users with the same prompt get their own answers from a warm prefix cache.
+        """Check that a warm prefix cache does not mix the answers of two users with the same prompt.
 
-        Return whether that takes a cache salt for each persona; ConfigError if their answers mix with salts, too.
+        Return True if this requires a cache salt for each persona; ConfigError if answers mix even with salts.
         """
         filler = self._filler(max_model_len)
         if not await self._mixes(name, filler, with_salts=False):
             return False
         if await self._mixes(name, filler, with_salts=True):
             raise self._unfit(
-                "gives a user the answer to another user's soft tokens: its cache of prompts leaves embeds out of its "
-                "keys. Start vLLM without external KV connectors (--kv-transfer-config, LMCache); if answers still "
-                "mix, with --no-enable-prefix-caching."
+                "answers a user with another user's soft tokens, because the keys of its prefix cache ignore embeds. "
+                "Start vLLM without external KV connectors (--kv-transfer-config, LMCache). If answers still mix, use "
+                "--no-enable-prefix-caching."
             )
         logger.warning(
-            "vLLM's cache of prompts leaves soft tokens out of its keys. Each persona gets a cache salt of its own, "
-            "so users share no cached prompts. To share them, start vLLM without external KV connectors."
+            "The keys of vLLM's prefix cache ignore soft tokens. Each persona gets its own cache salt, so users do not "
+            "share cached prompts. To share them, start vLLM without external KV connectors."
         )
         return True
 
     async def _mixes(self, name: str, filler: str, *, with_salts: bool) -> bool:
-        run = secrets.token_hex(8)  # no earlier check's prompts are in the cache under this salt
+        run = secrets.token_hex(8)  # a new salt, so that the cache has no prompts of earlier checks
         for signature_of in (self._completion_signature, self._chat_signature):
             answers: list[list[Signature]] = []
             for _ in range(2):
@@ -219,7 +219,7 @@ class StartChecks:
             return Signature(tuple(t["token"] for t in tokens), tuple(float(t["logprob"]) for t in tokens))
 
     def _filler(self, max_model_len: int | None) -> str:
-        """A text of several blocks of the cache, as far as the model reads that many tokens."""
+        """Return a text of several cache blocks, shorter if the model's maximum length requires it."""
         room = (max_model_len or 4 * _FILLER_TOKENS) - len(self.table.embed(_SECRETS[0])) - _TEMPLATE_TOKENS
         return _FILLER * max(1, min(_FILLER_TOKENS, room) // len(self.table.embed(_FILLER)))
 
@@ -237,7 +237,9 @@ class StartChecks:
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
+            raise EngineFailure(
+                f"The reply of {self.url}{path} is not vLLM's. Check that this is a vLLM server."
+            ) from None
 
 
 def _probe_body(name: str, salt: str) -> dict[str, Any]:
@@ -251,6 +253,6 @@ def _probe_body(name: str, salt: str) -> dict[str, Any]:
 
 
 def _is_mixed(rounds: Sequence[Sequence[Signature]]) -> bool:
-    """True if two users got one answer, or if a user's own answer changed once the cache was warm."""
+    """True if two users got the same answer, or if a user's answer changed once the cache was warm."""
     cold, warm = rounds
     return any(one.is_same(other) for one, other in rounds) or any(map(Signature.has_changed, cold, warm))

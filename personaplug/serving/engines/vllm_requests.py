@@ -1,14 +1,14 @@
-"""Requests to vLLM: OpenAI's, with soft tokens beside the text, and without what crashes vLLM.
+"""Build requests to vLLM from OpenAI requests and soft tokens, and refuse fields that would crash vLLM.
 
-In a chat only the soft tokens are sent, and vLLM renders its template around them: with the placement `suffix` as the
-beginning of the answer, with `prefix` before the user's last text. What stands before a suffix is the same for all
-users, so vLLM's prefix cache serves them all. A completion has no place for soft tokens: the whole prompt is sent
-embedded.
+In a chat, only the soft tokens are sent as embeddings, and vLLM renders its template around them. With the placement
+`suffix` they begin the answer; with `prefix` they precede the user's last text. The prompt before a suffix is the
+same for all users, so vLLM's prefix cache serves all users. A completion has no field for soft tokens, so the whole
+prompt is sent as embeddings.
 
-Fields that are not in `_PASSED` are refused: vLLM ignores names that it does not know, without a word.
+Fields that are not in `_PASSED` are refused, because vLLM silently ignores unknown names.
 
-vLLM 0.30 does not check what these checks refuse. Soft tokens that are not finite spoil other requests' answers, so
-callers cannot send their own. The name of vLLM's placeholder in a prompt, or `echo` beside embeds, ends its process.
+vLLM 0.30 lacks these checks. Soft tokens that are not finite corrupt the answers of other requests, so callers cannot
+send their own. The placeholder in a prompt, or `echo` with embeds, ends vLLM's process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OF_FREE_TEXT = frozenset((
     "include_stop_str_in_output", "allowed_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "length_penalty", "thinking_token_budget",
 ))  # fmt: skip
-"""Fields that would cut a label or change what it is; an answer from a closed set knows none of them."""
+"""Fields that would truncate or change a label. They are ignored if the answer is from a closed set."""
 
 _PASSED = _OF_FREE_TEXT | {
     "model", "messages", "prompt", "stream", "stream_options", "n", "seed", "temperature", "top_p", "top_k", "min_p",
@@ -62,28 +62,28 @@ _MESSAGE_FIELDS = frozenset((
 
 
 class EmbeddingTable:
-    """The served model's own embeddings, (V, D), and tokenizer, for prompts that are sent embedded."""
+    """The served model's embeddings, (V, D), and tokenizer, for prompts that are sent as embeddings."""
 
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
         self.rows, self.tokenizer, self.texts = rows, tokenizer, TextTokenizer.of(tokenizer)
-        self._lock = threading.Lock()  # a tokenizer of transformers may change itself when it is called
+        self._lock = threading.Lock()  # tokenizers of transformers are not thread-safe
         self._head, self._tail = frame_of(tokenizer)
         self._special = special_ids(tokenizer)
         self.longest_token = longest_token(tokenizer)
 
     @classmethod
     def of_folder(cls, folder: Path) -> EmbeddingTable:
-        """Load the embeddings and the tokenizer from a model's folder, and no other weights."""
+        """Load only the embeddings and the tokenizer from a model's folder."""
         return cls(read_embeddings(folder), load_tokenizer(folder, name=str(folder)))
 
     def embed(self, text: str) -> Tensor:
-        """(n, D) of a text with the tokenizer's special tokens."""
+        """Return the embeddings, (n, D), of a text with the tokenizer's special tokens."""
         return self._rows_of(self.ids(text))
 
     def embed_with(self, text: str, soft: SoftPrompt, *, max_tokens: int | None) -> Tensor:
-        """(n, D) of a text with soft tokens: behind it, or between the tokenizer's BOS and the text.
+        """Return the embeddings, (n, D), of a text with soft tokens after it, or between the BOS token and the text.
 
-        A prompt of more than `max_tokens`, if known, is refused before it takes memory.
+        RequestError if the prompt has more than `max_tokens`, before it takes memory.
         """
         vectors = soft.vectors[0].to(self.rows)
         ids = self.ids(text)
@@ -93,7 +93,7 @@ class EmbeddingTable:
         return torch.cat([self._rows_of(ids[:position]), vectors, self._rows_of(ids[position:])])
 
     def logit_bias(self, choices: Sequence[str], label_bias: Tensor) -> dict[str, float]:
-        """A persona's (1, C) bias of the choices as a bias of the first tokens that tell the choices apart."""
+        """Convert a persona's label bias, (1, C), to a bias of the first tokens that distinguish the labels."""
         tokens, bias = LabelBias(self.texts.encode_many(choices), label_bias).first_branch_bias()
         values = bias[0].clamp(-_MAX_BIAS, _MAX_BIAS).tolist()
         return {str(token): value for token, value in zip(tokens, values, strict=True) if value}
@@ -102,34 +102,34 @@ class EmbeddingTable:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text with the tokenizer's special tokens around it."""
+        """Return the token ids of a text with the tokenizer's special tokens around it."""
         return [*self._head, *self.texts.encode(text), *self._tail]
 
     def chat_ids(self, text: str, *, day: str | None) -> list[int] | None:
-        """The tokens of a chat of one message as in training, on that day; None for a model without a template."""
-        # No answer is tokenized here, so any `end_id` does for a tokenizer that names none.
+        """Return the token ids of a one-message chat as in training on that day; None without a chat template."""
+        # `end_id` has no effect, because no answer is tokenized.
         prompts = PromptTokenizer(
             self.tokenizer, max_tokens=sys.maxsize, is_encoder_decoder=False, end_id=0, chat_date=day
         )
         return list(prompts.encode_prompt(text).ids) if prompts.has_chat_template else None
 
     def find_control(self, text: str, *, special_only: bool = False) -> str | None:
-        """Return a control token that vLLM would read in a text, if there is one."""
+        """Return a control token that vLLM would parse in a text; None if there is none."""
         with self._lock:
             ids = set(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        found = (ids & self.texts.control.keys()) - self.texts.harmless_ids
-        found = found & self._special if special_only else found
-        return self.texts.control[min(found)] if found else None
+        control_ids = (ids & self.texts.control.keys()) - self.texts.harmless_ids
+        control_ids = control_ids & self._special if special_only else control_ids
+        return self.texts.control[min(control_ids)] if control_ids else None
 
 
 def check_body(
     request: ChatRequest | CompletionRequest, *, choices: Sequence[str], table: EmbeddingTable, max_tokens: int | None
 ) -> None:
-    """Refuse what must not be sent to vLLM, what it would ignore, and what is too long, before it is tokenized."""
+    """Refuse fields that vLLM must not get or would ignore, and prompts that are too long, before tokenizing them."""
     body = request.to_openai()
     _check_fields(body, choices=choices)
     if request.personaplug.probabilities:
-        message = "vLLM does not say how probable each label is; the embedded engine does."
+        message = "vLLM does not report the probability of each label. Use the embedded engine."
         raise RequestError(message, code="unsupported")
     _check_placeholder(body)
     _check_length(body, table.longest_token, max_tokens=max_tokens)
@@ -140,12 +140,12 @@ def check_body(
 def build_body(
     request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None, salt: str
 ) -> bytes:
-    """Build vLLM's request of one that has been checked; RequestError if it has more than `max_tokens`."""
+    """Build vLLM's request from a checked request; RequestError if it has more than `max_tokens`."""
     fields = request.body.to_openai().items()
-    given = {name: value for name, value in fields if name in _PASSED and value is not None}
-    body, soft = given | {"model": model, "cache_salt": salt}, request.soft
+    passed = {name: value for name, value in fields if name in _PASSED and value is not None}
+    body, soft = passed | {"model": model, "cache_salt": salt}, request.soft
     if request.body.kind == "completion" and soft is None and table.find_control(body["prompt"]):
-        body["prompt"] = table.ids(body["prompt"])  # vLLM would read control tokens in the text
+        body["prompt"] = table.ids(body["prompt"])  # vLLM would parse control tokens in the text
     if request.choices and not _has_own_form(body):
         body = {name: value for name, value in body.items() if name not in _OF_FREE_TEXT}
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(request.choices)}}
@@ -159,7 +159,7 @@ def build_body(
 
 
 def cache_salt(request: EngineRequest, *, of_persona: bool) -> str:
-    """What vLLM's caches keep apart: tenants and, `of_persona`, the personas of a tenant's users."""
+    """Return the salt that separates tenants in vLLM's caches and, if `of_persona`, also personas."""
     digest = hashlib.blake2b(request.tenant.encode(), digest_size=16)
     if of_persona and request.soft is not None:
         digest.update(request.soft.vectors.detach().float().cpu().contiguous().numpy().tobytes())
@@ -167,23 +167,23 @@ def cache_salt(request: EngineRequest, *, of_persona: bool) -> str:
 
 
 def encode_embeds(vectors: Tensor) -> str:
-    """(n, D) vectors as vLLM takes them; EngineFailure if one is not finite, which would spoil others' answers."""
+    """Encode (n, D) vectors for vLLM; EngineFailure if one is not finite, which would corrupt others' answers."""
     if not bool(torch.isfinite(vectors).all()):
-        raise EngineFailure("The persona holds values that are no numbers; it was not sent.")
+        raise EngineFailure("The persona has values that are not finite, so it was not sent.")
     buffer = io.BytesIO()
-    torch.save(vectors.detach().cpu().clone(), buffer)  # saving a view would save all that it is a view of
+    torch.save(vectors.detach().cpu().clone(), buffer)  # cloned, because saving a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
-    """Add soft tokens to a chat: as the beginning of the answer, or right before the last user's text."""
+    """Add soft tokens to a chat: at the beginning of the answer, or right before the user's last text."""
     part = {"type": EMBEDS, "data": encode_embeds(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])
     options = {"enable_thinking": False} | (body.get("chat_template_kwargs") or {})  # as in training
     body = {**body, "chat_template_kwargs": options}
     if soft.placement == "suffix":
         if body.get("continue_final_message"):
-            message = "continue_final_message leaves no place for a persona behind the prompt."
+            message = "continue_final_message leaves no place for the persona. Remove it."
             raise RequestError(message, code="messages")
         messages.append({"role": "assistant", "content": [part]})
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
@@ -196,42 +196,44 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
 
 
 def _has_own_form(body: dict[str, Any]) -> bool:
-    """Whether a request asks for a form of its own, in place of the task's closed set."""
+    """True if a request sets its own output format, which replaces the task's closed set."""
     return any(body.get(name) for name in ("structured_outputs", "response_format", "tools"))
 
 
 def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
-    """Refuse the fields that spoil vLLM's answers, end its process or are ignored by it."""
-    # vLLM takes a part for embeds because of its type or, beside a `uuid`, because of a field's name.
+    """Refuse the fields that corrupt vLLM's answers, end its process or have no effect."""
+    # vLLM treats a part as embeds because of its type or, if it has a `uuid`, because of a field's name.
     if EMBEDS in body or any(part.get("type") == EMBEDS or EMBEDS in part for part in _parts(body)):
-        raise RequestError(f"{EMBEDS} is reserved: only this server puts embeds into a prompt.", code="reserved")
+        raise RequestError(f"{EMBEDS} is reserved for this server. Remove it.", code="reserved")
     if body.get("echo") or body.get("prompt_logprobs") is not None:
-        raise RequestError("echo and prompt_logprobs cannot be had here.", code="unsupported")
+        raise RequestError("echo and prompt_logprobs are not supported. Remove them.", code="unsupported")
     for name, value in body.items():
         if name not in _PASSED and value is not None and value not in NEUTRAL.get(name, ()):
-            raise RequestError(f"vLLM is not sent the field {shown_field(name)}; leave it out.", code="unsupported")
+            raise RequestError(f"The vLLM engine does not support {shown_field(name)}. Remove it.", code="unsupported")
     for turn in _messages(body):
         unknown = [name for name, value in turn.items() if value and name not in _MESSAGE_FIELDS]
         if unknown:
-            message = f"A message has no field {shown_field(unknown[0])}; leave it out."
+            message = f"A message may not have {shown_field(unknown[0])}. Remove it."
             raise RequestError(message, code="unsupported")
     if choices and not _has_own_form(body) and (body.get("logprobs") or body.get("logprob_token_ids")):
-        message = "vLLM gives log-probabilities of tokens, not of labels; the embedded engine gives those of labels."
+        message = "vLLM reports no log-probabilities of labels. Use the embedded engine."
         raise RequestError(message, code="unsupported")
 
 
 def _check_placeholder(body: dict[str, Any]) -> None:
-    """Refuse the placeholder wherever a template might write it into a prompt."""
+    """Refuse vLLM's placeholder in any text that a template might write into a prompt."""
     text = "\0".join(leaf for leaf in json_leaves(body) if isinstance(leaf, str))
     plain = _unescaped(text).replace("\\", "")
-    # Some templates join the parts of a message with nothing between them.
+    # Some templates concatenate the parts of a message without a separator.
     texts = [text for part in _parts(body) for name, text in part.items() if name != "type" and isinstance(text, str)]
     if PLACEHOLDER in plain or PLACEHOLDER in "".join("".join(texts).split()):
-        raise RequestError(f"A request may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
+        raise RequestError(
+            f"A request may not contain {PLACEHOLDER}, which is reserved. Remove it.", code="reserved_text"
+        )
 
 
 def _check_length(body: dict[str, Any], longest_token: int, *, max_tokens: int | None) -> None:
-    """Refuse what is too long for sure, before it is tokenized."""
+    """Refuse texts that exceed the maximum for any tokenization, before tokenizing them."""
     count = sum(len(text) for message in _rendered(body) for text in _rendered_texts(message))
     if max_tokens is not None and count > max_tokens * longest_token:
         raise too_long(max_tokens)
@@ -240,8 +242,8 @@ def _check_length(body: dict[str, Any], longest_token: int, *, max_tokens: int |
 def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
     """Refuse control tokens in texts that vLLM's template writes into the prompt.
 
-    vLLM reads them there as what they are: with `<|im_end|>` a user could end the turn and write the next one. An
-    answer that comes back as a message may hold what answers show, such as `</think>`.
+    vLLM would parse them there: with `<|im_end|>` a user could end the turn and write the next one. A message of the
+    assistant may have tokens that answers contain, such as `</think>`.
     """
     for message in _rendered(body):
         is_answer = message.get("role") == "assistant"
@@ -249,18 +251,18 @@ def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
             control = table.find_control(_unescaped(text).replace("\\/", "/"), special_only=is_answer)
             if control is not None:
                 raise RequestError(
-                    f"A message may not hold {control}, which the model reads as a control token.", code="reserved_text"
+                    f"A message may not contain {control}, which is a control token of the model.", code="reserved_text"
                 )
 
 
 def _unescaped(text: str) -> str:
-    """Arguments of tools are JSON within a string, which vLLM parses again before its template writes them."""
+    """Decode the JSON escapes in a text, because vLLM parses the JSON in tool arguments before rendering them."""
     plain = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
-    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins the halves of emoji
+    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins surrogate pairs
 
 
 def _rendered_texts(message: dict[str, Any]) -> list[str]:
-    """The texts of a message that a template may write: no images, but the parts of its text in one piece."""
+    """Return the texts of a message that a template may write: without images, with its text parts joined."""
     content = message.get("content")
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     texts = [part.get("text") for part in parts]
@@ -270,7 +272,7 @@ def _rendered_texts(message: dict[str, Any]) -> list[str]:
 
 
 def _rendered(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a template may write into a chat's prompt."""
+    """Return the messages and other fields that a template may write into a chat's prompt."""
     return [*_messages(body), {name: body.get(name) for name in ("tools", "documents", "chat_template_kwargs")}]
 
 
@@ -280,6 +282,6 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parts(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of messages whose content is a list; a completion's own `messages` may be anything."""
+    """Return the parts of messages whose content is a list. In a completion, `messages` may have any form."""
     contents = [turn["content"] for turn in _messages(body) if isinstance(turn.get("content"), list)]
     return [part for part in chain.from_iterable(contents) if isinstance(part, dict)]

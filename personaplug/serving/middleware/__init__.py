@@ -23,17 +23,17 @@ from personaplug.serving.middleware.paths import PathMiddleware, RouteMiddleware
 from personaplug.serving.middleware.replies import DisconnectMiddleware, ErrorMiddleware, MetricsMiddleware
 from personaplug.serving.telemetry import Telemetry
 
-_BODIES_IN_MEMORY = 32  # of the largest size, and replies counted with them
+_BODIES_IN_MEMORY = 32  # maximum-size bodies in the memory budget, which replies share
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What requests may take."""
+    """Limits of requests."""
 
     body_bytes: int = 4 * 2**20
-    body_seconds: float = 30  # until the body has arrived
-    requests: int = 256  # to /v1/ at once
-    items: int = 1000  # that one request may add to a history
+    body_seconds: float = 30  # to receive the whole body
+    requests: int = 256  # to /v1/, concurrently
+    items: int = 1000  # added to a history by one request
 
 
 def middlewares(
@@ -45,7 +45,7 @@ def middlewares(
     origins: Sequence[str],
     routes: Sequence[BaseRoute],
 ) -> list[Middleware]:
-    """The middlewares of a server, outermost first: a request is refused before it costs anything."""
+    """Return the middlewares of a server, outermost first. Cheap checks come first, so that refusals cost little."""
     is_open = api_keys.is_open
     memory = Budget(_BODIES_IN_MEMORY * limits.body_bytes, is_shared=not is_open)
     return [

@@ -1,4 +1,7 @@
-"""Middlewares that let requests in: keys, places, bodies. No body is read before its caller holds a place."""
+"""Middlewares that admit requests: API keys, concurrency limits, bodies.
+
+A place is a slot for one concurrent request. A body is read only after its request has taken a place.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from personaplug.errors import RequestError
 from personaplug.serving.api_keys import ApiKeys, KeyOwner
 from personaplug.serving.middleware.base import HttpMiddleware, is_api_path, overloaded, state_of
 
-_TENANT_TIMES_FREE = 4  # so many times what is free a tenant may hold
+_TENANT_TIMES_FREE = 4  # a tenant may hold at most this multiple of the free amount
 
 
 @dataclass(eq=False)
 class ApiKeyMiddleware(HttpMiddleware):
-    """Requires an API key for /v1/ and sets `request.state.tenant` and, of a user's own key, `request.state.user`."""
+    """Requires an API key for /v1/ and sets `request.state.tenant` and `request.state.user` to the key's owner."""
 
     api_keys: ApiKeys
 
@@ -28,7 +31,7 @@ class ApiKeyMiddleware(HttpMiddleware):
         if is_api_path(scope):
             owner = self.api_keys.owner_of(Headers(scope=scope).get("authorization"))
             if owner is None:
-                message = "Give a key of this server: `Authorization: Bearer KEY`."
+                message = "The API key is missing or unknown. Send the header `Authorization: Bearer KEY`."
                 raise RequestError(message, http_status=401, code="invalid_key")
             _check_user(scope["path"], owner)
             state_of(scope).update(tenant=owner.tenant, user=owner.user)
@@ -36,18 +39,18 @@ class ApiKeyMiddleware(HttpMiddleware):
 
 
 def _check_user(path: str, owner: KeyOwner) -> None:
-    """Refuse the path of another user to a user's own key."""
-    _, _, room, *rest = path.split("/")  # of /v1/…
-    if owner.user is not None and room == "users" and rest[:1] != [quote(owner.user, safe="")]:
-        message = "This key belongs to another user; give that user's key, or the tenant's."
+    """Refuse another user's path if the key belongs to a single user."""
+    _, _, collection, *rest = path.split("/")  # of /v1/…
+    if owner.user is not None and collection == "users" and rest[:1] != [quote(owner.user, safe="")]:
+        message = "This key belongs to another user. Use a key of the user in the path, or of the tenant."
         raise RequestError(message, http_status=403, code="user")
 
 
 @dataclass(eq=False)
 class Budget:
-    """An amount that tenants share: one may hold four times what is free, so that another still gets some.
+    """A budget that tenants share. A tenant may hold at most four times the free amount, so that others get some.
 
-    Alone a tenant gets four fifths, two get four ninths each. With `is_shared` false, one may hold all.
+    One tenant gets at most four fifths, two get four ninths each. If `is_shared` is false, one tenant may hold all.
     """
 
     total: int
@@ -55,7 +58,7 @@ class Budget:
     _held: Counter[str] = field(default_factory=Counter)
 
     def take(self, tenant: str, amount: int) -> None:
-        """Take an amount; RequestError 429 if the tenant holds too much already."""
+        """Take an amount; RequestError 429 if the tenant already holds too much."""
         free = self.total - self._held.total() - amount
         held = self._held[tenant] + amount
         if free < 0 or (self.is_shared and held > _TENANT_TIMES_FREE * max(free, 1)):
@@ -70,21 +73,21 @@ class Budget:
 
 @dataclass(eq=False)
 class Place:
-    """What a request to /v1/ holds: one of the places, and memory for its body and its reply."""
+    """The resources of a request to /v1/: one place, and memory for its body and its reply."""
 
     tenant: str
     memory: Budget
     bytes: int = 0
 
     def add_bytes(self, count: int) -> None:
-        """Count memory that the request holds; RequestError 429 if its tenant holds too much."""
+        """Take memory for the request; RequestError 429 if its tenant already holds too much."""
         self.memory.take(self.tenant, count)
         self.bytes += count
 
 
 @dataclass(eq=False)
 class PlacesMiddleware(HttpMiddleware):
-    """Bounds the requests to /v1/ at once, in all and for each tenant; sets `request.state.place`."""
+    """Limits concurrent requests to /v1/, in total and per tenant; sets `request.state.place`."""
 
     places: Budget
     memory: Budget
@@ -112,9 +115,9 @@ class PlacesMiddleware(HttpMiddleware):
 
 @dataclass(eq=False)
 class BodyMiddleware(HttpMiddleware):
-    """Reads the whole body of a request that holds a place, within bounds of size, memory and time.
+    """Reads the whole body of a request that holds a place, within limits of size, memory and time.
 
-    Other requests have no use for a body, and theirs is not read.
+    Bodies of other requests are not read, because no route uses them.
     """
 
     max_bytes: int
@@ -128,7 +131,8 @@ class BodyMiddleware(HttpMiddleware):
                 async with asyncio.timeout(self.timeout_s):
                     body = await self._read_body(receive, place)
             except TimeoutError:
-                raise RequestError("The body did not come in time.", http_status=408, code="timeout") from None
+                message = f"The body did not arrive within {self.timeout_s:g} seconds. Send it again."
+                raise RequestError(message, http_status=408, code="timeout") from None
         if body is None:
             return
         state_of(scope)["body_read"] = place is not None
@@ -140,13 +144,13 @@ class BodyMiddleware(HttpMiddleware):
         await self.app(scope, next_message, send)
 
     async def _read_body(self, receive: Receive, place: Place) -> bytes | None:
-        """Return the body, or None if the caller leaves before it is complete."""
+        """Return the body, or None if the client disconnects before the body is complete."""
         body = bytearray()
         while (message := await receive())["type"] != "http.disconnect":
             piece = message.get("body", b"")
             if len(body) + len(piece) > self.max_bytes:
-                limit = f"A body has at most {self.max_bytes} bytes."
-                raise RequestError(limit, http_status=413, code="body_too_long")
+                message = f"A body may have at most {self.max_bytes:,} bytes. Send a smaller one."
+                raise RequestError(message, http_status=413, code="body_too_long")
             place.add_bytes(len(piece))
             body += piece
             if not message.get("more_body", False):

@@ -23,7 +23,7 @@ class HttpMiddleware(ABC):
 
 
 class StartTracker:
-    """Passes messages on to `send` and notes whether the response has started."""
+    """Forwards messages to `send` and records whether the response has started."""
 
     def __init__(self, send: Send) -> None:
         self._send, self.started = send, False
@@ -34,7 +34,7 @@ class StartTracker:
 
 
 def state_of(scope: Scope) -> dict[str, Any]:
-    """What middlewares and routes note of a request; `request.state` of a route."""
+    """Return the state of a request that middlewares and routes share; routes read it as `request.state`."""
     state: dict[str, Any] = scope.setdefault("state", {})
     return state
 
@@ -44,4 +44,4 @@ def is_api_path(scope: Scope) -> bool:
 
 
 def overloaded() -> RequestError:
-    return RequestError("Too many requests are being answered; try again.", http_status=429, code="overloaded")
+    return RequestError("The server has too many requests. Try again later.", http_status=429, code="overloaded")

@@ -1,4 +1,4 @@
-"""Middlewares of headers and paths: decoded strictly, matched before a body is read, answered to HEAD and OPTIONS."""
+"""Middlewares that check headers, decode paths, match routes before a body is read, and answer HEAD and OPTIONS."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _SINGLE_HEADERS = frozenset(
 
 
 class SingleHeadersMiddleware(HttpMiddleware):
-    """Refuses a header twice that says who calls, for whom, or what: a proxy may have read the other one."""
+    """Refuses duplicates of security-relevant headers, because a proxy may have read the other value."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = [name for name, _ in scope["headers"] if name in _SINGLE_HEADERS]
         if len(names) != len(set(names)):
             names = sorted(name.decode() for name in set(names) if names.count(name) > 1)
-            message = f"The request has several headers {', '.join(names)}; send one."
+            message = f"The request repeats the header {', '.join(names)}. Send each header once."
             raise RequestError(message, code="headers")
         await self.app(scope, receive, send)
 
 
 class PathMiddleware(HttpMiddleware):
-    """Gives each path one spelling, in which an encoded slash stays part of an id; refuses what is not UTF-8.
+    """Normalizes the percent-encoding of a path, so that an encoded slash stays part of an id; requires UTF-8.
 
-    The router then sees ids as percent-encoded text. `decode_segment` turns one back.
+    The router sees percent-encoded ids. `decode_segment` decodes them.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,25 +50,27 @@ class PathMiddleware(HttpMiddleware):
 
 
 def decode_segment(segment: str) -> str:
-    """Return the text of a part of a path that PathMiddleware spelled."""
+    """Decode a segment of a path that PathMiddleware normalized."""
     return unquote_to_bytes(segment).decode()
 
 
 @dataclass(eq=False)
 class RouteMiddleware(HttpMiddleware):
-    """Answers unknown paths, wrong methods and OPTIONS without a look at the body, and HEAD as GET without a body."""
+    """Answers unknown paths, wrong methods and OPTIONS without reading the body. Answers HEAD as GET without a body."""
 
     routes: Sequence[BaseRoute]
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         methods = self._methods(scope)
         if not methods:
-            raise RequestError("There is no such path; GET /docs lists the routes.", http_status=404, code="not_found")
+            raise RequestError(
+                "This path does not exist. GET /docs lists the routes.", http_status=404, code="not_found"
+            )
         allow = ", ".join(sorted(methods | {"OPTIONS"}))
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers={"Allow": allow})(scope, receive, send)
         elif scope["method"] not in methods:
-            message = f"This path takes {allow}."
+            message = f"This path does not support the method. Use one of {allow}."
             response = error_response(405, message, code="method", closes=True)
             response.headers["Allow"] = allow
             await response(scope, receive, send)
@@ -78,7 +80,7 @@ class RouteMiddleware(HttpMiddleware):
             await self.app(scope, receive, send)
 
     def _methods(self, scope: Scope) -> set[str]:
-        """The methods of a path; notes its route for the metrics."""
+        """Return the methods of a path, and store its route in the scope for the metrics."""
         methods: set[str] = set()
         for route in self.routes:
             if route.matches(scope)[0] is not Match.NONE:
@@ -88,7 +90,7 @@ class RouteMiddleware(HttpMiddleware):
 
 
 class _HeadOnly:
-    """Passes on the header of a response, and ends it at the first piece of its body."""
+    """Forwards the headers of a response and drops its body."""
 
     def __init__(self, send: Send) -> None:
         self._send, self._has_ended = send, False
@@ -111,5 +113,5 @@ def _decode(escaped: bytes) -> str:
 
 
 def _invalid_path() -> RequestError:
-    message = "Paths and queries are percent-encoded UTF-8; this one is not."
+    message = "The path or the query is not percent-encoded UTF-8. Encode it again."
     return RequestError(message, http_status=422, code="invalid_path")

@@ -1,4 +1,4 @@
-"""Middlewares around the reply: metrics, errors, callers who leave."""
+"""Middlewares for metrics, errors and client disconnects."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-# Replace the messages of errors with these statuses, which may name paths or settings.
+# Replacement messages for errors with these statuses, because the original messages may name paths or settings.
 _SERVER_MESSAGES = {
-    500: "The server is not set up for this request.",
-    503: "The store of histories cannot be used now; try again.",
+    500: "The server is not configured for this request. See the server's log.",
+    503: "The history store is not available. Try again later.",
 }
 
 
 @dataclass(eq=False)
 class MetricsMiddleware(HttpMiddleware):
-    """Counts responses by route and status, and measures the time to the first byte of their bodies."""
+    """Counts responses by route and status, and measures the time to the first byte of the body."""
 
     telemetry: Telemetry
 
@@ -48,9 +48,9 @@ class MetricsMiddleware(HttpMiddleware):
 
 
 class ErrorMiddleware(HttpMiddleware):
-    """Answers the package's errors with their status, other errors with 500, and requests cut off by a stop with 503.
+    """Answers the package's errors with their status, other errors with 500, and requests cut off at shutdown with 503.
 
-    The message of an unexpected error may quote the request, so it is neither logged nor passed to the server above.
+    The message of an unexpected error may quote the request, so it is neither logged nor raised again.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,10 +61,10 @@ class ErrorMiddleware(HttpMiddleware):
         except asyncio.CancelledError:
             if tracker.started:
                 raise
-            status, message, code = 503, "The server is stopping.", "stopping"
+            status, message, code = 503, "The server is shutting down. Try again later.", "stopping"
         except PersonaPlugError as error:
             if error.http_status >= 500:
-                # The caller does not see the reason, which names files and no user.
+                # The caller does not see the reason. It may name files, but no user.
                 reason = error if isinstance(error, StorageError) else error.code
                 logger.error("%s: %s", type(error).__name__, reason)
             status, code = error.http_status, error.code
@@ -72,16 +72,16 @@ class ErrorMiddleware(HttpMiddleware):
         except Exception as error:
             origin = traceback.extract_tb(error.__traceback__)[-1]
             logger.error("%s at %s:%s", type(error).__name__, origin.filename, origin.lineno)
-            status, message, code = 500, "The server failed on this request.", "internal"
+            status, message, code = 500, "The server failed on this request. See the server's log.", "internal"
         if not tracker.started:
             response = error_response(status, message, code=code, closes=_has_unread_body(scope))
             await response(scope, receive, send)
 
 
 class DisconnectMiddleware(HttpMiddleware):
-    """Cancels the work on a request when its caller leaves before the response starts.
+    """Cancels the work on a request if the client disconnects before the response starts.
 
-    A response that has started receives `http.disconnect` instead and ends itself.
+    A response that has started receives `http.disconnect` and ends itself.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +95,7 @@ class DisconnectMiddleware(HttpMiddleware):
         async def next_message() -> Message:
             message = await messages.get()
             if message["type"] == "http.disconnect":
-                messages.put_nowait(message)  # whoever asks again gets it again
+                messages.put_nowait(message)  # later calls get it again
             return message
 
         tracker = StartTracker(send)

@@ -13,30 +13,30 @@ from personaplug.serving.routes.dependencies import Parts, Tenant
 router = APIRouter()
 
 
-@router.get("/v1/models", summary="The language model behind this server")
+@router.get("/v1/models", summary="List the served models")
 async def models(tenant: Tenant, parts: Parts) -> dict[str, Any]:
     return {"object": "list", "data": [_model(name) for name in parts.service.engine.models]}
 
 
-@router.get("/v1/models/{model:path}", summary="One model")
+@router.get("/v1/models/{model:path}", summary="Get a model")
 async def model(model: str, tenant: Tenant, parts: Parts) -> dict[str, Any]:
     name = decode_segment(model)
     parts.service.check_model(name)
     return _model(name)
 
 
-@router.get("/health", summary="Whether the server is there")
+@router.get("/health", summary="Check that the server runs")
 async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready", summary="Whether it would answer now")
+@router.get("/ready", summary="Check that the engine and the store answer")
 async def ready(parts: Parts) -> dict[str, str]:
     await parts.readiness.check()
     return {"status": "ready"}
 
 
-@router.get("/metrics", summary="Counters, for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Get Prometheus metrics", response_class=Response)
 async def metrics(parts: Parts) -> Response:
     telemetry, caches = parts.telemetry, [served.personas for served in parts.service.tasks]
     telemetry.cached_users.set(sum(personas.cached_users for personas in caches))

@@ -1,4 +1,4 @@
-"""Routes that generate text: OpenAI's chat and completions, with a persona."""
+"""Routes that generate text: OpenAI's chat completions and completions, with a persona."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from personaplug.serving.routes.dependencies import KeyUser, Parts, Tenant
 
 router = APIRouter(route_class=JsonRoute)
 
-UserHeader = Annotated[str | None, Header(alias=USER_HEADER, description="Whose persona to use, as `user`.")]
+UserHeader = Annotated[
+    str | None, Header(alias=USER_HEADER, description="The user whose persona to apply, like `user`.")
+]
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "OpenAI's answer; with `stream`, its events.",
+        "description": "A reply in OpenAI's format; with `stream`, server-sent events.",
         "content": {"application/json": {}, "text/event-stream": {}},
     }
 }
 
 
-@router.post("/v1/chat/completions", summary="Chat as a user", response_model=None, responses=_RESPONSES)
+@router.post(
+    "/v1/chat/completions", summary="Create a chat completion with a persona", response_model=None, responses=_RESPONSES
+)
 async def chat(
     request: ChatRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
 ) -> Response:
     return await _respond(request, tenant, parts=parts, user_header=user, key_user=key_user)
 
 
-@router.post("/v1/completions", summary="Complete a text as a user", response_model=None, responses=_RESPONSES)
+@router.post(
+    "/v1/completions", summary="Create a text completion with a persona", response_model=None, responses=_RESPONSES
+)
 async def complete(
     request: CompletionRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
 ) -> Response:
@@ -60,7 +66,7 @@ async def _respond(
         "X-Personaplug-Persona-Scale": f"{persona.persona_scale:g}",
         **({"X-Personaplug-Reason": reply.reason} if reply.reason else {}),
         **reply.reply.headers,
-        **retry_after(status),  # vLLM may refuse a request because it is busy, and does not send this header
+        **retry_after(status),  # a busy vLLM server does not send Retry-After
     }
     if isinstance(body, bytes):
         return Response(body, status, headers, media_type="application/json")
@@ -68,7 +74,7 @@ async def _respond(
 
 
 class _EventResponse(StreamingResponse):
-    """Closes its events, even if nobody reads them."""
+    """A streamed response that closes its event stream even if the client never reads it."""
 
     def __init__(self, events: EventStream, *, status: int, headers: dict[str, str]) -> None:
         super().__init__(_with_failure(events), status, headers, media_type="text/event-stream")
@@ -82,7 +88,7 @@ class _EventResponse(StreamingResponse):
 
 
 async def _with_failure(events: EventStream) -> AsyncGenerator[bytes]:
-    """Report a failure as the last event, because the status has been sent by then."""
+    """Report a failure as the last event, because the status has already been sent."""
     try:
         async for chunk in events:
             yield chunk

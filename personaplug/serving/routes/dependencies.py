@@ -1,4 +1,4 @@
-"""What the routes depend on: the server's parts, the caller's tenant, ids in paths."""
+"""Dependencies of the routes: the server's parts, the caller's tenant, and ids in paths."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
 MAX_TEXT = 100_000
-"""Characters of one field of an item. Encoders read a few thousand."""
+"""Maximum characters of one field of an item. Encoders read only a few thousand."""
 
 
 @dataclass(frozen=True)
 class ServerParts:
-    """The parts of a server that its routes use; an application holds them as `app.state.parts`."""
+    """The objects that the routes share, stored as `app.state.parts`."""
 
     service: Service
     limits: RequestLimits
     telemetry: Telemetry
     places: Budget
     readiness: Readiness
-    parsers: FairExecutor  # for bodies
+    parsers: FairExecutor  # parses JSON bodies
 
     def close(self) -> None:
         self.readiness.close()
@@ -54,7 +54,7 @@ async def _tenant(request: Request, authorization: Annotated[str | None, Header(
 Parts = Annotated[ServerParts, Depends(_parts)]
 Tenant = Annotated[str, Depends(_tenant)]
 KeyUser = Annotated[str | None, Depends(_key_user)]
-"""Whom the caller's key belongs to, if it is one user's own."""
+"""The user that the caller's key belongs to; None for a key of a whole tenant."""
 PathId = Annotated[Name, BeforeValidator(decode_segment)]
 UserId = Annotated[PathId, Path(description="The user's id, percent-encoded.")]
 ItemId = Annotated[PathId, Path(description="The item's id, percent-encoded.")]

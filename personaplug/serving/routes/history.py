@@ -1,4 +1,4 @@
-"""Routes of users: their histories, export, erasure and explanations."""
+"""Routes under /v1/users/{user}: history, export, erasure and explanations."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ _SYSTEM_ROLES = {"developer": "system"}
 
 
 class HistoryPost(BaseModel):
-    """Items of a history: many, one, or what a user made of an earlier answer."""
+    """Items to add to a history: a list of items, one item, or feedback on an earlier reply."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     items: list[dict[str, Any]] | None = Field(
         None,
-        description="Items: an id, a date and the task's fields; in place of the answer perhaps `rejected`; or a "
-        "`preference` alone.",
+        description="Items with the task's fields and, optionally, `id` and `date`. An item may have `rejected` "
+        "instead of the answer, or only `preference`.",
     )
-    request_id: Name | None = Field(None, description="X-Request-Id of an earlier answer to this user.")
-    answer: _Answer = Field(None, description="The text that the user kept for that request.")
-    rejected: _Answer = Field(None, description="The text that the user did not want, alone or beside `answer`.")
-    rating: _Answer = Field(None, description="`up` if the user kept that answer as it was, `down` if not.")
+    request_id: Name | None = Field(None, description="The X-Request-Id of an earlier reply to this user.")
+    answer: _Answer = Field(None, description="The text that the user accepted for that request.")
+    rejected: _Answer = Field(None, description="The text that the user rejected, with or without `answer`.")
+    rating: _Answer = Field(None, description="`up` if the user accepted the reply unchanged, `down` if not.")
 
     @model_validator(mode="after")
     def _check_form(self) -> HistoryPost:
         forms = [self.items is not None, self.request_id is not None, bool(self.model_extra)]
         if sum(forms) != 1 or ((self.request_id is None) == bool(self._declared) and not self.model_extra):
             raise ValueError(
-                "give `items`, or `request_id` with `answer`, `rejected` or `rating`, or the fields of one item"
+                "send one of: `items`; the fields of one item; `request_id` with `answer`, `rejected` or `rating`"
             )
         texts = (text for record in self.records for text in record.values() if isinstance(text, str))
         if max(map(len, texts), default=0) > MAX_TEXT:
-            raise ValueError(f"a field of an item has at most {MAX_TEXT:,} characters")
+            raise ValueError(f"a field of an item may have at most {MAX_TEXT:,} characters")
         return self
 
     @model_validator(mode="after")
     def _check_rating(self) -> HistoryPost:
         is_given = self.request_id is not None and self.rating is not None
         if is_given and (self.rating not in ("up", "down") or len(self._declared) > 1):
-            raise ValueError("a `rating` is `up` or `down`, and stands alone beside `request_id`")
+            raise ValueError("`rating` must be `up` or `down`, and the only field besides `request_id`")
         return self
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The items; the fields of a single one are those that are not declared here, and those of feedback."""
+        """The items to add. A single item has the undeclared fields, and `answer`, `rejected` and `rating` if set."""
         return self.items if self.items is not None else [(self.model_extra or {}) | self._declared]
 
     @property
@@ -78,40 +78,41 @@ class HistoryPost(BaseModel):
 
 
 class ExplainPost(BaseModel):
-    """What to explain."""
+    """A prompt and, optionally, an answer to explain."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text | None = Field(None, min_length=1, description="What is asked, if it is the only message.")
-    messages: Messages | None = Field(None, description="A conversation up to the user's last message.")
-    answer: Text | None = Field(None, min_length=1, description="Whose likelihood to compare.")
-    most: int = Field(20, ge=1, le=512, description="Number of items to list.")
+    prompt: Text | None = Field(None, min_length=1, description="The prompt, if it is a single message.")
+    messages: Messages | None = Field(None, description="The conversation up to the user's last message.")
+    answer: Text | None = Field(None, min_length=1, description="The answer whose log-likelihood to explain.")
+    most: int = Field(20, ge=1, le=512, description="Maximum number of items to list.")
 
     @model_validator(mode="after")
     def _check_prompt(self) -> ExplainPost:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give `prompt` or `messages`")
+            raise ValueError("send either `prompt` or `messages`")
         return self
 
     @property
     def asked(self) -> Prompt:
-        """The prompt, or the conversation with the roles of training."""
+        """The prompt, or the conversation with the role names used in training."""
         turns = [(_SYSTEM_ROLES.get(turn.role, turn.role), turn.text) for turn in self.messages or ()]
         return self.prompt if self.prompt is not None else Chat(tuple(turns))
 
 
-@router.post("/history", summary="Add to a history")
+@router.post("/history", summary="Add items or feedback to a history")
 async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
     service, limit = parts.service, parts.limits.items
     if post.request_id is not None:
         feedback = post.feedback
         return (await service.add_feedback(tenant, user, request_id=post.request_id, feedback=feedback))._asdict()
     if len(post.records) > limit:
-        raise RequestError(f"At most {limit} items a request; found {len(post.records)}.", code="too_many")
+        message = f"A request may add at most {limit} items; found {len(post.records)}. Send several requests."
+        raise RequestError(message, code="too_many")
     return (await service.add_records(tenant, user, records=post.records))._asdict()
 
 
-@router.get("/history", summary="A user's items, oldest first")
+@router.get("/history", summary="List a user's items, oldest first")
 async def list_history(
     user: UserId, tenant: Tenant, parts: Parts, latest: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 1000
 ) -> Response:
@@ -119,31 +120,31 @@ async def list_history(
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
-@router.delete("/history/{item}", summary="Remove an item")
+@router.delete("/history/{item}", summary="Delete an item")
 async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
     await parts.service.store_threads.run(tenant, user, parts.service.store.delete_item, tenant, user, item)
     return {"deleted": True}
 
 
-@router.delete("/feedback/{request}", summary="Remove what was learned from a request")
+@router.delete("/feedback/{request}", summary="Delete the feedback on a request")
 async def delete_feedback(user: UserId, request: RequestId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
     store = parts.service.store
     await parts.service.store_threads.run(tenant, user, store.delete_item, tenant, user, *feedback_ids(request))
     return {"deleted": True}
 
 
-@router.get("/export", summary="Everything that is known of a user")
+@router.get("/export", summary="Export all stored data of a user")
 async def export(user: UserId, tenant: Tenant, parts: Parts) -> Response:
     pages = await parts.service.store_threads.run(tenant, user, parts.service.store.export, tenant, user)
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
-@router.delete("", summary="Erase a user; the answer is a receipt")
+@router.delete("", summary="Erase a user and return a receipt")
 async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
     return (await parts.service.erase_user(tenant, user)).to_dict()
 
 
-@router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
+@router.post("/explain", summary="List item weights and effects on an answer")
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
     explanation = await explainer.explain(tenant, user, prompt=post.asked, answer=post.answer, most=post.most)
@@ -151,7 +152,7 @@ async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts)
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
-@router.get("/drift", summary="How far a persona moved between two days")
+@router.get("/drift", summary="Measure how far a persona moved between two dates")
 async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: Parts) -> dict[str, Any]:
     return await Explainer(parts.service).drift(tenant, user, since=since, until=until)
 

@@ -1,4 +1,4 @@
-"""The routes in OpenAPI: as JSON, and as a page that runs no script and loads nothing."""
+"""The OpenAPI document as JSON, and as an HTML page without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _page(app: FastAPI) -> str:
 
 
 def describe_routes(app: FastAPI) -> dict[str, Any]:
-    """Return `info`, `operations` and `schemas` (the fields of each) of an application's routes, for a page."""
+    """Return the `info`, `operations` and `schemas` of the OpenAPI document in the form that the template reads."""
     document = app.openapi()
     operations = [
         {"method": method.upper(), "path": path, "body": _body_schema(operation), **operation}
@@ -55,7 +55,7 @@ def describe_routes(app: FastAPI) -> dict[str, Any]:
 
 
 def _body_schema(operation: dict[str, Any]) -> str:
-    """The name of the schema of an operation's body; empty if it takes none."""
+    """Return the schema name of an operation's body, or an empty string if the operation has no body."""
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     return _type_name(content["schema"]) if content else ""
 

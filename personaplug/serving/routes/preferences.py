@@ -1,4 +1,4 @@
-"""Routes of the preferences that a user states: sentences that count in every persona of the user, however old."""
+"""Routes of a user's stated preferences: sentences that enter every persona of the user, whatever their age."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ _Sentence = Annotated[Text, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 class PreferencesPut(BaseModel):
-    """All that a user states."""
+    """The complete list of a user's preferences."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     preferences: list[_Sentence] = Field(
-        max_length=MAX_PREFERENCES, description="Sentences in the user's words, as `Keep it short.`; [] removes all."
+        max_length=MAX_PREFERENCES,
+        description="Sentences in the user's words, such as `Keep it short.`; [] removes all preferences.",
     )
 
 
-@router.put("", summary="Replace the preferences that a user states")
+@router.put("", summary="Replace a user's preferences")
 async def put(user: UserId, body: PreferencesPut, tenant: Tenant, parts: Parts) -> dict[str, int | bool]:
-    """`used` tells whether the plug reads preferences; it does if its training data had some."""
+    """`used` is true if the plug reads preferences, that is, if its training data had some."""
     result = await parts.service.state_preferences(tenant, user, preferences=body.preferences)
     return {**result._asdict(), "used": "preference" in parts.service.personas.plug.known_kinds}
 
 
-@router.get("", summary="The preferences that a user states, oldest first")
+@router.get("", summary="List a user's preferences, oldest first")
 async def list_preferences(user: UserId, tenant: Tenant, parts: Parts) -> Response:
     return await stream_json(parts.service, tenant, user, pages=_pages(parts.service, tenant, user))
 
 
-@router.delete("", summary="Remove all preferences that a user states")
+@router.delete("", summary="Delete all preferences of a user")
 async def delete(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, int]:
     return (await parts.service.state_preferences(tenant, user, preferences=()))._asdict()
 

@@ -1,4 +1,4 @@
-"""The route that says what the plug was trained for, and OpenAI's routes that this server has not."""
+"""The route that describes the plug's task, and a hint for chat routes that this server does not have."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from personaplug.serving.routes.dependencies import Parts, Tenant
 router = APIRouter()
 
 
-@router.get("/v1/task", summary="The plug's task, and the wording of its prompts")
+@router.get("/v1/task", summary="Describe the plug's task and the wording of its prompts")
 async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    """Of a plug of several tasks: a list of them as `tasks`, in the order in which a prompt's wording is sought."""
+    """If the plug has several tasks, `tasks` lists them in the order in which a prompt is matched against them."""
     described = [served.describe() for served in parts.service.tasks]
     return described[0] if len(described) == 1 else {"tasks": described}
 
@@ -23,7 +23,7 @@ async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
 @router.post("/v1/messages", include_in_schema=False)
 async def other_protocol() -> None:
     raise RequestError(
-        "This server has no such route: send the messages to POST /v1/chat/completions, or a text to "
+        "This server does not have this route. Send messages to POST /v1/chat/completions, or a text to "
         "POST /v1/completions.",
         http_status=404,
         code="unknown_route",

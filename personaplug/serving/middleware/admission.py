@@ -149,8 +149,8 @@ class BodyMiddleware(HttpMiddleware):
         while (message := await receive())["type"] != "http.disconnect":
             piece = message.get("body", b"")
             if len(body) + len(piece) > self.max_bytes:
-                message = f"A body may have at most {self.max_bytes:,} bytes. Send a smaller one."
-                raise RequestError(message, http_status=413, code="body_too_long")
+                refusal = f"A body may have at most {self.max_bytes:,} bytes. Send a smaller one."
+                raise RequestError(refusal, http_status=413, code="body_too_long")
             place.add_bytes(len(piece))
             body += piece
             if not message.get("more_body", False):

@@ -211,7 +211,7 @@ def test_open_damaged_index_raises(table: EmbeddingStore) -> None:
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "encoder": {"name": "x"}}', "[]"])
 def test_open_damaged_description_raises(table: EmbeddingStore, content: str) -> None:
     (table.folder / "table.json").write_text(content)
-    with pytest.raises(UserError, match="describes no embedding store"):
+    with pytest.raises(UserError, match="does not describe an embedding store"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
@@ -579,8 +579,8 @@ class _OddEncoder(HashEncoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda vectors: vectors * 0, "not length 1 for 2 of 2 texts, such as 0 to 0"),
-        (lambda vectors: vectors * 3, "not length 1 for 2 of 2 texts, such as 3 to 3"),
+        (lambda vectors: vectors * 0, "from 0 to 0, wrong for 2 of 2 texts"),
+        (lambda vectors: vectors * 3, "from 3 to 3, wrong for 2 of 2 texts"),
         (lambda vectors: vectors.tolist(), "returned shape list for 2 texts"),
         (torch.from_numpy, r"returned shape torch.Size\(\[2, 32\]\)"),
         (lambda vectors: None, "returned shape NoneType"),

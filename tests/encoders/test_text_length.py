@@ -84,7 +84,7 @@ def test_long_texts_are_cut_at_the_last_position_and_counted(family: str, tmp_pa
     np.testing.assert_allclose(vectors[2], vectors[0], atol=1e-6)
     np.testing.assert_allclose(encoder.query_encoder().encode([cut]), vectors[1:2], atol=1e-5)
     assert SentenceEncoder(name, max_length=longest).identity == encoder.identity
-    with pytest.raises(ConfigError, match=f"reads 3 to {longest} tokens"):
+    with pytest.raises(ConfigError, match=f"must be 3 to {longest} tokens"):
         SentenceEncoder(name, max_length=longest + 1)
 
 

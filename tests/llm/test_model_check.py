@@ -112,7 +112,7 @@ def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("bert", {"is_decoder": False}, "a token's probability depends on the tokens behind it"),
+        ("bert", {"is_decoder": False}, "a token's probability depends on later tokens"),
         ("gemma4_text", {}, "inputs_embeds"),
     ],
 )
@@ -128,7 +128,7 @@ def test_family_that_cannot_be_right_is_refused_with_the_reason(
 def test_model_that_lacks_what_is_asked_of_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_families.build("llama", is_encoder_decoder=False)
     monkeypatch.setattr(model, "get_input_embeddings", lambda: None)
-    with pytest.raises(UnsupportedModel, match="lacks something"):
+    with pytest.raises(UnsupportedModel, match="lacks a required feature"):
         wrap_model(model, tiny_tokenizer(), name="odd")
 
 
@@ -144,7 +144,7 @@ def test_slow_way_is_logged_with_its_reason_and_trains_in_one_sequence(caplog: p
     with caplog.at_level(logging.WARNING):
         llm = small_mamba()
     assert "mamba runs batched by transformers: " in caplog.text
-    assert "mamba cannot reuse its prompts" in caplog.text
+    assert "mamba cannot cache prompts" in caplog.text
     prompts, targets = ["same size"] * 3, ["yes indeed", "n", "ok"]
     drawn = torch.randn(3, 2, llm.identity.width, generator=torch.Generator().manual_seed(1))
     vectors = (drawn * llm.embedding_scale).requires_grad_()
@@ -185,7 +185,7 @@ def test_family_whose_cached_states_are_wrong_has_no_cache(monkeypatch: pytest.M
     monkeypatch.setattr(llm, "prefill", forget_first_layer)
     result = run_check(llm)
     assert result.layout is None
-    assert "behind a cached prompt" in result.why_no_prompt_cache
+    assert "after a cached prompt" in result.why_no_prompt_cache
 
 
 def test_out_of_memory_says_nothing_about_the_family(monkeypatch: pytest.MonkeyPatch) -> None:

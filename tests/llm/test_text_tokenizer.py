@@ -175,7 +175,7 @@ def test_template_that_refuses_a_system_message_refuses_it_clearly(before: str) 
     tokenizer.chat_template = before + "{% for m in messages %}{{ m.content }}{% endfor %}"
     prompts = prompts_of(tokenizer)
     assert tokenizer.decode(prompts.encode_chat([("user", "b")]).ids) == "b"
-    with pytest.raises(ConfigError, match="refuses messages with the roles system, user"):
+    with pytest.raises(ConfigError, match="rejects messages with the roles system, user"):
         prompts.encode_chat([("system", "a"), ("user", "b")])
     with pytest.raises(ConfigError, match=r"roles system(, user){9}, … in this order"):
         prompts.encode_chat([("system", "a"), *[("user", "b")] * 2_000])
@@ -199,7 +199,7 @@ def test_end_token_comes_from_the_model_if_the_tokenizer_names_none() -> None:
     end = tokenizer.eos_token_id
     tokenizer.eos_token = None
     assert llm_of(tokenizer, eos_token_id=end).prompt_tokenizer.encode_target("a")[-1] == end
-    with pytest.raises(ConfigError, match="ends a text"):
+    with pytest.raises(ConfigError, match="end-of-text token"):
         llm_of(tokenizer)
 
 
@@ -207,11 +207,11 @@ def test_tokenizer_that_loses_spaces_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     kind: Any = PreTrainedTokenizerFast
-    with pytest.raises(ConfigError, match="decodes what it encodes"):
+    with pytest.raises(ConfigError, match="must restore a text"):
         prompts_of(kind(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
     broken = bytes_tokenizer()
     broken.backend_tokenizer.decoder = decoders.Metaspace()
-    with pytest.raises(ConfigError, match="decodes what it encodes"):
+    with pytest.raises(ConfigError, match="must restore a text"):
         prompts_of(broken)
 
 
@@ -281,7 +281,7 @@ def test_tekken_with_mistral_common_has_its_template(tmp_path: Path) -> None:
     assert tokenizer.decode(list(chat.ids)) == f"<s>[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT][INST]{text}[/INST]"
     assert prompts.decode(prompts.encode_target(text)) == text.strip()
     assert prompts.cut_text(text, 4).startswith(" I d")
-    with pytest.raises(ConfigError, match="refuses messages with the roles assistant"):
+    with pytest.raises(ConfigError, match="rejects messages with the roles assistant"):
         prompts.encode_chat([("assistant", "a")])
 
 
@@ -294,5 +294,5 @@ def test_labels_that_are_the_same_tokens_are_refused() -> None:
     prompts.texts, prompts.end_id = TextTokenizer.of(fast), 1
     prompts._cached_target = prompts.encode_target_uncached
     assert prompts.encode_labels(["yes", "no"]) == [(2,), (3,)]
-    with pytest.raises(ConfigError, match="'да' and 'нет' are the same tokens"):
+    with pytest.raises(ConfigError, match="'да' and 'нет' have the same tokens"):
         prompts.encode_labels(["да", "нет"])

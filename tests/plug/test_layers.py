@@ -104,7 +104,7 @@ def test_aggregator_vectors_of_two_widths_are_refused() -> None:
 
 @pytest.mark.parametrize("lengths", [[2], [1, 2], [4]])
 def test_aggregator_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
-    with pytest.raises(ShapeMismatch, match="3 items together"):
+    with pytest.raises(ShapeMismatch, match="lengths with the sum 3"):
         DotAttention()(QUERY, ITEMS, lengths=lengths, kind_ids=ANSWERS)
 
 

@@ -146,7 +146,7 @@ def test_plug_without_persona_tokens_is_the_control_without_history() -> None:
 def test_plug_without_tokens_or_history_is_refused() -> None:
     with pytest.raises(ConfigError, match="both are 0"):
         build_plug(instruction_tokens=0, persona_tokens=0)
-    with pytest.raises(ConfigError, match="one for every query"):
+    with pytest.raises(ConfigError, match="a history for every query"):
         build_plug()(QUERIES, None)
 
 
@@ -164,9 +164,9 @@ def test_plug_with_contradicting_settings_is_refused() -> None:
 
 
 def test_plug_with_auto_settings_is_refused() -> None:
-    with pytest.raises(ConfigError, match="settled by a task"):
+    with pytest.raises(ConfigError, match="must not be auto"):
         build_plug(answer_channel="auto")
-    with pytest.raises(ConfigError, match="settled by a task"):
+    with pytest.raises(ConfigError, match="must not be auto"):
         build_plug(options="auto")
 
 

@@ -233,5 +233,5 @@ def test_from_pretrained_loads_a_hub_name_from_the_hub_cache(tmp_path: Path) -> 
     with pytest.raises(MissingData, match="user/other"):
         PersonaPlug.from_pretrained("user/other", **options)
     shutil.rmtree(tmp_path / "models--user--plug")
-    with pytest.raises(MissingData, match="no local folder"):
+    with pytest.raises(MissingData, match="not a local folder"):
         PersonaPlug.from_pretrained("user/plug", **options)

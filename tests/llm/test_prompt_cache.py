@@ -46,7 +46,7 @@ def test_plan_cache_chooses_first_location_with_enough_space(
 
 
 @pytest.mark.parametrize("location", ["memory", "disk"])
-def test_prompt_cache_returns_what_was_put(location: str) -> None:
+def test_prompt_cache_returns_stored_states(location: str) -> None:
     plan = plan_cache(8 * LAYOUT.token_bytes, location=location, limit=0, free={"memory": GIGA, "disk": GIGA})
     cache = PromptCache(LAYOUT, plan=plan)
     first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 5, 3)

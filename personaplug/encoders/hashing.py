@@ -20,7 +20,7 @@ from personaplug.errors import ConfigError
 class HashEncoder:
     """Encodes hashed words, character trigrams, casing and punctuation. Vectors are the same on every machine.
 
-    Texts with common words have similar vectors, whatever they mean. The seed selects the hash function.
+    Texts with common words have similar vectors; the encoder ignores their meaning. The seed selects the hash function.
     """
 
     truncated = 0

@@ -211,7 +211,7 @@ def _embed(model: SentenceTransformer, features: dict[str, Tensor], *, task: str
 def _readable(model: SentenceTransformer, text: str) -> str:
     """Cut a long text before it is tokenized, so that its length does not add to the cost.
 
-    The cut is far behind the model's own limit: no language has such long tokens on average.
+    The cut is far beyond the model's own limit, because no language has such long tokens on average.
     """
     limit = max_length_of(model)
     return text if limit is None else text[: limit * _MAX_CHARACTERS_PER_TOKEN]

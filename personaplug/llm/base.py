@@ -1,7 +1,7 @@
 """Interface and common code of frozen language models that take soft prompts.
 
 The placement `prefix` inserts soft tokens into the embedded prompt, right before the user's text (PPlug, eq. 5:
-[I; P; x]). `soft_at` moves them further back, for example behind retrieved texts (Table 3). The placement `suffix` puts
+[I; P; x]). `soft_at` moves them further back, for example after retrieved texts (Table 3). The placement `suffix` puts
 them right before the answer, so the prompt's states depend on neither plug nor user.
 """
 

@@ -16,7 +16,7 @@ from personaplug.llm.ngram_cache import UserNgramCache, interpolate_losses
 from personaplug.llm.soft_prompt import IGNORED
 
 _CPU_LOGITS = 2**18  # logits per chunk on a CPU: 1 MB in float32
-_GPU_LOGITS = 2**26  # on other devices, where kernel launches cost more than memory
+_GPU_LOGITS = 2**26  # on other devices, because kernel launches cost more than memory
 
 
 def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Slot:
     needs_scores: bool = False  # True = compute `scores` in any case
     scores: list[float] = field(default_factory=list)  # log-probability of each choice, label bias included
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
-    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no token possible
+    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no valid token
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)

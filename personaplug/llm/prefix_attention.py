@@ -25,7 +25,7 @@ _UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
 
 
 class CachedPrefix(Cache):
-    """Keys and values of P prompts for forward passes of R live rows behind them; R is a multiple of P.
+    """Keys and values of P prompts for forward passes of R live rows that follow them; R is a multiple of P.
 
     The model sees a cache of T + L tokens. Prompt and live tokens are never concatenated; `attend` combines them.
 

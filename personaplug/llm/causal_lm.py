@@ -183,7 +183,7 @@ class SplicedRunner(Runner):
         )
 
     def _scores_after(self, output: Any, first: Tensor, *, spliced: Spliced, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of labels, (B, len(label_ids)), with the first tokens' log-probabilities `first`."""
+        """Return the log-probability of labels, (B, len(label_ids)), given those of the first tokens, `first`."""
         size, count = first.shape[0], len(label_ids)
         ids, mask = pad_with_mask(label_ids, side="right", device=self.llm.device)  # (count, L)
         total = first[:, ids[:, 0]]

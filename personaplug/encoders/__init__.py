@@ -1,4 +1,4 @@
-"""Texts to unit vectors; vectors on disk; samples whose histories are rows of them."""
+"""Encode texts as unit vectors, store the vectors on disk, and refer to them from samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def register_encoder(name: str, factory: Callable[[str, str], Encoder]) -> None:
         factory: takes the argument ("" without one) and the device.
     """
     if not re.fullmatch(r"[\w-]+", name) or name == "package":
-        raise ConfigError(f"An encoder's name has letters, digits, _ and -, and is not `package`; found {name!r}.")
+        raise ConfigError(
+            f"An encoder's name must consist of letters, digits, _ and -, and not be `package`; found {name!r}."
+        )
     register(_factories, name, factory, kind="encoder")
 
 
@@ -42,7 +44,7 @@ def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> En
     Args:
         spec: `NAME` or `NAME:ARGUMENT` of a registered encoder such as `hash:WIDTH`, or a name for
             `model_hub.find_model`.
-        engine: what encodes many texts: `torch`, `openvino` or `auto`; see `SentenceEncoder`, the only one to use it.
+        engine: `torch`, `openvino` or `auto`, for many texts at once; only `SentenceEncoder` uses it.
     Raises:
         ConfigError: if a setting is out of range.
         MissingExtra: if the engine is not installed.
@@ -58,7 +60,9 @@ def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> En
 
 def _open_hash_encoder(width: str, device: str) -> HashEncoder:
     if not re.fullmatch("[0-9]{1,5}", width or "0"):
-        raise ConfigError(f"'hash:{width}': write `hash` or `hash:WIDTH`, for instance `hash:128`.")
+        raise ConfigError(
+            f"The hash encoder must be `hash` or `hash:WIDTH`, for example `hash:128`; found 'hash:{width}'."
+        )
     return HashEncoder(int(width or 256))
 
 

@@ -1,6 +1,6 @@
-"""Interface of encoders: texts to unit vectors, a trainable copy for queries, and an identity.
+"""Interface of encoders: unit vectors of texts, a trainable copy for queries, and an identity.
 
-Vectors on disk and trained plugs store the identity, because vectors of two encoders do not mix.
+Embedding stores and trained plugs save the identity, because vectors of two encoders cannot be compared.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What two encoders must share for their vectors to be comparable.
+    """Properties that two encoders must share so that their vectors can be compared.
 
     Attributes:
-        name: as it was opened: hub name, folder or `hash:WIDTH`; never compared.
-        revision: the hub's commit or the package's version, if known; never compared.
-        pooling: of token vectors (`mean`, `cls`, …).
-        normalized: true: vectors have length 1.
+        name: name by which the encoder was opened (hub name, folder or `hash:WIDTH`); never compared.
+        revision: commit on the hub or version of the package, if known; never compared.
+        pooling: pooling of token vectors (`mean`, `cls`, …).
+        normalized: True if vectors have length 1.
         prompt: prefix of every document (history item).
         query_prompt: prefix of every query.
-        max_length: tokens after which texts are cut, special ones included; None = never.
+        max_length: number of tokens, special ones included, at which texts are cut; None = never.
         width: size of a vector (E).
-        fingerprint: 16 hex digits of the weights and of the tokens of a probe text.
+        fingerprint: hash of the weights and of the tokens of a probe text, 16 hex digits.
     """
 
     name: str
@@ -61,15 +61,15 @@ class EncoderIdentity:
             raise ConfigError(f"An encoder identity needs exactly these fields: {names}.") from error
 
     def same_as(self, other: EncoderIdentity) -> bool:
-        """True if items and queries get the same vectors."""
+        """Return True if items and queries get the same vectors."""
         return self.same_items_as(other) and self.query_prompt == other.query_prompt
 
     def same_items_as(self, other: EncoderIdentity) -> bool:
-        """True if items get the same vectors."""
+        """Return True if items get the same vectors."""
         return self == replace(other, name=self.name, revision=self.revision, query_prompt=self.query_prompt)
 
     def describe(self) -> str:
-        """Return one line for messages, with everything that two identities may differ in."""
+        """Return one line for messages, with all compared properties."""
         length = "texts uncut" if self.max_length is None else f"at most {self.max_length} tokens"
         return (
             f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
@@ -89,10 +89,10 @@ class Encoder(Protocol):
 
     @property
     def truncated(self) -> int:
-        """Number of texts so far that were cut at `identity.max_length`."""
+        """Number of texts so far that were cut to `identity.max_length`."""
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
-        """Return (n, E) float32 unit vectors of documents in their order, also for empty texts."""
+        """Return (n, E) float32 unit vectors of documents in order; an empty text also gets a unit vector."""
 
     def query_encoder(self) -> QueryEncoder:
         """Return a copy for queries whose weights may be trained (PPlug, eq. 2); this encoder stays frozen."""
@@ -114,7 +114,7 @@ class QueryEncoder(nn.Module, ABC):
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors in the texts' order, without gradients or dropout."""
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
-        # Batches of similar length, longest first, so that memory runs out at once or never.
+        # Batches have texts of similar length, longest first, so that a lack of memory shows at once.
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         training = self.training
         self.eval()
@@ -130,18 +130,18 @@ class QueryEncoder(nn.Module, ABC):
 
 
 def to_unit(vectors: Tensor) -> Tensor:
-    """Scale (B, E) vectors to length 1; a text without any feature, such as an empty one, gets a fixed vector."""
+    """Scale (B, E) vectors to length 1. A zero vector, for example of an empty text, becomes a fixed unit vector."""
     fixed = nn.functional.pad(torch.ones_like(vectors[:, :1]), (0, vectors.shape[1] - 1))
     is_zero = vectors.norm(dim=-1, keepdim=True) < _SMALLEST_NORM
     return torch.where(is_zero, fixed, nn.functional.normalize(vectors, dim=-1))
 
 
 def check_finite(vectors: Vectors) -> None:
-    """Raise EngineFailure if an encoder's vectors hold NaN or infinity."""
+    """Raise EngineFailure if an encoder's vectors contain NaN or infinity."""
     if not np.isfinite(vectors).all():
         raise EngineFailure(
-            "The encoder gives vectors that are not finite, so nothing can be compared with them. Use another encoder, "
-            "or float32 if its weights are in half precision."
+            "The encoder returned vectors that are not finite. If its weights are in half precision, use float32. "
+            "Otherwise use another encoder."
         )
 
 

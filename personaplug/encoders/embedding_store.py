@@ -1,9 +1,11 @@
 """EmbeddingStore: item embeddings on disk, deduplicated by the content of the text.
 
-A store is a folder: `table.json` (format, encoder and salt), `vectors.f16` (raw float16 rows, memory-mapped),
-`checks.u64` (a checksum of each row) and `index.sqlite` (hash of a text -> row id, with a checksum of the two). A text
-in many histories is encoded and stored once. No text is on disk. A row that is damaged, or of another store, is
-detected when it is first read: the salt is in every checksum.
+A store is a folder with four files. `table.json` has the format, the encoder and the salt. `vectors.f16` has raw
+float16 rows and is memory-mapped. `checks.u64` has a checksum of each row. `index.sqlite` maps the hash of a text to
+its row id, with a checksum of both.
+
+A text in many histories is encoded and stored once. The store contains no text. The first read of a row detects a
+damaged row and a row of another store, because every checksum depends on the salt.
 """
 
 from __future__ import annotations
@@ -42,17 +44,18 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (key BLOB PRIMARY KEY, row INTEGER NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
 """
 _INSERT = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
-_EXTENT = b"number of rows.."  # the key of the store's length, which no text has
+_EXTENT = b"number of rows.."  # the key of the row count; 16 bytes that are the hash of no text
 _STORAGE_TROUBLE = ("SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_PERM", "SQLITE_READONLY")
-_LENGTH_TOLERANCE = 0.02  # of unit vectors, rounded; bfloat16 is off by 0.004
+_LENGTH_TOLERANCE = 0.02  # of a vector's length; rounding to bfloat16 changes it by 0.004
 _REMEDY = "Delete the folder and encode again."
 
 
 class EmbeddingStore:
-    """Item embeddings of one encoder in a folder, for any number of readers and one writer at a time; use `open`.
+    """Item embeddings of one encoder in a folder. Use `open` to create an instance.
 
-    A writer syncs the vectors before it commits their keys, so a crash never leaves a key without its vector. Each
-    thread of each process has its own connection to the index; a store may be forked and pickled.
+    A store allows any number of readers and one writer at a time. A writer syncs the vectors before it commits their
+    keys, so a crash never leaves a key without its vector. Each thread of each process has its own connection to the
+    index, so a store may be forked and pickled.
     """
 
     def __init__(self, folder: Path, encoder: Encoder, *, salt: int) -> None:
@@ -68,9 +71,9 @@ class EmbeddingStore:
         """Open the store in a folder, or create an empty one.
 
         Args:
-            encoder: the one that the store was created with; its name and its prompt for queries may differ.
+            encoder: the encoder that created the store; its name and query prompt may differ.
         Raises:
-            EncoderMismatch: if the store was created with another encoder.
+            EncoderMismatch: if another encoder created the store.
             DamagedFile: if its files are damaged.
         """
         folder = Path(folder)
@@ -81,7 +84,7 @@ class EmbeddingStore:
         return store
 
     def __len__(self) -> int:
-        """Return the number of committed rows, after a check that their vectors exist."""
+        """Return the number of committed rows and check that their vectors exist."""
         with self._index():
             rows = self._look_up([_EXTENT]).get(_EXTENT)
             stored = min(_size(self.folder / name) // width for name, width in self._row_bytes.items())
@@ -96,14 +99,15 @@ class EmbeddingStore:
         return f"EmbeddingStore({str(self.folder)!r}, encoder={self.encoder.identity.name!r}, rows={len(self)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the mapped vectors and the connection.
+        # Leave out the mapped vectors and the connection.
         return partial(type(self), salt=self._salt), (self.folder, self.encoder)
 
     def add(self, texts: Iterable[str], *, chunk: int = 4096) -> RowIds:
         """Encode the missing texts and return the row ids of all texts, (n,).
 
-        A chunk of the texts is in memory at a time, and complete on disk before the next one starts: an interrupted
-        call loses one chunk at most, and the same call resumes. If no text is missing, nothing is written or locked.
+        Only one chunk of the texts is in memory. A chunk is complete on disk before the next one starts, so an
+        interrupted call loses at most one chunk. Repeat the call to resume. If no text is missing, the call neither
+        writes nor locks.
 
         Raises:
             UserError: if another process is writing, or the encoder returns NaN.
@@ -124,10 +128,10 @@ class EmbeddingStore:
         return np.concatenate(row_ids)
 
     def gather(self, row_ids: RowIds) -> Float16Array:
-        """Return the vectors of rows, (n, E) float16; only these are read from disk.
+        """Return the vectors of rows, (n, E) float16. Only these rows are read from disk.
 
         Raises:
-            DamagedFile: if one of them is damaged; each row is checked when it is first read.
+            DamagedFile: if a row is damaged. A row is checked at its first read.
         """
         row_ids = np.asarray(row_ids, dtype=np.int64)
         if row_ids.size == 0:
@@ -136,8 +140,8 @@ class EmbeddingStore:
             self._map(rows)
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= len(self._vectors):
             raise UserError(
-                f"Rows {row_ids.min()} to {row_ids.max()} were requested; the embedding store {self.folder} has "
-                f"rows 0 to {len(self._vectors) - 1}. Use the row ids of the same store."
+                f"Row ids must be from this embedding store: {self.folder} has rows 0 to {len(self._vectors) - 1}; "
+                f"found {row_ids.min()} to {row_ids.max()}."
             )
         vectors: Float16Array = np.asarray(self._vectors)[row_ids]
         self._check(row_ids.ravel(), vectors.reshape(-1, self.width))
@@ -150,7 +154,7 @@ class EmbeddingStore:
         self._is_checked = np.pad(self._is_checked, (0, rows - len(self._is_checked)))
 
     def _check(self, row_ids: RowIds, vectors: Float16Array) -> None:
-        """Compare rows that were not read before with their checksums."""
+        """Compare rows with their checksums at their first read."""
         is_checked = self._is_checked[row_ids]
         if is_checked.all():
             return
@@ -178,15 +182,15 @@ class EmbeddingStore:
     def _look_up(self, keys: Collection[bytes]) -> dict[bytes, int]:
         rows: dict[bytes, int] = {}
         with self._index() as index:
-            # In key order, neighbors in the index are read together.
+            # Sort the keys, so that neighbors in the index are read together.
             for part in _chunks(sorted(keys), _KEYS_PER_QUERY):
                 marks = ",".join("?" * len(part))
-                found = index.execute(f"SELECT key, row, seal FROM items WHERE key IN ({marks})", part).fetchall()
-                rows.update(_checked_rows(found, self.folder, salt=self._salt))
+                entries = index.execute(f"SELECT key, row, seal FROM items WHERE key IN ({marks})", part).fetchall()
+                rows.update(_checked_rows(entries, self.folder, salt=self._salt))
         return rows
 
     def _append(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
-        """Encode texts, given by key, and return their new rows."""
+        """Encode texts, given by key, and return the new row of each key."""
         if not texts:
             return {}
         vectors, start = self._encode(list(texts.values())), len(self)
@@ -200,7 +204,7 @@ class EmbeddingStore:
         return dict(zip(texts, rows[:-1], strict=True))
 
     def _write(self, name: str, content: bytes, *, start: int) -> None:
-        """Write rows from `start` on, in place of those that an interrupted writer may have left."""
+        """Write rows from `start` on; overwrite rows that an interrupted writer may have left."""
         with _storage_errors(self.folder), (self.folder / name).open("r+b") as stream:
             stream.truncate(start * self._row_bytes[name])
             stream.seek(0, os.SEEK_END)
@@ -214,32 +218,32 @@ class EmbeddingStore:
         if not isinstance(vectors, np.ndarray) or shape != (len(texts), self.width):
             raise ShapeMismatch(
                 f"The encoder {self.encoder.identity.name} returned shape {shape} for {len(texts)} texts; "
-                f"expected a numpy array of ({len(texts)}, {self.width})."
+                f"expected a numpy array of shape ({len(texts)}, {self.width})."
             )
         with np.errstate(over="ignore"):
             rounded: Float16Array = vectors.astype("<f2")
         if invalid := int((~np.isfinite(rounded).all(axis=1)).sum()):
             raise UserError(
                 f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
-                f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
+                f"{len(texts)} texts, so this chunk was not stored. Run the encoder in float32, or use another encoder."
             )
         lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
         if wrong := int((np.abs(lengths - 1) > _LENGTH_TOLERANCE).sum()):
             raise UserError(
-                f"The encoder {self.encoder.identity.name} returned vectors that have not length 1 for {wrong} of "
-                f"{len(texts)} texts, such as {lengths.min():.3g} to {lengths.max():.3g}; none of them was stored. "
-                f"Normalize them; a text without any feature gets a fixed vector."
+                f"The encoder {self.encoder.identity.name} must return vectors of length 1; found lengths from "
+                f"{lengths.min():.3g} to {lengths.max():.3g}, wrong for {wrong} of {len(texts)} texts. This chunk was "
+                f"not stored. Normalize the vectors, and use a fixed unit vector for texts without features."
             )
         return rounded
 
 
 class _Connection(threading.local):
-    """A connection to the index that belongs to one thread of one process; `__init__` runs once in each thread."""
+    """A connection to the index for each thread of each process; `__init__` runs once in each thread."""
 
     def __init__(self, folder: Path) -> None:
-        # mode=rw never creates the file; SQLite itself falls back to reading if writing is not allowed.
+        # mode=rw never creates the file. SQLite falls back to read-only access if it may not write.
         self._uri = (folder / "index.sqlite").absolute().as_uri() + "?mode=rw"
-        # By process: SQLite forbids a forked process to use its parent's connection, even to close it.
+        # One per process, because a forked process may neither use nor close its parent's SQLite connection.
         self._by_process: dict[int, sqlite3.Connection] = {}
 
     def get(self) -> sqlite3.Connection:
@@ -254,15 +258,15 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _checked_rows(found: Sequence[tuple[bytes, int, int]], folder: Path, *, salt: int) -> Iterator[tuple[bytes, int]]:
-    """Return keys with their rows, after a check that these keys were stored with these rows."""
-    if not found:
+def _checked_rows(entries: Sequence[tuple[bytes, int, int]], folder: Path, *, salt: int) -> Iterator[tuple[bytes, int]]:
+    """Compare index entries with their checksums and return their keys and rows."""
+    if not entries:
         return iter(())
-    keys, rows, seals = zip(*found, strict=True)
+    keys, rows, seals = zip(*entries, strict=True)
     try:
         checks = key_checks(keys, np.array(rows, dtype=np.int64), salt=salt)
         is_right = (checks == np.array(seals, dtype=np.int64)).all()
-    except (TypeError, ValueError, OverflowError):  # a flipped bit may have made a value one of another type
+    except (TypeError, ValueError, OverflowError):  # a flipped bit may have changed the type of a value
         is_right = False
     if not is_right:
         reason = "a row does not match its checksum in this store"
@@ -275,19 +279,21 @@ def _size(path: Path) -> int:
 
 
 def content_key(text: str) -> bytes:
-    """Return 16 bytes that stand for a text; among 10 million texts a collision has a chance below 1e-24."""
+    """Return the 16-byte hash of a text. Among 10 million texts, the probability of a collision is below 1e-24."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _create(folder: Path, identity: EncoderIdentity) -> None:
-    """Create an empty store; `table.json` is written last, so its presence shows that the rest is complete."""
+    """Create an empty store. `table.json` is written last, so its presence shows that the store is complete."""
     with _storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _writer_lock(folder, wait_s=30), _storage_errors(folder):
-        if (folder / "table.json").is_file():  # another process was faster
+        if (folder / "table.json").is_file():  # another process has created the store
             return
         if _size(folder / "vectors.f16"):
-            raise UserError(f"{folder} has vectors but no table.json that names their encoder. Delete the folder.")
+            raise UserError(
+                f"{folder} has vectors but no table.json, which describes their encoder. Delete the folder."
+            )
         (folder / "vectors.f16").touch()
         (folder / "checks.u64").touch()
         salt = secrets.randbits(62)
@@ -307,7 +313,7 @@ def _check_description(folder: Path, identity: EncoderIdentity) -> int:
         description = json.loads(path.read_text(encoding="utf-8"))
         stored_identity, stored_format = EncoderIdentity.from_dict(description["encoder"]), description["format"]
     except (ValueError, KeyError, TypeError, UserError, RecursionError) as error:
-        raise DamagedFile(path, reason="it describes no embedding store", remedy=_REMEDY) from error
+        raise DamagedFile(path, reason="it does not describe an embedding store", remedy=_REMEDY) from error
     if stored_format != FORMAT:
         raise UserError(
             f"The embedding store {folder} has format {stored_format}; this version reads format {FORMAT}. "
@@ -323,7 +329,7 @@ def _check_description(folder: Path, identity: EncoderIdentity) -> int:
 
 @contextlib.contextmanager
 def _writer_lock(folder: Path, *, wait_s: float = 1) -> Iterator[None]:
-    """Hold the right to write: an SQLite lock, which the system releases however the process ends."""
+    """Hold the writer lock: an SQLite lock, which the system releases even if the process is killed."""
     with _storage_errors(folder):
         lock = acquire_lock(folder / "writer.lock", wait_s=wait_s)
     with contextlib.closing(lock):
@@ -341,11 +347,11 @@ def _storage_errors(folder: Path) -> Iterator[None]:
 def _described(error: sqlite3.Error | OSError, folder: Path) -> UserError | StorageError:
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return UserError(f"Another process is writing to the embedding store {folder}. Try again after it.")
+        return UserError(f"Another process is writing to the embedding store {folder}. Try again when it has ended.")
     is_index_missing = isinstance(error, sqlite3.Error) and not (folder / "index.sqlite").exists()
     if is_index_missing or (isinstance(error, sqlite3.Error) and not name.startswith(_STORAGE_TROUBLE)):
-        return DamagedFile(folder / "index.sqlite", reason=f"SQLite says {str(error)!r}", remedy=_REMEDY)
+        return DamagedFile(folder / "index.sqlite", reason=f"SQLite reports {str(error)!r}", remedy=_REMEDY)
     return StorageError(
         f"The embedding store {folder} cannot be read or written ({getattr(error, 'strerror', None) or error}). "
-        f"Earlier chunks are complete. Make room or allow writing, then run the same command again."
+        f"Earlier chunks are complete. Free disk space or allow writing, then run the same command again."
     )

@@ -1,4 +1,4 @@
-"""EncodedSample: a sample whose history is rows of an embedding store; training and evaluation keep it in memory."""
+"""EncodedSample: a sample whose history refers to rows of an embedding store. Training and evaluation use it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _label_set = lru_cache(maxsize=32)(LabelSet)
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class EncodedHistory:
-    """A user's items as a plug takes them, oldest first.
+    """A user's items as input of a plug, oldest first.
 
     Attributes:
         vectors: (N, E) float16.
-        label_ids: (N,) int16 index of each item's answer among the task's labels; -1 if it is none of them.
-        style: (N, F) float16 style of each item's answer; F = 0 if the plug does not use it.
+        label_ids: (N,) int16 index of each item's answer among the task's labels; -1 if the answer is not a label.
+        style: (N, F) float16 style features of each item's answer; F = 0 if the plug does not use them.
         kind_ids: (N,) int8 index of each item's kind in ITEM_KINDS.
     """
 
@@ -47,7 +47,7 @@ class EncodedHistory:
         return len(self.label_ids)
 
     def select(self, items: RowIds | slice) -> Self:
-        """Return the history with these items only, in the order of their indices."""
+        """Return the history with only these items, in the order of `items`."""
         return replace(
             self,
             vectors=self.vectors[items],
@@ -62,14 +62,14 @@ class EncodedHistory:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class EncodedSample:
-    """A sample whose history is rows of an embedding store.
+    """A sample whose history refers to rows of an embedding store.
 
     Attributes:
         id, owner, user_id, query, target, soft_at, options, rejected: as in `Sample`.
-        prompt: with the messages before it.
-        rows: (N,) row ids of the history's items, in the history's order.
+        prompt: prompt with the messages before it.
+        rows: (N,) row ids of the history's items, in order.
         label_ids, style, kind_ids: as in `EncodedHistory`.
-        own_answers: the user's past answers, if the language model's output is mixed with their phrases.
+        own_answers: the user's past answers, if n-grams of them are interpolated with the language model.
     """
 
     id: str
@@ -88,7 +88,7 @@ class EncodedSample:
     rejected: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, indices: npt.NDArray[np.intp]) -> EncodedSample:
-        """Return the same query with these items of another sample's history."""
+        """Return this query with these items of another sample's history."""
         return replace(
             self,
             rows=other.rows[indices],
@@ -101,11 +101,11 @@ class EncodedSample:
         return self.latest(0)
 
     def without_preferences(self) -> EncodedSample:
-        """Return the same query without the stated preferences."""
+        """Return this query without the stated preferences."""
         return self.with_items_of(self, np.flatnonzero(self.kind_ids != PREFERENCE_KIND))
 
     def latest(self, items: int) -> EncodedSample:
-        """Return the same query with at most this many items; see `latest_items`."""
+        """Return this query with at most `items` items; see `latest_items`."""
         return self.with_items_of(self, latest_items(self.kind_ids, items))
 
     def __repr__(self) -> str:
@@ -125,14 +125,12 @@ def encode_samples(
     """Add the items of all histories to a store and return the samples in order, with row ids for items.
 
     Args:
-        samples: may be a generator; one chunk of the histories' texts is in memory at a time.
-        labels: of the task; empty for free text.
-        with_answer: encode items with the user's answer (PPlug's Table 7), else without.
-        with_style: compute the style of each answer.
+        samples: may be a generator; only one chunk of the histories' texts is in memory.
+        labels: labels of the task; empty for free text.
+        with_answer: True = encode items with the user's answer (PPlug, Table 7).
+        with_style: True = compute the style features of each answer.
         progress: called after each chunk with the number of items so far.
         chunk: number of items that are encoded and committed together; a sample is never split.
-    Raises:
-        UserError, StorageError: see `EmbeddingStore.add`.
     """
     encoded: list[EncodedSample] = []
     done = 0
@@ -143,7 +141,7 @@ def encode_samples(
         encoded += [
             EncodedSample(
                 *(sample.id, sample.owner, sample.user_id, sample.full_prompt, sample.query, sample.target),
-                rows=rows.copy(),  # a slice would keep the whole group's rows in memory
+                rows=rows.copy(),  # a view would keep the rows of the whole group in memory
                 label_ids=label_ids(sample.history, labels),
                 style=style_of_answers(sample.history) if with_style else no_style(len(rows)),
                 kind_ids=kind_ids(sample.history),
@@ -162,7 +160,7 @@ def encode_samples(
 def encoded(
     samples: Iterable[Sample], table: EmbeddingStore, *, plug: PlugConfig, labels: Sequence[str] = ()
 ) -> list[EncodedSample]:
-    """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
+    """Encode samples for a plug, add missing items to the store, and show the progress."""
     with Progress("encode", total=None) as progress:
 
         def show_progress(done: int) -> None:
@@ -181,10 +179,10 @@ def encoded(
 def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Int16Array:
     """Return the index of each item's answer among the labels, (N,) int16; see `LabelSet.index`.
 
-    An item that knows the closed set of its answer has the label that the answer is in this set, or none.
+    If an item has its own closed set of answers, its answer is matched within that set first.
     """
-    known = tuple(labels)
-    return np.array([_label_id(item, known) for item in items], dtype=np.int16)
+    task_labels = tuple(labels)
+    return np.array([_label_id(item, task_labels) for item in items], dtype=np.int16)
 
 
 def _label_id(item: HistoryItem, labels: tuple[str, ...]) -> int:
@@ -201,9 +199,10 @@ def kind_ids(items: Sequence[HistoryItem]) -> Int8Array:
 
 
 def latest_items(kinds: Int8Array, limit: int) -> npt.NDArray[np.intp]:
-    """Return the indices of the items that are used of a history, at most `limit`, in order.
+    """Return the indices of the items of a history that are used, at most `limit`, in order.
 
-    Stated preferences come first, because people state a preference once and mean it for long; then the latest others.
+    The latest stated preferences are used first, because people state a preference once and mean it for long. The
+    latest other items fill the rest.
     """
     is_preference = kinds == PREFERENCE_KIND
     preferences = np.flatnonzero(is_preference)
@@ -214,12 +213,12 @@ def latest_items(kinds: Int8Array, limit: int) -> npt.NDArray[np.intp]:
 
 
 def all_answers(items: int = 0) -> Int8Array:
-    """Return the kinds of items that are all answers, (N,)."""
+    """Return the kind ids of N items that are all answers, (N,)."""
     return np.zeros(items, dtype=np.int8)
 
 
 def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:
-    """Return the style of each item's answer, (N, F); of the whole item if it has none."""
+    """Return the style features of each item's answer, (N, F), or of the whole item if it has no answer."""
     return style_features_of(item.text if item.answer_text is None else item.answer_text for item in items)
 
 
@@ -229,14 +228,14 @@ def past_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...
 
 
 def no_style(items: int = 0) -> StyleArray:
-    """Return the style features of items if the plug uses none, (N, 0)."""
+    """Return empty style features of N items, (N, 0)."""
     return np.empty((items, 0), dtype=np.float16)
 
 
 def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore) -> str:
-    """Return 16 hex digits of everything that training and predictions depend on.
+    """Return a hash of everything that training and predictions depend on, 16 hex digits.
 
-    Items count by their vectors, because row ids differ between stores of the same texts.
+    Items are hashed by their vectors, because row ids differ between stores of the same texts.
     """
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
@@ -253,7 +252,7 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore)
 
 
 def _groups(samples: Iterable[Sample], items: int) -> Iterator[list[Sample]]:
-    """Yield runs of samples with this many items or a few more together; the last run may have fewer."""
+    """Yield groups of consecutive samples with at least `items` items in total; the last group may have fewer."""
     group: list[Sample] = []
     count = 0
     for sample in samples:

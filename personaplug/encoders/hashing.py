@@ -18,16 +18,16 @@ from personaplug.errors import ConfigError
 
 
 class HashEncoder:
-    """Hashed words, character trigrams, casing and signs; the same on every machine.
+    """Encodes hashed words, character trigrams, casing and punctuation. Vectors are the same on every machine.
 
-    Texts with common words have similar vectors; their meaning plays no role. The seed selects the hash function.
+    Texts with common words have similar vectors; the encoder ignores their meaning. The seed selects the hash function.
     """
 
     truncated = 0
 
     def __init__(self, width: int = 256, seed: int = 0) -> None:
         if width < 8:
-            raise ConfigError(f"The hash encoder needs a width of 8 or more; found {width}.")
+            raise ConfigError(f"The width of the hash encoder must be 8 or more; found {width}.")
         self.width, self.seed = width, seed
         self.identity = EncoderIdentity(
             name=f"hash:{width}",
@@ -47,7 +47,7 @@ class HashEncoder:
         return np.array(vectors, dtype=np.float32).reshape(-1, self.width)
 
     def query_encoder(self) -> QueryEncoder:
-        """Return the same features with a trainable linear map after them, which starts as the identity."""
+        """Return this encoder followed by a trainable linear map, which starts as the identity."""
         return _HashQueryEncoder(self)
 
 
@@ -93,7 +93,7 @@ def _casing(word: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _bucket(feature: str, width: int, seed: int) -> tuple[int, int]:
-    """Return the index and the sign that a feature is hashed to."""
+    """Return the index and the sign of a feature's hash."""
     seeded = f"{seed} {feature}".encode("utf-8", "surrogatepass")
     number = int.from_bytes(hashlib.blake2b(seeded, digest_size=8).digest(), "little")
     return (number >> 1) % width, 1 if number & 1 else -1

@@ -1,6 +1,6 @@
-"""OpenVINO for bulk encoding, used only if its vectors equal torch's.
+"""OpenVINO for bulk encoding. It is used only if its vectors equal torch's.
 
-On CPUs with bfloat16 arithmetic it is several times as fast as torch in float32.
+On CPUs with bfloat16 arithmetic, OpenVINO is several times faster than torch in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Features = dict[str, Tensor]
 Embed = Callable[[nn.Module, Features], Tensor]
 
 MIN_COSINE = 0.9999
-"""Vectors of one text count as equal above this cosine."""
+"""Two vectors of a text count as equal if their cosine is above this threshold."""
 
 
 class _UnsuitableError(Exception):
@@ -34,12 +34,12 @@ class _UnsuitableError(Exception):
 
 
 class OpenVINOEncoder:
-    """A model compiled for this machine's CPU; its inputs are the features `names`, its precision `bf16` or `f32`."""
+    """A model compiled for the CPU. Its inputs are the features `names`, its precision is `bf16` or `f32`."""
 
     def __init__(self, core: Any, exported: Any, *, names: Sequence[str], precision: str) -> None:
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
-            # One thread for each of several batches: threads that share a batch wait for one another.
+            # Run several batches with one thread each, because threads that share a batch wait for one another.
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
@@ -47,7 +47,7 @@ class OpenVINOEncoder:
         self._compiled = core.compile_model(exported, "CPU", settings)
 
     def encode_into(self, vectors: Vectors, batches: Iterable[tuple[Sequence[int], Features]]) -> None:
-        """Write the rows of vectors (n, E) that batches name, and tokenize a batch while earlier ones are computed."""
+        """Write each batch's vectors into its rows of `vectors`, (n, E). Tokenization overlaps with encoding."""
 
         def write(request: Any, indices: Sequence[int]) -> None:
             vectors[indices] = request.get_output_tensor().data
@@ -60,28 +60,28 @@ class OpenVINOEncoder:
 
 
 def is_installed() -> bool:
-    """True if OpenVINO is installed; it is not imported."""
+    """Return True if OpenVINO is installed, without an import."""
     return find_spec("openvino") is not None
 
 
 def compile_encoder(
     model: nn.Module, embed: Embed, *, probes: Sequence[Features], required: bool
 ) -> OpenVINOEncoder | None:
-    """Compile a model, or return None and log the reason if torch is the better choice.
+    """Compile a model. If OpenVINO does not help, log the reason and return None.
 
     Args:
-        model: in eval mode, frozen, on the CPU.
+        model: frozen model in eval mode on the CPU.
         embed: maps the model and features to (B, E) unit vectors.
-        probes: features of texts of no user, in batches of different shapes; both engines encode them.
-        required: use float32 if bfloat16 does not fit, and raise `UserError` instead of returning None.
+        probes: features of test texts in batches of different shapes; both engines encode them.
+        required: True = use float32 if bfloat16 fails, and raise `UserError` instead of returning None.
     """
     try:
         return _compile_checked(model, embed, probes=probes, allow_float32=required)
     except Exception as error:  # exporters fail on unknown models with errors of any type
         reason = str(error) if isinstance(error, _UnsuitableError) else first_line(error)
         if required:
-            raise UserError(f"OpenVINO cannot encode here: {reason}. Use encoder_engine=torch.") from error
-        logger.warning("Texts are encoded by torch, not by OpenVINO: %s.", reason)
+            raise UserError(f"OpenVINO cannot run this encoder: {reason}. Use encoder_engine=torch.") from error
+        logger.warning("Texts are encoded with torch instead of OpenVINO: %s.", reason)
         return None
 
 
@@ -91,7 +91,7 @@ def _compile_checked(
     core = _import_openvino().Core()
     precisions = (["bf16"] if _has_bfloat16(core) else []) + (["f32"] if allow_float32 else [])
     if not precisions:  # in float32, OpenVINO is no faster than torch
-        raise _UnsuitableError("this processor does not multiply in bfloat16")
+        raise _UnsuitableError("this CPU has no bfloat16 arithmetic")
     exported = _export(model, embed, probes[0])
     closest = -1.0
     for precision in precisions:
@@ -100,7 +100,7 @@ def _compile_checked(
         if cosine > MIN_COSINE:
             return encoder
         closest = max(closest, cosine)
-    raise _UnsuitableError(f"its vectors of a few texts differ from torch's (smallest cosine {closest:.6f})")
+    raise _UnsuitableError(f"its vectors of test texts differ from torch's (smallest cosine {closest:.6f})")
 
 
 def _has_bfloat16(core: Any) -> bool:
@@ -108,7 +108,7 @@ def _has_bfloat16(core: Any) -> bool:
 
 
 def _cosine(encoder: OpenVINOEncoder, expected: Tensor, *, features: Features) -> float:
-    """Return the smallest cosine between vectors of the same text; NaN counts as −1."""
+    """Return the smallest cosine between the two vectors of a text; NaN counts as −1."""
     vectors = np.zeros(tuple(expected.shape), dtype=np.float32)
     encoder.encode_into(vectors, [(range(len(vectors)), features)])
     return float(np.nan_to_num((vectors * to_numpy(expected)).sum(axis=1), nan=-1.0).min())
@@ -117,13 +117,13 @@ def _cosine(encoder: OpenVINOEncoder, expected: Tensor, *, features: Features) -
 def _export(model: nn.Module, embed: Embed, features: Features) -> Any:
     """Return the model as OpenVINO's graph, for batches and texts of any length."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing fixes branches; the probes show whether that matters
+        warnings.simplefilter("ignore")  # tracing fixes branches; the probes detect wrong results
         positional = _PositionalModel(model, embed, names=list(features)).eval()
         return _import_openvino().convert_model(positional, example_input=tuple(features.values()))
 
 
 def _import_openvino() -> Any:
-    # OpenVINO reports to its maker over the network on import, unless its telemetry package is missing.
+    # OpenVINO sends telemetry over the network on import, unless its telemetry package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes an import fail
     return importlib.import_module("openvino")
 

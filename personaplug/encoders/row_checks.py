@@ -1,8 +1,8 @@
-"""Checksums of an embedding store's rows, many at once: a fraction of the time that reading a history takes.
+"""Vectorized checksums of an embedding store's rows.
 
-Σ word · multiplier mod 2⁶⁴ over the 32-bit words of a row, with odd random multipliers: any change of one word changes
-the sum, and other changes are missed with a chance of about 2⁻³². A salt, another one for each store, is part of every
-sum, so a file of another store does not pass.
+A checksum is Σ word · multiplier mod 2⁶⁴ over the 32-bit words of a row, with odd random multipliers. A change of one
+word always changes the sum. Other changes are missed with a probability of about 2⁻³². Every sum includes the salt of
+its store, so files of another store do not pass. The checksums take a fraction of the time to read a history.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 Checks = npt.NDArray[np.uint64]
 
-_ROWS_AT_ONCE = 64  # so that their 64-bit copy stays in the processor's cache
+_ROWS_AT_ONCE = 64  # so that their 64-bit copy fits into the CPU cache
 
 
 class RowHash:
-    """The checksum of a vector of `width` float16 values and its row id, in the store with a salt."""
+    """Computes the checksum of a vector of `width` float16 values and its row id, for the store with this salt."""
 
     def __init__(self, width: int, *, salt: int = 0) -> None:
         self._salt = np.uint64(salt)
@@ -36,7 +36,7 @@ class RowHash:
 
 
 def key_checks(keys: Sequence[bytes], rows: npt.NDArray[np.int64], *, salt: int) -> npt.NDArray[np.int64]:
-    """Return checksums that bind keys of 16 bytes to their rows, (n,), as the signed numbers of SQLite."""
+    """Return checksums that bind keys of 16 bytes to their rows, (n,), as signed integers for SQLite."""
     words = np.frombuffer(b"".join(keys), dtype="<u4").reshape(len(keys), 4).astype(np.uint64)
     salted = rows.astype(np.uint64) + np.uint64(salt)
     checks: Checks = words @ _KEY_MULTIPLIERS[:-1] + salted * _KEY_MULTIPLIERS[-1]
@@ -44,7 +44,7 @@ def key_checks(keys: Sequence[bytes], rows: npt.NDArray[np.int64], *, salt: int)
 
 
 def _multipliers(count: int) -> Checks:
-    # SplitMix64: the same numbers with every version of numpy.
+    # SplitMix64 gives the same numbers in every version of numpy.
     steps = (np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     steps = (steps ^ (steps >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     steps = (steps ^ (steps >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

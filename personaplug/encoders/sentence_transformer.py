@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 ENGINES = ("torch", "openvino", "auto")
 
-MIN_BULK_TEXTS = 128  # compiling a model for OpenVINO takes as long as torch takes for some hundred texts
+MIN_BULK_TEXTS = 128  # compiling for OpenVINO takes as long as encoding a few hundred texts with torch
 
-# Tokens per text of a batch: a CPU's caches hold about a thousand tokens, a GPU wants many.
+# Tokens per text of a batch. CPU caches hold about a thousand tokens; a GPU needs larger batches.
 _CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
 
-_MAX_CHARACTERS_PER_TOKEN = 64  # on average over a text
+_MAX_CHARACTERS_PER_TOKEN = 64  # average over a text
 
 _QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names, in order of preference
 
 _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
 
-# Texts of different lengths, one too long for most models; single words lose most in bfloat16.
+# Texts of different lengths; one is too long for most models. Single words lose most precision in bfloat16.
 _PROBES = (
     [_FINGERPRINT_TEXT, "", "title: Alien score: 5"],
     ["a slow film about whales, and a quick one about the sea " * 60],
@@ -46,17 +46,17 @@ _PROBES = (
 
 
 class SentenceEncoder:
-    """A frozen sentence-transformers model with the pooling and prompts of its own files.
+    """A frozen sentence-transformers model with the pooling and the prompts from its files.
 
-    Vectors always have length 1, also if the model has no normalization.
+    Vectors always have length 1, even if the model has no normalization.
 
     Args:
         name: see `model_hub.find_model`.
-        dtype: of the weights; vectors are float32.
-        query_prompt, document_prompt: prefix of queries and of items; None = the model's own, which may be empty.
-        max_length: tokens after which texts are cut, special ones included; None = the model's own limit.
-        engine: for many texts at once: `torch`, `openvino`, or `auto` = OpenVINO if it is installed, faster on this
-            CPU, and returns the same vectors for a few texts. Queries always use torch.
+        dtype: dtype of the weights; vectors are float32.
+        query_prompt, document_prompt: prefix of queries and of items; None = the model's prompt, which may be empty.
+        max_length: number of tokens, special ones included, at which texts are cut; None = the model's own limit.
+        engine: `torch`, `openvino` or `auto`, for many texts at once. `auto` uses OpenVINO if it is installed, faster
+            on this CPU, and gives the same vectors for test texts. Queries always use torch.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SentenceEncoder:
         self._counter = TokenCounter(self._model.tokenizer)
         width = self._model.get_embedding_dimension()
         if width is None:
-            raise MissingModel(name, tried=["its files, which do not say how wide its vectors are"])
+            raise MissingModel(name, tried=["its files (they do not define the width of its vectors)"])
         self.identity = EncoderIdentity(
             name=name,
             revision=revision_of(name, folder),
@@ -92,9 +92,9 @@ class SentenceEncoder:
         self.width, self.truncated = width, 0
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
-        """Return (n, E) float32 unit vectors of documents in their order; a repeated text is encoded once.
+        """Return (n, E) float32 unit vectors of documents in order; a repeated text is encoded once.
 
-        Batches have `batch_size` short texts, or fewer long ones, so that memory stays the same.
+        Batches have `batch_size` short texts, or fewer long texts, so that the memory stays constant.
         """
         counts = Counter(texts)
         distinct = list(counts)
@@ -129,7 +129,7 @@ class SentenceEncoder:
 
     @cached_property
     def _compiled(self) -> openvino.OpenVINOEncoder | None:
-        """The model compiled by OpenVINO at first use; None = torch encodes everything."""
+        """The model compiled by OpenVINO at first use; None = torch encodes all texts."""
         if self._engine == "torch":
             return None
         return openvino.compile_encoder(
@@ -145,7 +145,7 @@ class SentenceEncoder:
     def _batches(
         self, texts: Sequence[str], lengths: Sequence[int], *, max_tokens: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield indices and features of texts of similar length, at most `max_tokens` with padding, longest first."""
+        """Yield indices and features of texts of similar length, longest first, at most `max_tokens` with padding."""
         order = sorted(range(len(texts)), key=lambda index: -lengths[index])
         while order:
             size = max(1, max_tokens // max(1, lengths[order[0]]))
@@ -157,11 +157,11 @@ class _TextQueryEncoder(QueryEncoder):
     def __init__(self, model: SentenceTransformer, *, identity: EncoderIdentity) -> None:
         super().__init__()
         self.width, self._prompt = identity.width, identity.query_prompt
-        # float32 whatever the frozen encoder's dtype: small steps vanish in half precision.
+        # Use float32 even if the frozen encoder does not, because small steps vanish in half precision.
         self.model = model.float().requires_grad_(True).eval()
         for module in model:
             pooler = getattr(getattr(module, "auto_model", None), "pooler", None)
-            if isinstance(pooler, nn.Module):  # of BERT models: sentence vectors bypass it, so no gradient reaches it
+            if isinstance(pooler, nn.Module):  # sentence vectors bypass the pooler of BERT, so it gets no gradient
                 pooler.requires_grad_(False)
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class _TextQueryEncoder(QueryEncoder):
 
 def _available_engine(engine: str, *, device: str) -> str:
     if engine not in ENGINES:
-        raise ConfigError(f"An encoder's engine is one of {', '.join(ENGINES)}; found {engine!r}.")
+        raise ConfigError(f"encoder_engine must be one of {', '.join(ENGINES)}; found {engine!r}.")
     on_cpu, is_installed = torch.device(device).type == "cpu", openvino.is_installed()
     if engine == "openvino" and not on_cpu:
         raise ConfigError(f"encoder_engine=openvino runs on the CPU; the device is {device}. Use torch or auto.")
@@ -190,12 +190,12 @@ def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> Senten
             settings = {"dtype": dtype}
             model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=settings)
     except (OSError, ValueError, KeyError) as error:
-        raise MissingModel(name, tried=[f"{folder}, which does not load as a text encoder ({error})"]) from error
+        raise MissingModel(name, tried=[f"{folder} (it does not load as a text encoder: {error})"]) from error
     return model.eval().requires_grad_(False)
 
 
 def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, task: str) -> dict[str, Tensor]:
-    """Tokenize B texts; the result has only tensors, also for the prompt's length, which some models do not pool."""
+    """Tokenize B texts into tensors. `prompt_length` also becomes a tensor; some models do not pool the prompt."""
     encodable = [_encodable(_readable(model, text)) for text in texts]
     features: dict[str, Any] = model.preprocess(encodable, prompt=prompt or None, task=task)
     if isinstance(features.get("prompt_length"), int):
@@ -209,27 +209,27 @@ def _embed(model: SentenceTransformer, features: dict[str, Tensor], *, task: str
 
 
 def _readable(model: SentenceTransformer, text: str) -> str:
-    """Return the beginning of a text that the model's tokens can come from: a long text costs as much as a short one.
+    """Cut a long text before it is tokenized, so that its length does not add to the cost.
 
-    A text is cut where its tokens would have to be longer than those of any writing.
+    The cut is far beyond the model's own limit, because no language has such long tokens on average.
     """
     limit = max_length_of(model)
     return text if limit is None else text[: limit * _MAX_CHARACTERS_PER_TOKEN]
 
 
 def _encodable(text: str) -> str:
-    """Return the text without lone surrogates, which JSON may contain and tokenizers refuse."""
+    """Return the text without lone surrogates, which JSON may contain and tokenizers reject."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _prompt(model: SentenceTransformer, names: Sequence[str]) -> str:
-    """Return the model's prompt of that name, or its default prompt; files may name empty ones beside it."""
+    """Return the model's first non-empty prompt of these names, or else its default prompt."""
     candidates = [*names, model.default_prompt_name]
     return next((prompt for name in candidates if name and (prompt := model.prompts.get(name))), "")
 
 
 def _pooling(model: SentenceTransformer) -> str:
-    """Return the pooling's name in the model's own file; `none` for models that pool by themselves."""
+    """Return the name of the pooling in the model's files; `none` if the model has no pooling module."""
     for module in model:
         mode = getattr(module, "pooling_mode", None)
         if mode is not None:
@@ -239,8 +239,8 @@ def _pooling(model: SentenceTransformer) -> str:
 
 
 def _encoder_fingerprint(model: SentenceTransformer) -> str:
-    """Return 16 hex digits of the weights, module by module, and of the tokens of a text."""
-    # Attribute names of the transformer's wrapper change between releases, so its inner model counts.
+    """Return a hash of the weights of all modules and of the tokens of a probe text, 16 hex digits."""
+    # Hash the inner model, because attribute names of its wrapper change between releases.
     weights = [fingerprint(getattr(module, "auto_model", module)) for module in model]
     features = _features(model, [_FINGERPRINT_TEXT], prompt="", task="document")
     tokens = str(features["input_ids"].tolist()) if "input_ids" in features else ""

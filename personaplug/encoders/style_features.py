@@ -1,9 +1,9 @@
-"""Style features: how a text is written, whatever it says; an encoder of meaning leaves this out.
+"""Style features: how a text is written, independent of its content. A semantic encoder does not capture them.
 
-The length, capitals and punctuation of somebody's headlines are habits: alike within a user, different between users.
-So are their symbols, and the words that they open and close with, such as a greeting and a sign-off. An encoder with a
-vocabulary of words reads all emoji as the same unknown word, and a vector of a whole text shows little of its last
-words. So the features tell these apart: each symbol or word sets two of some bits, chosen by its hash (Bloom, 1970).
+Length, capitals and punctuation are habits: similar within a user, different between users. The same holds for symbols
+and for the first and last words of a text, such as a greeting and a sign-off. An encoder with a word vocabulary maps
+all emoji to one unknown word, and a vector of a whole text depends little on its last words. Here, each symbol and each
+such word sets two bits, which its hash selects (Bloom, 1970).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _SPREADS = {
     "symbols": (0.0, 0.05),
 }
 _SPREADS |= dict.fromkeys(_MARKS, (0.0, 0.1)) | dict.fromkeys(_ALL_BITS, (0.0, 0.5))
-"""Middle and spread of each feature over short texts; fixed, so that vectors mean the same everywhere."""
+"""Center and spread of each feature over short texts. They are constants, so that features stay comparable."""
 
 FEATURES = tuple(_SPREADS)
 """The names of the features in order."""
@@ -68,9 +68,9 @@ _MAX_VALUE = 4.0
 
 
 def text_style(text: str) -> StyleArray:
-    """Return the style of a text, (F,): values of about 1 in size, at most 4; all 0 for an empty text.
+    """Return the style features of a text, (F,), scaled to about ±1 and clipped to ±4; all 0 for an empty text.
 
-    Lengths are logarithms, marks are counted per word, kinds of letters per character.
+    Lengths are logarithms. Punctuation marks are counted per word, kinds of letters per character.
     """
     words = _WORD.findall(text)
     if not words:
@@ -82,7 +82,7 @@ def text_style(text: str) -> StyleArray:
 
 
 def style_features_of(texts: Iterable[str]) -> StyleArray:
-    """Return the style of each text, (n, F)."""
+    """Return the style features of each text, (n, F)."""
     return np.array([text_style(text) for text in texts], dtype=np.float16).reshape(-1, len(FEATURES))
 
 
@@ -114,7 +114,7 @@ def _is_symbol(character: str) -> bool:
 
 
 def _is_whole(symbol: str) -> bool:
-    """Whether a symbol stands for itself: it is no part of a letter or of another symbol."""
+    """Return True for a whole symbol, False for a part of a letter or of another symbol."""
     return unicodedata.category(symbol)[0] in "SP"
 
 
@@ -126,6 +126,6 @@ def _edge_bits(text: str) -> list[str]:
 
 
 def _bits_of(text: str, names: Sequence[str]) -> tuple[str, str]:
-    """Return two of the names, chosen by the hash of a symbol or word."""
+    """Return the two names that the hash of a symbol or word selects."""
     first, second = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest()
     return names[first % len(names)], names[second % len(names)]

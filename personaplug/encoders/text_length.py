@@ -1,4 +1,4 @@
-"""Lengths of texts in a sentence-transformers model: how many tokens it reads, and how many a text has."""
+"""Token limits of sentence-transformers models, and token counts of texts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ from personaplug.errors import ConfigError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-_ENDLESS = 10**6  # tokenizers without a limit report an astronomic number
-_TOKENIZED_AT_ONCE = 256  # a tokenizer's output takes a hundred times the memory of the lengths
+_ENDLESS = 10**6  # tokenizers without a limit report a larger number
+_TOKENIZED_AT_ONCE = 256  # a tokenizer's output takes a hundred times more memory than the lengths
 _SHORTEST = 3
 
 
 def limit_length(model: SentenceTransformer, max_length: int | None) -> None:
-    """Cut texts at `max_length` tokens, special ones included; None = at the model's own limit.
+    """Make a model cut texts at `max_length` tokens, special ones included; None = at the model's own limit.
 
-    Some models' files name more tokens than there are positions for.
-
-    Raises:
-        ConfigError: if the model does not read so many tokens.
+    The files of some models give a limit above the number of positions; the number of positions is used then.
     """
     own, learned = max_length_of(model), _learned_positions(model)
     named = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
     longest = learned or named or own or _ENDLESS
     if max_length is not None and not _SHORTEST <= max_length <= longest:
-        raise ConfigError(f"max_length={max_length}: this encoder reads {_SHORTEST} to {longest} tokens.")
+        raise ConfigError(f"max_length of this encoder must be {_SHORTEST} to {longest} tokens; found {max_length}.")
     limit = max_length or min(own or _ENDLESS, learned or _ENDLESS)
     if limit == (own or _ENDLESS):
         return
@@ -41,7 +38,7 @@ def limit_length(model: SentenceTransformer, max_length: int | None) -> None:
 
 
 def max_length_of(model: SentenceTransformer) -> int | None:
-    """Return the tokens after which a model cuts texts; None = never."""
+    """Return the number of tokens at which a model cuts texts; None = never."""
     truncation = model.tokenizer.truncation if _is_bare(model.tokenizer) else None
     length = truncation["max_length"] if truncation else model.max_seq_length
     return int(length) if length is not None and length < _ENDLESS else None
@@ -50,7 +47,7 @@ def max_length_of(model: SentenceTransformer) -> int | None:
 class TokenCounter:
     """Counts the tokens of uncut texts.
 
-    It has a tokenizer to itself: switching truncation off and on is not safe between threads.
+    It copies the tokenizer, because switching truncation off and on is not thread-safe.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -69,13 +66,13 @@ class TokenCounter:
             return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         if isinstance(self._tokenizer, PreTrainedTokenizerBase):
             return [len(ids) for ids in self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-        return [len(self._tokenizer.tokenize(text)) for text in texts]  # a list of words
+        return [len(self._tokenizer.tokenize(text)) for text in texts]  # a tokenizer of sentence-transformers
 
 
 def _learned_positions(model: SentenceTransformer) -> int | None:
-    """Return for how many tokens a model has learned positions; None = it computes them.
+    """Return the number of learned positions of a model; None = it computes positions.
 
-    RoBERTa and its kin count positions from behind the padding token: 514 rows are 512 positions.
+    RoBERTa and similar models start after the padding index, so 514 rows give 512 positions.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2] and "vision" not in name:
@@ -85,7 +82,7 @@ def _learned_positions(model: SentenceTransformer) -> int | None:
 
 
 def _is_bare(tokenizer: Any) -> bool:
-    """True for a tokenizer of the tokenizers library, which static embeddings have."""
+    """Return True for a tokenizer of the tokenizers library, as in static embeddings."""
     from tokenizers import Tokenizer
 
     return isinstance(tokenizer, Tokenizer)

@@ -1,8 +1,8 @@
 """Interface and common code of frozen language models that take soft prompts.
 
-With the placement `prefix`, soft tokens are inserted into the embedded prompt right before the user's text (PPlug,
-eq. 5: [I; P; x]), or at `soft_at` (Table 3: retrieved texts come before them). With `suffix` they come right before the
-answer, so the states of the prompt depend on neither plug nor user.
+The placement `prefix` inserts soft tokens into the embedded prompt, right before the user's text (PPlug, eq. 5:
+[I; P; x]). `soft_at` moves them further back, for example after retrieved texts (Table 3). The placement `suffix` puts
+them right before the answer, so the prompt's states depend on neither plug nor user.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is generated, in the terms of transformers' GenerationConfig."""
+    """Generation settings, named as in transformers' GenerationConfig."""
 
     max_new_tokens: int = 128
     num_beams: int = 1  # more than 1 = beam search
-    do_sample: bool = False  # False = take the most likely token
-    temperature: float = 1.0  # when sampling
-    top_p: float = 1.0  # when sampling
-    seed: int = 0  # of the samples
+    do_sample: bool = False  # False = greedy
+    temperature: float = 1.0  # for sampling
+    top_p: float = 1.0  # for sampling
+    seed: int = 0  # for sampling
 
     def __post_init__(self) -> None:
         if min(self.max_new_tokens, self.num_beams) < 1:
@@ -59,7 +59,7 @@ class Measure:
     """Length of a prompt with the chat template and without soft tokens."""
 
     tokens: int
-    truncated: bool  # the end of the text was cut
+    truncated: bool  # True if messages were dropped or text was cut
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,19 +72,19 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class PromptBatch:
-    """B prompts or conversations, without chat template, and what personalizes them."""
+    """B prompts or conversations before the chat template, with optional soft prompts and n-gram caches."""
 
     prompts: Sequence[Prompt]
-    soft: SoftPrompt | None = None  # B rows; None = the bare model
-    soft_at: Sequence[int] | None = None  # characters before soft tokens of `prefix`; None = 0
-    ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
+    soft: SoftPrompt | None = None  # B rows; None = no soft tokens
+    soft_at: Sequence[int] | None = None  # characters of each text before its `prefix` soft tokens; None = 0
+    ngrams: Sequence[UserNgramCache] | None = None  # one per row, interpolated with the model
 
     def has_soft(self, placement: str) -> bool:
-        """Return True if there are soft tokens of this placement."""
+        """Return True if the batch has soft tokens with this placement."""
         return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
 
     def rows(self) -> list[PromptBatch]:
-        """Return each row as a batch of its own."""
+        """Split the batch into batches of one row."""
         return [
             PromptBatch(
                 [prompt],
@@ -98,21 +98,24 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Rows that go on token by token."""
+    """State of token-by-token decoding of R rows."""
 
-    first: Tensor  # (R, V) logits of the first tokens
-    step: Callable[[Tensor], Tensor]  # returns the (R, V) logits behind (R,) further tokens
+    first: Tensor  # (R, V) logits of the first new tokens
+    step: Callable[[Tensor], Tensor]  # appends one token per row, (R,), and returns the next logits, (R, V)
 
 
 class Runner(ABC):
-    """Forward passes for one placement of soft tokens. Token ids in, without label bias."""
+    """Runs prompts, soft tokens and answers through a model. It takes token ids and adds no label bias."""
 
     @abstractmethod
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-        """Return logits (B, L, V) and the target tokens that they predict (B, L), IGNORED elsewhere."""
+        """Return logits (B, L, V) and the target tokens that they predict (B, L); padding is IGNORED."""
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of each label, (B, C), by a pass per label, or one for labels of one token."""
+        """Return the log-probability of each label, (B, C).
+
+        This default needs one pass if each label is one token, else one pass per label.
+        """
         rows = len(batch.prompts)
         if all(len(ids) == 1 for ids in label_ids):
             logits, _ = self.target_logits(batch, [label_ids[0]] * rows)
@@ -121,7 +124,7 @@ class Runner(ABC):
         return -torch.stack(losses, dim=1)
 
     def start_decoding(self, batch: PromptBatch) -> Decoding | None:
-        """Read prompts and return how to go on token by token, if this runner does that itself."""
+        """Run the prompts and return the decoding state; None if transformers does the decoding for this runner."""
         return None
 
     @abstractmethod
@@ -133,20 +136,20 @@ class LanguageModel(ABC):
     """A frozen transformers model; load it with `open_llm` or `load_hf`.
 
     Args:
-        model: with a language-modeling head; frozen here.
-        chat_date: the day (ISO) that a chat template writes instead of today; None = today.
-        prompt_cache: location of the cache; see `plan_cache`.
-        prompt_cache_bytes: limit of the cache.
+        model: a model with a language-modeling head; its weights are frozen here.
+        chat_date: ISO date that the chat template prints; None = today.
+        prompt_cache: location of the prompt cache; see `plan_cache`.
+        prompt_cache_bytes: size limit of the prompt cache; see `plan_cache`.
 
     Attributes:
-        embedding_scale: root mean square of embedding values, the scale that soft tokens should have.
-        max_text_tokens: longest text of a prompt, template excluded.
-        max_positions: longest sequence that the model's config allows, or None if it names no limit.
+        embedding_scale: root mean square of the embedding values; soft tokens should have the same scale.
+        max_text_tokens: largest number of tokens of a prompt's text, chat template excluded.
+        max_positions: longest sequence that the model's config allows; None if it sets no limit.
         end_ids: tokens that end a response.
-        check: what the check of the model found.
-        ways: runners for soft tokens at any position or none, by name, fastest first.
-        whole: the runner among `ways` that the check of the model chose.
-        prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot run separately.
+        check: result of the model check.
+        ways: runners that take soft tokens at any position or none, by name, fastest first.
+        whole: the first runner in `ways` that passed the model check.
+        prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot be cached.
     """
 
     is_encoder_decoder: bool
@@ -169,16 +172,16 @@ class LanguageModel(ABC):
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         use_fp32_logits(self.model)
-        from_model = getattr(model.generation_config, "eos_token_id", None)
-        ends = from_model if isinstance(from_model, list) else [from_model]
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos_ids = eos if isinstance(eos, list) else [eos]
         self.prompt_tokenizer = PromptTokenizer(
             tokenizer,
             max_tokens=max_prompt_tokens,
             is_encoder_decoder=self.is_encoder_decoder,
-            end_id=ends[0] if ends else None,
+            end_id=eos_ids[0] if eos_ids else None,
             chat_date=chat_date,
         )
-        self.end_ids = list(dict.fromkeys(end for end in [self.prompt_tokenizer.end_id, *ends] if end is not None))
+        self.end_ids = list(dict.fromkeys(end for end in [self.prompt_tokenizer.end_id, *eos_ids] if end is not None))
         self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
         self.embed = TokenEmbedding(model.get_input_embeddings())
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -192,7 +195,7 @@ class LanguageModel(ABC):
         )
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
-        # A checkpoint's own penalties, minimal lengths and forced tokens would act on one way of generating only.
+        # Drop penalties, minimum lengths and forced tokens of the checkpoint; `decode_tokens` does not apply them.
         model.generation_config = plain_generation_config(model.generation_config)
         self.prompt_states = PromptStates(
             self.compute_prompt_states, device=self.device, location=prompt_cache, limit=prompt_cache_bytes
@@ -205,54 +208,54 @@ class LanguageModel(ABC):
 
     @property
     def prefix_runner(self) -> Runner | None:
-        """The runner for `suffix` soft tokens behind cached prompts, if `whole` does not cache them itself."""
+        """Runner for `suffix` soft tokens after cached prompts; None if `whole` uses the prompt cache itself."""
         return None
 
     @property
     def supports_prompt_cache(self) -> bool:
-        """True if prompts before `suffix` soft tokens can run separately and without gradients."""
+        """True if the states of prompts before `suffix` soft tokens can be cached."""
         return self.prompt_layout is not None
 
     @abstractmethod
     def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the states of at least one prompt without gradients, each (parts, heads, n, width)."""
+        """Compute the states of one or more prompts without gradients, each (parts, heads, n, width)."""
 
     @abstractmethod
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
-        """Return the runner for a batch that is followed by at most `new_tokens` tokens of answers."""
+        """Return the runner for a batch whose answers have at most `new_tokens` tokens."""
 
     @abstractmethod
     def model_logits(self, prompt: Ids, target: Ids, *, before: Ids = ()) -> Tensor:
-        """Return the model's own logits (L, V) of a target from ids alone: one row, one pass, no padding, no cache.
+        """Return the logits (L, V) of a target from ids alone: one row, one pass, no padding, no cache.
 
-        `before` stands where `suffix` soft tokens stand.
+        The ids `before` take the place of `suffix` soft tokens.
         """
 
     def measure(self, prompts: Sequence[Prompt], *, targets: Sequence[str] | None = None) -> list[Measure]:
-        """Return the length of each prompt, with its target's tokens if given."""
+        """Return the length of each prompt, plus the tokens of its target if targets are given."""
         rows = self.prompt_tokenizer.encode_prompts(prompts)
         target_ids = [()] * len(rows) if targets is None else self.prompt_tokenizer.encode_targets(targets)
         return [Measure(len(row.ids) + len(ids), row.truncated) for row, ids in zip(rows, target_ids, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, template excluded."""
+        """Return the number of tokens of each text, without chat template."""
         return self.prompt_tokenizer.count_tokens(texts)
 
     def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit.
+        """Count the tokens of a prompt without the template of a single message; up to `max_text_tokens` fit.
 
         Args:
-            soft_at: characters of the last message before the soft tokens, at which it is split.
+            soft_at: characters of the last message before the soft tokens; the message is split there.
         """
         return self.prompt_tokenizer.count_prompt_tokens(prompt, soft_at)
 
     @property
     def takes_system_messages(self) -> bool:
-        """Whether a conversation may begin with a system message."""
+        """True if a conversation may begin with a system message."""
         return self.prompt_tokenizer.takes_system_messages
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text with at most `tokens` tokens."""
+        """Return the longest prefix of a text with at most `tokens` tokens."""
         return self.prompt_tokenizer.cut_text(text, tokens)
 
     @torch.no_grad()
@@ -268,14 +271,14 @@ class LanguageModel(ABC):
         return UserNgramCache(encode(text[:MAX_CHARACTERS], end=len(text) <= MAX_CHARACTERS) for text in answers)
 
     def cache_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
+        """Cache the states of prompts before `suffix` soft tokens and drop earlier ones. Only the speed changes."""
         self.prompt_states.fill([row.ids for row in self.prompt_tokenizer.encode_prompts(prompts)], self.prompt_layout)
 
     def clear_cache(self) -> None:
         self.prompt_states.clear()
 
     def plan_prompt_cache(self, tokens: int) -> CachePlan:
-        """Return where `cache_prompts` would keep prompts of this total length."""
+        """Return where `cache_prompts` would cache prompts with this total number of tokens."""
         return self.prompt_states.plan(tokens, self.prompt_layout)
 
     def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
@@ -306,7 +309,7 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def answer_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[Ids]:
-        """Return the token ids of responses, each with the token that ends it unless `max_new_tokens` cut it."""
+        """Return the token ids of responses, end token included; a response cut at `max_new_tokens` has none."""
         if not batch.prompts:
             return []
         runner = self.choose_runner(batch, new_tokens=config.max_new_tokens, num_beams=config.num_beams)
@@ -322,9 +325,9 @@ class LanguageModel(ABC):
         return token_divergence(runners[0].target_logits(plain, answers), runners[1].target_logits(other, answers))
 
     def splice_prompts(self, batch: PromptBatch, target_ids: Sequence[Ids] | None = None) -> Spliced:
-        """Tokenize, pad, embed and splice prompts, followed by their targets if given.
+        """Tokenize, pad and embed prompts, followed by their targets if given, and insert the soft tokens.
 
-        An encoder may count positions from the first column, so its rows are padded on the right.
+        Rows of an encoder are padded on the right, because it may count positions from the first column.
         """
         soft_at = batch.soft_at if batch.has_soft("prefix") else None
         prompts, is_suffix = self.prompt_tokenizer.encode_prompts(batch.prompts, soft_at), batch.has_soft("suffix")
@@ -338,23 +341,23 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def spell(self, ids: Ids) -> Tensor:
-        """Return `suffix` soft tokens (1, n, D) that the model reads as it reads these ids in their place."""
+        """Return `suffix` soft tokens (1, n, D) that have the same effect as these ids in their place."""
 
     @abstractmethod
     def read(self, **inputs: Tensor) -> Tensor:
-        """Return what the part of the model that reads prompts makes of `input_ids` or `inputs_embeds`."""
+        """Run the part of the model that reads prompts on `input_ids` or `inputs_embeds` and return its output."""
 
     @torch.no_grad()
     def _measure_scale(self) -> float:
-        # The output of the layer, not its table, because some families scale it.
+        # Measure the layer's output, because in some families it is a scaled row of the table.
         ids = torch.linspace(0, self.embed.num_embeddings - 1, steps=min(4096, self.embed.num_embeddings))
         return float(self.embed(ids.long().to(self.device)).float().pow(2).mean().sqrt())
 
 
 def plain_generation_config(config: Any) -> Any:
-    """Return a generation config of transformers with a model's special tokens and nothing else of its own."""
+    """Return a transformers generation config that keeps only the model's special tokens."""
     from transformers import GenerationConfig as TransformersConfig
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    config_class: Any = TransformersConfig  # its constructor has no annotations
+    config_class: Any = TransformersConfig  # untyped constructor
     return config_class(**{name: getattr(config, name, None) for name in names})

@@ -1,4 +1,4 @@
-"""Soft tokens and answers behind cached prompts, for the placement `suffix` of decoder-only models."""
+"""Run soft tokens and answers after cached prompts: the placement `suffix` of decoder-only models."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LABEL_LOGITS = 2**26  # logits of labels per pass; 256 MB in float32
 
 
 class CachedPrefixRunner(Runner):
-    """Runs only soft tokens and answers; the prompts' keys and values come from the cache, without gradients.
+    """Runs only soft tokens and answers. The prompts' keys and values come from the cache, without gradients.
 
-    Rows with the same prompt share its states: R rows for P prompts, rows of one prompt adjacent, R a multiple of P.
+    R rows share the states of P prompts. The rows of a prompt are adjacent, and R is a multiple of P.
     """
 
     def __init__(self, llm: CausalLM) -> None:
@@ -39,7 +39,10 @@ class CachedPrefixRunner(Runner):
         return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        """One pass over the soft tokens, then one over all labels of several tokens, more for very large label sets."""
+        """Score labels with one pass over the soft tokens and one over all labels of two or more tokens.
+
+        Very large label sets take more passes.
+        """
         assert batch.soft is not None
         prefix, rows = self.load_prefix(batch.prompts), len(batch.prompts)
         logits = self.answer_logits(prefix, batch.soft, [(0,)] * rows)
@@ -71,21 +74,21 @@ class CachedPrefixRunner(Runner):
         return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
-        """Run further live tokens (R, L, D), add them to the cache and return the logits at C columns, (R, C, V)."""
+        """Run more live tokens (R, L, D), append them to the cache and return the logits at C columns, (R, C, V)."""
         mask, positions = prefix.mask_and_positions(*embeds.shape[:2])
         with prefix_attention(self.llm.model, prefix) as options:
             return self.llm.forward(embeds, mask=mask, positions=positions, columns=columns, **options)[0]
 
     def answer_logits(self, prefix: CachedPrefix, soft: SoftPrompt, target_ids: Sequence[Ids]) -> Tensor:
-        """Return the logits of R answers behind cached prompts and soft tokens, (R, L, V), L = the longest answer."""
-        # The last token of an answer predicts nothing, so it is no input; the last soft token predicts the first.
+        """Return the logits (R, L, V) of R answers after cached prompts and soft tokens; L is the longest answer."""
+        # The last soft token predicts the first answer token. The last answer token predicts nothing, so leave it out.
         ids = pad([row[:-1] for row in target_ids], fill=0, side="right").to(self.llm.device)
         embeds = torch.cat([self._cast(soft), self.llm.embed(ids)], dim=1)
         # Padding comes after all predicted tokens, so it needs no mask.
         return self.logits(embeds, prefix, columns=torch.arange(soft.tokens - 1, embeds.shape[1]))
 
     def scores_after_first(self, states: Tensor, lengths: Tensor, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of labels without their first tokens behind a `CachedPrefix`, (P, n labels)."""
+        """Return the log-probability of the labels' tokens after the first, given P cached prompts, (P, n labels)."""
         rows = list(label_ids) * len(lengths)
         ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)
         prefix = CachedPrefix(states, lengths)
@@ -94,7 +97,7 @@ class CachedPrefixRunner(Runner):
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
     def load_prefix(self, prompts: Sequence[Prompt], *, share: bool = False) -> CachedPrefix:
-        """Return the states of prompts; with `share`, equal adjacent prompts share theirs if all repeat equally."""
+        """Return the states of prompts. With `share`, equal neighbors share states if all repeat equally often."""
         rows = [row.ids for row in self.llm.prompt_tokenizer.encode_prompts(prompts)]
         groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]
         if share and len({size for _, size in groups}) == 1:

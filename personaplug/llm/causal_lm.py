@@ -22,7 +22,7 @@ from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.row_by_row import RowByRowRunner, UncachedRunner
 from personaplug.llm.soft_prompt import IGNORED, Spliced
 
-_LABEL_ROWS = 64  # (sample, label) rows per pass; bounds the copies of the prompt's cache
+_LABEL_ROWS = 64  # (sample, label) rows per pass; limits the copies of the prompt's cache
 
 
 class CausalLM(LanguageModel):
@@ -60,12 +60,12 @@ class CausalLM(LanguageModel):
 
     @property
     def max_cached_tokens(self) -> int | None:
-        """Longest sequence whose cached states stay right, or None if the config names no limit."""
+        """Longest sequence whose cached states stay valid; None if the config sets no limit."""
         limits = [length for length in (self.max_positions, self.rope_switch) if length is not None]
         return min(limits, default=None)
 
     def _reaches_rope_switch(self, batch: PromptBatch, *, new_tokens: int) -> bool:
-        """Return True if a row may become so long that the model computes all of its positions otherwise."""
+        """Return True if a row may exceed the length at which the model recomputes all rotary positions."""
         if self.rope_switch is None:
             return False
         prompts = [len(row.ids) for row in self.prompt_tokenizer.encode_prompts(batch.prompts, batch.soft_at)]
@@ -73,7 +73,7 @@ class CausalLM(LanguageModel):
         return max(prompts, default=0) + soft_tokens + new_tokens > self.rope_switch
 
     def reset_ropes(self) -> None:
-        """Forget the length of earlier texts, which dynamic rotary positions would go on with."""
+        """Reset dynamic rotary positions, which otherwise depend on the length of earlier texts."""
         for rope in self._ropes:
             if "dynamic" in str(rope.rope_type) and hasattr(rope, "original_inv_freq"):
                 rope.inv_freq = rope.original_inv_freq.to(self.device)
@@ -96,7 +96,7 @@ class CausalLM(LanguageModel):
     ) -> tuple[Tensor, Any]:
         """Run the model on (B, T, D) and return its logits (B, C, V) and its output.
 
-        `mask` is (B, T or more), `positions` (B, T), `columns` (C,) the indices in T whose logits are needed.
+        `mask` is (B, T or more), `positions` (B, T). `columns` (C,) are the indices in T whose logits are needed.
         """
         self.reset_ropes()
         if "position_ids" in self.accepted:
@@ -107,15 +107,15 @@ class CausalLM(LanguageModel):
         return logits if "logits_to_keep" in self.accepted else logits[:, columns.to(logits.device)], output
 
     def only_columns(self, columns: Tensor) -> dict[str, Tensor]:
-        """Return the argument that limits the logits to some columns, if the model has it."""
-        # A tensor of indices, not a number: a number makes a strided slice, which torch multiplies row by row with a
-        # copy of the whole output layer (measured: 1.1 s instead of 0.01 s per batch).
+        """Return the argument that limits the logits to these columns, if the model takes it."""
+        # Pass a tensor of indices. A number gives a strided slice, which torch multiplies row by row with a copy of the
+        # whole output layer (1.1 s instead of 0.01 s per batch).
         return {"logits_to_keep": columns.to(self.device)} if "logits_to_keep" in self.accepted else {}
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return states as `compute_prompt_states` and the last logits (B, V) of left-padded rows (B, T, D)."""
-        cache = DynamicCache()  # without a config it keeps all tokens, also those beyond a sliding window
+        """Run left-padded rows (B, T, D); return states as in `compute_prompt_states`, and the last logits (B, V)."""
+        cache = DynamicCache()  # without a config, the cache also keeps tokens beyond a sliding window
         positions, last = (mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])
         logits, _ = self.forward(
             embeds, mask=mask, positions=positions, columns=last, use_cache=True, **{self.cache_name: cache}
@@ -132,11 +132,11 @@ class CausalLM(LanguageModel):
 
 
 class SplicedRunner(Runner):
-    """Prompt, soft tokens and answer in one sequence; for soft tokens at any position, or none.
+    """Runs prompt, soft tokens and answer as one sequence. Soft tokens may be at any position or absent.
 
     Args:
-        repeats_cache: score labels behind copies of the prompt's cache; else each label in a pass of its own.
-        decodes: generate token by token here; else, and with beams, by transformers.
+        repeats_cache: True = score labels with copies of the prompt's cache; False = with a full pass per label.
+        decodes: True = decode token by token here, except with beams; False = let transformers generate.
     """
 
     def __init__(self, llm: CausalLM, *, repeats_cache: bool = True, decodes: bool = True) -> None:
@@ -183,7 +183,7 @@ class SplicedRunner(Runner):
         )
 
     def _scores_after(self, output: Any, first: Tensor, *, spliced: Spliced, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of labels, (B, len(label_ids)); `first` are those of all first tokens, (B, V)."""
+        """Return the log-probability of labels, (B, len(label_ids)), given those of the first tokens, `first`."""
         size, count = first.shape[0], len(label_ids)
         ids, mask = pad_with_mask(label_ids, side="right", device=self.llm.device)  # (count, L)
         total = first[:, ids[:, 0]]
@@ -207,13 +207,13 @@ class SplicedRunner(Runner):
 
 
 class _Sequence:
-    """Rows whose tokens so far are in the model's own cache; `mask` (B, T) is 1 at real ones."""
+    """Rows in the model's own cache; `mask` (B, T) is 1 at real tokens."""
 
     def __init__(self, llm: CausalLM, mask: Tensor, cache: Any) -> None:
         self.llm, self.mask, self.cache = llm, mask, cache
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Add one token (B,) to each row and return the logits behind it, (B, V)."""
+        """Append one token to each row, (B,), and return the next logits, (B, V)."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         logits, output = self.llm.forward(
             self.llm.embed(tokens)[:, None],
@@ -228,7 +228,7 @@ class _Sequence:
 
 
 def is_switching_rope(module: Any) -> bool:
-    """Return True for rotary positions that all change beyond some length (longrope, dynamic)."""
+    """Return True for rotary positions that change in texts beyond some length (longrope, dynamic)."""
     kinds = getattr(module, "rope_type", None)
     names = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
     return any(name == "longrope" or "dynamic" in str(name) for name in names)

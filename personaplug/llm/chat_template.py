@@ -1,7 +1,7 @@
 """The chat template of a tokenizer, as tokens around the texts of messages.
 
-A template is rendered around placeholders and checked once: it must show a message's text as it is, or without outer
-white space. Templates that write today's date write one recorded day instead.
+A template is rendered with placeholders and checked once. It must print a message's text unchanged, or without outer
+white space. A template that prints today's date prints a recorded date instead.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
 PLACEHOLDER = "personaplugplaceofthetext"
 _PROBE = ' \n\tI\tdon\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
 _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
-_MAX_SHOWN_ROLES = 10  # in messages
-_DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
+_MAX_SHOWN_ROLES = 10  # in an error message
+_DATE_CALL = "strftime_now"  # the template function for today's date
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Frame:
 
     Attributes:
         parts: tokens before the first text and after each (M + 1).
-        leads: what is tokenized together with the beginning of each text (M): the space that a template puts before it.
+        leads: text that is tokenized together with each message (M): the template's space before it, or nothing.
     """
 
     parts: list[list[int]]
@@ -38,11 +38,11 @@ class Frame:
 
 
 class ChatTemplate(ABC):
-    """Tokens around messages. Make one with `of`.
+    """Tokens around messages. Create one with `of`.
 
     Attributes:
-        writes_date: whether prompts hold a date, and so depend on the day.
-        form: the text of a message as the template shows it, which may strip it.
+        writes_date: True if the template prints a date.
+        form: maps the text of a message to the text that the template prints, which may be stripped.
     """
 
     writes_date = False
@@ -50,10 +50,10 @@ class ChatTemplate(ABC):
 
     @staticmethod
     def of(tokenizer: Any, texts: TextTokenizer, *, day: str) -> ChatTemplate | None:
-        """Return a tokenizer's template, or None if it has none; `day` (ISO) is the date that it writes.
+        """Return a tokenizer's template, or None if it has none; `day` is the ISO date that the template prints.
 
         Raises:
-            ConfigError: if the template does not show a user's text exactly once and as it is.
+            ConfigError: if the template changes or repeats a user's text.
         """
         if is_mistral_common(tokenizer):
             return _MistralTemplate(tokenizer, texts)
@@ -64,7 +64,7 @@ class ChatTemplate(ABC):
         """Return the tokens before the first message and after each.
 
         Raises:
-            ConfigError: if the template refuses these roles, or does not show the messages one by one in order.
+            ConfigError: if the template rejects these roles, or does not print the messages one by one in order.
         """
 
 
@@ -94,8 +94,8 @@ class _JinjaTemplate(ChatTemplate):
         options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": self._source}
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except Exception as error:  # of any type: templates are programs, and refuse roles by an error of their own
-            raise _refused(roles) from error
+        except Exception as error:  # a template is a program that may raise any error
+            raise _rejected(roles) from error
 
     def _form(self) -> Callable[[str], str]:
         head, tail = self._parts(["user"])
@@ -108,7 +108,7 @@ class _JinjaTemplate(ChatTemplate):
 
 
 class _MistralTemplate(ChatTemplate):
-    """mistral-common has no template: it gives the tokens of messages, among which those of the texts are found."""
+    """The template of mistral-common, which returns only tokens; the tokens of the texts are located in them."""
 
     def __init__(self, tokenizer: Any, texts: TextTokenizer) -> None:
         self._tokenizer, self._texts = tokenizer, texts
@@ -135,40 +135,50 @@ class _MistralTemplate(ChatTemplate):
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
             return list(self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-        except Exception as error:  # of any type, from mistral-common
-            raise _refused(roles) from error
+        except Exception as error:  # mistral-common raises errors of several types
+            raise _rejected(roles) from error
 
 
 def dated_template(source: str, day: str) -> str:
-    """Return a template that writes one day wherever it would ask for today's date."""
-    then = date.fromisoformat(day)
-    values = {f"%{flag}{sign}": then.strftime(f"%{flag}{sign}") for flag in ("", "-") for sign in string.ascii_letters}
+    """Return the template with a fixed day in place of today's date."""
+    template_date = date.fromisoformat(day)
+    values = {
+        f"%{flag}{sign}": template_date.strftime(f"%{flag}{sign}")
+        for flag in ("", "-")
+        for sign in string.ascii_letters
+    }
     quoted = {directive: value.replace("'", "\\'") for directive, value in values.items() if value != directive}
-    written = "".join(f" | replace('{directive}', '{value}')" for directive, value in quoted.items())
-    return f"{{%- macro {_DATE_CALL}(format) -%}}{{{{ format{written} }}}}{{%- endmacro %}}\n{source}"
+    filters = "".join(f" | replace('{directive}', '{value}')" for directive, value in quoted.items())
+    return f"{{%- macro {_DATE_CALL}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{source}"
 
 
 def find_sequence(ids: Sequence[int], part: Sequence[int]) -> int | None:
-    """Return where `part` begins in `ids`, or None."""
+    """Return the index at which `part` begins in `ids`, or None."""
     return next((start for start in range(len(ids)) if list(ids[start : start + len(part)]) == list(part)), None)
 
 
-def _check_order(found: Sequence[int], count: int) -> None:
-    if list(found) != list(range(count)):
+def _check_order(order: Sequence[int], count: int) -> None:
+    if list(order) != list(range(count)):
         raise _not_in_order()
 
 
 def _not_in_order() -> ConfigError:
-    return ConfigError("The model's chat template does not show these messages one by one in order.")
+    return ConfigError(
+        "The model's chat template does not print these messages one by one in order. Use other roles, or a model "
+        "whose template supports them."
+    )
 
 
-def _refused(roles: Sequence[str]) -> ConfigError:
-    shown = ", ".join([*roles[:_MAX_SHOWN_ROLES], *(["…"] if len(roles) > _MAX_SHOWN_ROLES else [])])
-    return ConfigError(f"The model's chat template refuses messages with the roles {shown} in this order.")
+def _rejected(roles: Sequence[str]) -> ConfigError:
+    names = ", ".join([*roles[:_MAX_SHOWN_ROLES], *(["…"] if len(roles) > _MAX_SHOWN_ROLES else [])])
+    return ConfigError(
+        f"The model's chat template rejects messages with the roles {names} in this order. Use roles that it supports, "
+        f"for example user, assistant, user."
+    )
 
 
 def _changes_text() -> ConfigError:
     return ConfigError(
-        "The model's chat template changes a user's text, or shows it in several places, so prompts would not hold "
-        "what users write. Give the model's folder a template (chat_template.jinja) that writes {{ message.content }}."
+        "The model's chat template must print a user's text once and unchanged, but it changes or repeats the text. "
+        "Put a chat_template.jinja that prints {{ message.content }} into the model's folder."
     )

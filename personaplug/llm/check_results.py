@@ -1,4 +1,4 @@
-"""Results of checks of models, in memory and in a file of the user's cache folder, so that each check runs once."""
+"""Results of model checks, cached in memory and in the user's cache folder, so that each check runs once."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from personaplug.llm.base import LanguageModel
 
 _FILE = "model-checks.json"
-_MAX_RESULTS = 256  # in the file; the oldest go first
-_MIN_SECONDS = 1.0  # a faster check is not worth a file
+_MAX_RESULTS = 256  # in the file; the oldest are dropped
+_MIN_SECONDS = 1.0  # the results of faster checks are not written to the file
 
 _in_memory: dict[str, ModelCheck] = {}
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What a check found. Reasons are sentences without the model's name."""
+    """Result of a model check. Its reasons do not name the model."""
 
-    way: str  # of `LanguageModel.ways`; empty = the model is refused
-    why_not_faster: str = ""  # if it is not the first way; of a refused model, what is wrong
-    layout: Layout | None = None  # of cached prompts
+    way: str  # a key of `LanguageModel.ways`; empty = the model is refused
+    why_not_faster: str = ""  # why faster runners failed, or why the model is refused
+    layout: Layout | None = None  # of cached prompt states
     why_no_prompt_cache: str = ""
 
 
 def result_key(llm: LanguageModel, texts: list[Any]) -> str:
-    """Return a hash of all that decides what a check finds: weights, config, dtype, code, versions, device, texts."""
+    """Return a hash of everything that a result depends on: weights, config, dtype, code, versions, device, texts."""
     parts = [
         *(llm.identity.fingerprint, type(llm.model).__name__, llm.dtype, llm.device.type, _code_digest(), texts),
         *(version("torch"), version("transformers"), llm.model.config._attn_implementation),
@@ -50,7 +50,7 @@ def result_key(llm: LanguageModel, texts: list[Any]) -> str:
 
 
 def find_result(key: str) -> ModelCheck | None:
-    """Return an earlier result; a damaged file or entry counts as none."""
+    """Return a cached result, or None if it is missing or damaged."""
     if key not in _in_memory:
         with suppress(AttributeError, KeyError, TypeError, ValueError):
             entry = dict(_read()[key])
@@ -62,7 +62,7 @@ def find_result(key: str) -> ModelCheck | None:
 
 
 def keep_result(key: str, result: ModelCheck, *, seconds: float) -> None:
-    """Keep a result in memory, and in the file if the check took long and the folder can be written."""
+    """Cache a result in memory. Also write it to the file if the check was slow and the folder is writable."""
     _in_memory[key] = result
     if seconds < _MIN_SECONDS:
         return
@@ -82,7 +82,7 @@ def _read() -> dict[str, Any]:
 
 @cache
 def _code_digest() -> str:
-    """Hash this folder's code, so that a result never outlives the code that it is about."""
+    """Hash the code of this folder, so that a change of the code invalidates all results."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

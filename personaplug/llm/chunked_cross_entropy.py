@@ -1,7 +1,7 @@
 """Cross-entropy (PPlug, eq. 6) and KL divergence over a large vocabulary with little memory traffic.
 
-The logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so that these fit into
-the CPU cache. The backward pass needs only the original logits.
+The logits are the largest tensor of a step. They are converted to float32 in chunks that fit into the CPU cache. The
+backward pass needs only the original logits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from personaplug.llm.ngram_cache import UserNgramCache, interpolate_losses
 from personaplug.llm.soft_prompt import IGNORED
 
 _CPU_LOGITS = 2**18  # logits per chunk on a CPU: 1 MB in float32
-_GPU_LOGITS = 2**26  # elsewhere, because a kernel launch costs more than the memory
+_GPU_LOGITS = 2**26  # on other devices, because kernel launches cost more than memory
 
 
 def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:
     """Return the sum of −log p over each row's labels (eq. 6) and the number of labels, both (B,).
 
-    `logits` (B, L, V) are aligned with `labels` (B, L), which are IGNORED if there is nothing to predict.
+    `logits` (B, L, V) are aligned with `labels` (B, L). A label is IGNORED if there is nothing to predict.
     """
     is_label = labels != IGNORED
     losses: Tensor = _TokenLosses.apply(logits, labels, is_label)  # type: ignore[no-untyped-call]
@@ -35,22 +35,22 @@ def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] 
 def token_divergence(plain: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     """Return the sum of KL(plain ‖ other) over each row's labels, in nats, (B,), computed in float32.
 
-    Both are logits (B, L, V) and labels (B, L) as in `token_loss`. The labels of a row are the same tokens in both, but
-    may be padded on different sides.
+    Both arguments are logits (B, L, V) and labels (B, L) as in `token_loss`. Their labels are the same tokens, but may
+    be padded on different sides.
     """
     (plain_logits, plain_positions), (logits, positions) = _labeled(*plain), _labeled(*other)
     divergences = plain_logits.new_empty(len(positions), dtype=torch.float32)
     for chunk in _chunks(logits, len(positions)):
         log_p, log_q = log_softmax(plain_logits[plain_positions[chunk]]), log_softmax(logits[positions[chunk]])
         p = log_p.exp()
-        # Where p is 0 so is the term, whatever q is. Rounding could make the divergence of equals slightly negative.
+        # The term is 0 if p is 0, for any q. Clamp, because rounding can make the divergence slightly negative.
         divergences[chunk] = (p * (log_p - log_q)).masked_fill(p == 0, 0).sum(dim=1).clamp(min=0)
     is_label = plain[1] != IGNORED
     return divergences.new_zeros(is_label.shape).masked_scatter(is_label, divergences).sum(dim=1)
 
 
 def _labeled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits as (B · L, V), and at which of them there is a label."""
+    """Return logits as (B · L, V) and the indices of the rows that have a label."""
     return logits.flatten(0, 1), (labels != IGNORED).flatten().nonzero()[:, 0]
 
 
@@ -61,7 +61,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 class _TokenLosses(torch.autograd.Function):
     """−log p at the n labeled positions of (B, L, V) logits, row by row, in float32.
 
-    The gradient is softmax − one-hot at labeled positions and 0 elsewhere; other logits are never read.
+    The gradient is softmax − one-hot at labeled positions and 0 elsewhere. Logits elsewhere are never read.
     """
 
     @staticmethod

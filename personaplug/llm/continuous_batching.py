@@ -1,4 +1,4 @@
-"""Continuous batching: requests share each pass over the model's weights; they join and leave between two tokens."""
+"""Continuous batching: requests share each forward pass, and join or leave between two tokens."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Slot:
     prompt: TokenizedPrompt
     soft: SoftPrompt | None  # one row
     config: GenerationConfig  # without beams
-    choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
+    choices: Sequence[Ids] = ()  # allowed responses, () = any; no choice is a prefix of another
     ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
-    needs_scores: bool = False  # of the choices
-    scores: list[float] = field(default_factory=list)  # log-probability of each choice with its bias, if needed
+    needs_scores: bool = False  # True = compute `scores` in any case
+    scores: list[float] = field(default_factory=list)  # log-probability of each choice, label bias included
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
-    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no token possible
+    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no valid token
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
 
     def choose(self, index: int) -> None:
-        """End with a choice; an error if its score is no number, which ends this slot alone."""
+        """End the slot with a choice, or as failed if a score is NaN or the choice's score is −inf."""
         is_finite = all(score == score for score in self.scores) and self.scores[index] > -torch.inf
         self.ids, self.ended = (list(self.choices[index]), "stop") if is_finite else ([], "failed")
 
     def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
-        """Choose the next token from (V,) logits on the CPU; an error ends this slot alone."""
+        """Choose the next token from (V,) logits on the CPU; an error ends only this slot."""
         try:
             self._append_next(logits, end_ids=end_ids)
         except (RuntimeError, ValueError):
@@ -67,7 +67,7 @@ class Slot:
             self.ended = "length"
 
     def _mask_choices(self, logits: Tensor) -> Tensor:
-        """Return logits that are −inf except at tokens that continue a choice, with the label bias."""
+        """Set logits to −inf, except at tokens that continue a choice, and add the label bias."""
         count = len(self.ids)
         allowed = sorted({choice[count] for choice in self.choices if list(choice[:count]) == self.ids})
         masked = torch.full_like(logits, -torch.inf)
@@ -79,12 +79,12 @@ class Slot:
 
 
 class ContinuousBatch:
-    """Slots that decode together, for one thread; the model must have `supports_prompt_cache`."""
+    """Slots that decode together. Not thread-safe; the model must support the prompt cache."""
 
     def __init__(self, llm: CausalLM) -> None:
         self.llm = llm
         self._slots: list[Slot] = []
-        self._prefix: CachedPrefix | None = None  # states of the slots' tokens, all but the last
+        self._prefix: CachedPrefix | None = None  # states of the slots' tokens, except the last one
 
     def __len__(self) -> int:
         return sum(slot.ended is None for slot in self._slots)
@@ -126,7 +126,7 @@ class ContinuousBatch:
                 slot.append_next(own_logits, end_ids=self.llm.end_ids)
 
     def _scores(self, slot: Slot, states: Tensor, first: Tensor) -> list[float]:
-        """Return the log-probability of each choice behind a slot's prompt and its (V,) last logits, with its bias."""
+        """Return the log-probability of each choice with its bias, given a slot's states and last logits (V,)."""
         scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]]
         if any(len(choice) > 1 for choice in slot.choices):
             lengths = torch.tensor([states.shape[2]], device=self.llm.device)
@@ -149,7 +149,7 @@ class ContinuousBatch:
         self._prefix = CachedPrefix(*pad_states(states, device=self.llm.device)) if states else None
 
     def _prefill(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
-        """Return the states of prompts with soft tokens of one shape, and the logits behind them."""
+        """Run prompts whose soft tokens have one shape; return their states and last logits."""
         llm = self.llm
         ids, mask = pad_with_mask([slot.prompt.ids for slot in slots], side="left", device=llm.device)
         at = torch.tensor([slot.prompt.soft_position for slot in slots])

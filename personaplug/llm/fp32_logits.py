@@ -1,6 +1,7 @@
 """Logits in float32 from a half-precision model, outside of training.
 
-bfloat16 rounds a logit between 32 and 64 to a multiple of 0.25. Close labels then tie, and the first one wins.
+bfloat16 rounds a logit between 32 and 64 to a multiple of 0.25. Labels with close logits would tie, and the first one
+would win.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ _GPU_ROWS = 2**14  # fewer, larger kernels
 def use_fp32_logits(model: Any) -> None:
     """Make a half-precision `nn.Linear` output layer multiply in float32 if gradients are off.
 
-    Weights are converted a block of rows at a time, so no float32 copy is kept. Training keeps the fast product: its
-    gradients average over many tokens.
+    Weights are converted in blocks of rows, so no float32 copy of the layer is kept. Training uses the fast product,
+    because its gradients average over many tokens.
     """
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -28,7 +29,7 @@ def use_fp32_logits(model: Any) -> None:
     def forward(states: Tensor) -> Tensor:
         return half_precision_forward(states) if torch.is_grad_enabled() else _fp32_product(states, head)
 
-    setattr(head, "forward", forward)  # noqa: B010  # on this instance only; mypy knows no assignment to a method
+    setattr(head, "forward", forward)  # noqa: B010  # for this instance only; mypy rejects an assignment to a method
 
 
 def _fp32_product(states: Tensor, head: nn.Linear) -> Tensor:

@@ -23,7 +23,7 @@ def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.
     if config.top_p == 1:
         return torch.multinomial(probs, 1, generator=generator)[:, 0]
     probs, order = probs.sort(dim=-1, descending=True)
-    # A token stays if those before it cover less than top_p; the most likely token always stays.
+    # Keep a token if the more likely tokens cover less than top_p. Always keep the most likely token.
     is_dropped = probs.cumsum(dim=-1) - probs >= config.top_p
     is_dropped[..., 0] = False
     probs = probs.masked_fill(is_dropped, 0)
@@ -33,7 +33,7 @@ def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.
 def decode_tokens(
     llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, *, decoding: Decoding
 ) -> list[list[int]]:
-    """Return the token ids of R responses; rows that have ended go on until all have."""
+    """Return the token ids of R responses; ended rows continue until all rows have ended."""
     first = decoding.first
     end = torch.tensor(llm.end_ids, device=first.device)
     generator = torch.Generator(first.device).manual_seed(config.seed)
@@ -54,8 +54,8 @@ def decode_tokens(
 def generate_with_transformers(
     llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, **inputs: Any
 ) -> list[list[int]]:
-    """Return the token ids that transformers generates from `inputs`; torch's global random state stays unchanged."""
-    start = inputs.get("decoder_input_ids")  # they come back in front of the response
+    """Return the token ids that transformers generates from `inputs`. Torch's global random state stays unchanged."""
+    start = inputs.get("decoder_input_ids")  # transformers returns them before the response
     first = 0 if start is None else int(start.shape[1])
     processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
     with torch.random.fork_rng(devices=[]):
@@ -75,9 +75,9 @@ def generate_with_transformers(
 
 
 def _as_transformers(config: GenerationConfig, llm: LanguageModel) -> Any:
-    # top_k=0 is no limit; None would become transformers' default.
+    # top_k=0 means no limit; None would mean transformers' default.
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    config_class: Any = TransformersConfig  # its constructor has no annotations
+    config_class: Any = TransformersConfig  # untyped constructor
     return config_class(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,

@@ -1,8 +1,8 @@
 """Bias of the labels of a closed set, distributed over their tokens.
 
-A label of several tokens gets its bias where its tokens branch off from other labels: each branch gets the mean of its
-labels' e^bias, relative to the mean over all branches. Along a label this sums to its own bias minus a constant common
-to all labels. For labels with a common beginning, token-by-token decoding then approximates whole-label scoring.
+A label gets its bias at the tokens at which labels branch. A branch gets the log of its labels' mean e^bias, relative
+to the mean over all branches. Along a label, these values sum to the label's bias minus a constant that all labels
+share. For labels with a common prefix, token-by-token decoding then approximates whole-label scoring.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LabelBias:
         self._branches = _label_branches(tuple(map(tuple, labels)))
 
     def next_token_bias(self, prefix: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Return the n tokens that continue `prefix` to a label and their bias (B, n); n = 0 if there is only one."""
+        """Return the n tokens that continue `prefix` to a label, and their bias (B, n). A single token gives n = 0."""
         branches = self._branches.get(tuple(prefix), {})
         if len(branches) < 2:
             return [], self.values[:, :0]
@@ -43,7 +43,7 @@ class LabelBias:
         return self.next_token_bias(prefix)
 
     def add_to(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Add the bias to (B, L, V) logits of (B, L) targets, in float32 because half precision would round it away."""
+        """Add the bias to the logits (B, L, V) of targets (B, L), in float32 so that no small bias is rounded away."""
         cached_bias = lru_cache(self.next_token_bias)
         positions: list[tuple[int, int, int]] = []
         values = [self.values[0, :0]]
@@ -59,7 +59,7 @@ class LabelBias:
 
 @lru_cache(maxsize=8)  # every training step needs the same labels
 def _label_branches(labels: tuple[Ids, ...]) -> dict[Ids, dict[int, list[int]]]:
-    """Map each prefix to its next tokens, and each of these to the indices of the labels that it leads to."""
+    """Map each prefix to its next tokens, and each next token to the indices of its labels."""
     branches: dict[Ids, dict[int, list[int]]] = defaultdict(dict)
     for index, ids in enumerate(labels):
         for count, token in enumerate(ids):

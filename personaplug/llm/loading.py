@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_llm(config: ModelConfig) -> LanguageModel:
-    """Load the language model of a config, or raise MissingModel; `toy` and `toy:SEED` name a tiny random one."""
+    """Load the language model of a config, or raise MissingModel; `toy` and `toy:SEED` name a tiny random model."""
     settings = {
         "max_prompt_tokens": config.max_prompt_tokens,
         "chat_date": None if config.chat_date == "auto" else config.chat_date,
@@ -33,7 +33,7 @@ def open_llm(config: ModelConfig) -> LanguageModel:
     if kind != "toy":
         return load_hf(config.llm, dtype=config.dtype, device=choose_device(config.device), **settings)
     if not re.fullmatch("[0-9]{1,18}", seed or "0"):
-        raise ConfigError(f"The toy model is written toy or toy:SEED with a whole number; found {config.llm!r}.")
+        raise ConfigError(f"The toy model's name must be toy or toy:SEED, SEED a whole number; found {config.llm!r}.")
     return load_tiny_llm(seed=int(seed or "0"), **settings)
 
 
@@ -46,12 +46,12 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise ConfigError(f"model.device must be a device of this machine, such as cpu; found {name!r}.") from None
+        raise ConfigError(f"model.device must be a device of this machine, for example cpu; found {name!r}.") from None
     return name
 
 
 def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any) -> LanguageModel:
-    """Load a frozen language model by a name that `find_model` knows; `settings` are those of `LanguageModel`."""
+    """Load a frozen language model by a name that `find_model` knows; `settings` go to `LanguageModel`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = find_model(name)
@@ -61,28 +61,28 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
     try:
         is_encoder_decoder = bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
         auto_class: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        # The backward pass of torch's fused attention is slow in bfloat16 on a CPU; eager takes two thirds of the time.
+        # On a CPU in bfloat16, the backward pass of eager attention takes two thirds of the time of fused attention.
         options = {"attn_implementation": "eager"} if (device, torch_dtype) == ("cpu", torch.bfloat16) else {}
         with quiet_unless_terminal():
             model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options).to(device)
     except (OSError, ValueError) as error:
-        raise MissingModel(name, tried=[f"{folder}, where transformers says: {first_line(error)}"]) from error
+        raise MissingModel(name, tried=[f"{folder} (error of transformers: {first_line(error)})"]) from error
     return wrap_model(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
 
 
 def wrap_model(model: Any, tokenizer: Any, *, name: str, **settings: Any) -> LanguageModel:
-    """Check a model of transformers and return it as a frozen language model, or raise UnsupportedModel."""
+    """Check a transformers model and return it as a frozen language model, or raise UnsupportedModel."""
     llm_class = Seq2SeqLM if model.config.is_encoder_decoder else CausalLM
     try:
         return llm_class(model, tokenizer, name=name, **settings)
     except (PersonaPlugError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a family may lack anything that this package asks a model for
-        raise UnsupportedModel(name, f"its family lacks something ({first_line(error)})") from error
+    except Exception as error:  # an unsupported family may raise any error
+        raise UnsupportedModel(name, f"its family lacks a required feature ({first_line(error)})") from error
 
 
 def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:
-    """Return the number format and the reason for it; `auto` uses bfloat16 if the hardware multiplies in it."""
+    """Return the dtype and the reason for it; `auto` uses bfloat16 if the hardware has bfloat16 arithmetic."""
     if name != "auto":
         return getattr(torch, name), "as configured"
     on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported()

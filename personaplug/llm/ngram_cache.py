@@ -1,13 +1,13 @@
 """User n-gram cache: a cache language model of a user's past answers, interpolated with the frozen model.
 
-A small model does not spell names and fixed expressions out of soft tokens; counting does. The model's distribution is
-interpolated with the tokens that followed the last 0, 1 and 2 tokens in past answers, longest last:
+Soft tokens do not make a small model spell names and fixed expressions; n-gram counts do. The model's distribution is
+interpolated with the tokens that followed the last 0, 1 and 2 tokens in past answers, longest context last:
 
     p ← (1 − s) · p + s · count(context, token) / n        s = n / (n + discount · u)
 
-n = occurrences of the context, u = different tokens that followed it. Source: Kuhn and De Mori, 1990; s is Witten and
-Bell, 1991, method C, which has a discount of 1. Ours is larger because a language model is worth more than a shorter
-context.
+n = occurrences of the context, u = distinct tokens that followed it. Source: Kuhn and De Mori, 1990. s is method C of
+Witten and Bell, 1991, which has a discount of 1. The discounts here are larger, because a language model predicts
+better than a shorter context.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 
-# By context length; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases").
+# By context length. Chosen on training users that were held out (benchmarks/LOG.md, "a user's own phrases").
 DISCOUNT = (100.0, 30.0, 10.0)
-MAX_CHARACTERS = 2048  # of an answer that are counted; a book would block the server
+MAX_CHARACTERS = 2048  # counted per answer; a very long answer would block the server
 _START = -1  # the context before the first token
-_ENTRY_BYTES = 160  # of one (context, token) entry, with its share of the dictionaries
+_ENTRY_BYTES = 160  # memory of one (context, token) entry, its part of the dictionaries included
 
 
 class UserNgramCache:
-    """N-gram counts of one user's answers, which are token ids with the end-of-text token."""
+    """N-gram counts of one user's answers, given as token ids with the end-of-text token."""
 
     def __init__(self, answers: Iterable[Sequence[int]]) -> None:
         counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
@@ -38,7 +38,7 @@ class UserNgramCache:
             for index, token in enumerate(answer):
                 for context in _contexts(answer, index):
                     counts[context][token] += 1
-        self._after = {context: _NextTokens(seen, DISCOUNT[len(context)]) for context, seen in counts.items()}
+        self._after = {context: _NextTokens(counter, DISCOUNT[len(context)]) for context, counter in counts.items()}
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +78,15 @@ class _NextTokens:
 
     @cached_property
     def arrays(self) -> tuple[Tensor, Tensor]:
-        """Tokens and their counts; built on first use because generation visits few contexts."""
+        """Tokens and their counts; built at first use, because generation visits few contexts."""
         return torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()))
 
 
 def interpolate_logits(logits: Tensor, ngrams: Sequence[UserNgramCache], prefixes: Sequence[Sequence[int]]) -> Tensor:
-    """Interpolate next-token logits of R answers, `prefixes` so far; (R, V) log-probabilities, −inf stays −inf."""
+    """Interpolate the next-token logits of R answers that begin with `prefixes`.
+
+    Returns log-probabilities, (R, V); −inf stays −inf.
+    """
     probs = torch.softmax(logits.float(), dim=-1)
     rows = zip(probs, ngrams, prefixes, strict=True)
     mixed = torch.stack([cache.interpolate(row, prefix) for row, cache, prefix in rows]).log()
@@ -99,11 +102,11 @@ def interpolate_losses(losses: Tensor, labels: Tensor, ngrams: Sequence[UserNgra
 
 
 def check_ngrams(task: Task) -> None:
-    """Raise ConfigError unless users of a task write answers, so that n-grams can be counted."""
+    """Raise ConfigError unless history items of a task have free-text answers, so that n-grams can be counted."""
     if task.labels:
         raise ConfigError(
-            f"Phrases need written answers, but {task.name} has a closed set of labels. A plug already sees the "
-            f"user's own labels; leave phrases out."
+            f"Phrases need free-text answers, but task {task.name} has a closed set of labels. Leave phrases out; a "
+            f"plug already reads the user's labels."
         )
     if task.answer_field is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Rows of different lengths as one tensor."""
+"""Pad rows of different lengths to one tensor."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def pad(rows: Sequence[Sequence[int]], *, fill: int, side: str) -> Tensor:
 
 
 def pad_with_mask(rows: Sequence[Sequence[int]], *, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids padded with 0, and the mask that is 1 at real tokens; both (B, T)."""
+    """Return token ids padded with 0, and a mask that is 1 at real tokens; both (B, T)."""
     mask = pad([[1] * len(row) for row in rows], fill=0, side=side)
     return pad(rows, fill=0, side=side).to(device), mask.to(device)
 
 
 def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack B states (parts, heads, n, width), padded on the left: (parts, B, heads, T, width), and the n, (B,)."""
+    """Stack B states (parts, heads, n, width) with left padding.
+
+    Returns the states, (parts, B, heads, T, width), and their lengths n, (B,).
+    """
     lengths = [prompt_states.shape[2] for prompt_states in states]
     parts, heads, _, width = states[0].shape
     stacked = states[0].new_empty(parts, len(states), heads, max(lengths), width, device=device)
@@ -44,7 +47,7 @@ def left_padding_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def group_by_length(items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Group items of similar length, longest first, so that a padded group stays below a token limit."""
+    """Group items of similar length, longest first, so that each padded group stays within the token limit."""
     group: list[T] = []
     for item in sorted(items, key=length, reverse=True):
         if group and length(group[0]) * (len(group) + 1) > _GROUP_TOKENS:

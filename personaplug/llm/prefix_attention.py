@@ -1,7 +1,7 @@
 """Attention from live tokens (soft tokens and answer) to a cached prompt.
 
 The keys and values of a frozen model's prompt are constant, so they get no gradient. Grouped-query heads are multiplied
-together without repeating keys or values, and several live rows can share one cached prompt.
+together without repeated keys or values. Several live rows can share one cached prompt.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
 
 
 class CachedPrefix(Cache):
-    """Keys and values of P prompts for forward passes of R live rows behind them; R is a multiple of P.
+    """Keys and values of P prompts for forward passes of R live rows that follow them; R is a multiple of P.
 
-    The model sees a cache of T + L tokens. Prompt and live tokens are never concatenated; they meet in `attend`.
+    The model sees a cache of T + L tokens. Prompt and live tokens are never concatenated; `attend` combines them.
 
     Args:
         states: (2 · layers, P, heads, T, head width), keys and values alternating, padded on the left.
@@ -62,8 +62,8 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.live = DynamicLayer()  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of live tokens; return those of all live tokens."""
-        if not self.live.is_initialized:  # avoids the copy of a concatenation with nothing
+        """Append keys and values of live tokens; return the keys and values of all live tokens."""
+        if not self.live.is_initialized:  # avoids a copy by concatenation with an empty tensor
             self.live.keys, self.live.values, self.live.is_initialized = key_states, value_states, True
             return key_states, value_states
         return self.live.update(key_states, value_states)
@@ -74,8 +74,8 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
-    """Switch a model to `attend`; yields the keyword arguments that its forward pass needs."""
-    # Layers of a composite model read a config of their own.
+    """Switch a model to `attend` and yield the keyword arguments for its forward pass."""
+    # In a composite model, the layers read the config of the text model.
     config = model.config.get_text_config()
     previous = config._attn_implementation
     config._attn_implementation = _ATTENTION_NAME
@@ -95,10 +95,10 @@ def attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute softmax attention over cached and live tokens, (R, Q, H, d); called by transformers.
+    """Compute softmax attention over cached and live tokens, (R, Q, H, d). Transformers calls this function.
 
     Args:
-        query: (R, H, Q, d), rows of one prompt adjacent.
+        query: (R, H, Q, d); the rows of a prompt are adjacent.
         key, value: (R, G, L, d) of all live tokens, the last Q of which are queries; G divides H.
         attention_mask: (R, 1, Q, T + L), added to the scores.
         scaling: 1/√d by default.
@@ -133,7 +133,7 @@ def _multiply_shared(rows: Tensor, shared: Tensor) -> Tensor:
     rows_per_prompt = count // (prompts * groups)
     if rows_per_prompt == 1:
         return torch.bmm(rows, shared.reshape(count, *shared.shape[2:]))
-    # Rows of one prompt and head become one matrix, so that a single product serves all of them.
+    # Rows of one prompt and head become one matrix, so that a single product is enough.
     by_prompt = rows.view(prompts, rows_per_prompt, groups, size, width).transpose(1, 2)
     product = torch.bmm(
         by_prompt.reshape(prompts * groups, -1, width), shared.reshape(prompts * groups, *shared.shape[2:])

@@ -1,7 +1,7 @@
 """Cache of prompt states: keys and values, or the output of an encoder.
 
-With the placement `suffix` these do not depend on the soft tokens, so they are the same in every epoch and for every
-user. They are kept on the GPU, in memory or memory-mapped on disk; prompts beyond the limit are recomputed.
+With the placement `suffix`, prompt states do not depend on the soft tokens, so they are the same in every epoch and for
+every user. They are cached on the GPU, in memory or memory-mapped on disk. Prompts beyond the limit are recomputed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Layout:
     """Shape of the states of one prompt: (parts, heads, tokens, width)."""
 
     parts: int  # 2 · layers for keys and values, 1 for an encoder's output
-    heads: int  # that have keys and values of their own, or 1
+    heads: int  # key-value heads, or 1
     width: int  # values per token and head
     dtype: torch.dtype
 
@@ -49,34 +49,34 @@ class CachePlan:
     location: str  # gpu, memory, disk or nowhere
     bytes: int
     reason: str  # for the log
-    fraction: float = 0.0  # of the prompts that fit
+    fraction: float = 0.0  # of the needed bytes that fit
 
 
 def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int]) -> CachePlan:
-    """Choose the first location with twice the needed space; if none has it, fill the largest.
+    """Choose the first location with twice the needed space. If none is large enough, fill the largest location.
 
     Args:
         needed: bytes of all prompts.
         location: gpu, memory, disk, nowhere, or auto = any.
-        limit: most bytes, at most half of the free space; 0 = half of the free space.
+        limit: maximum number of bytes; 0 = no limit. The cache never takes more than half of the free space.
         free: free bytes by location, fastest first.
     """
     if location == "nowhere":
-        return CachePlan("nowhere", 0, "not kept, as asked; each is read anew without gradients")
-    offered = {name: min(limit, size // 2) if limit else size // 2 for name, size in free.items()}
+        return CachePlan("nowhere", 0, "not cached (prompt_cache=nowhere); recomputed without gradients")
+    available = {name: min(limit, size // 2) if limit else size // 2 for name, size in free.items()}
     candidates = [location] if location != "auto" else list(free)
-    fitting = [name for name in candidates if needed <= offered[name]]
-    chosen = fitting[0] if fitting else max(candidates, key=lambda name: offered[name])
-    size, bound = _gigabytes(needed), _gigabytes(offered[chosen])
-    rule = "the limit given" if limit == offered[chosen] else "half of what is free"
-    where = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[chosen]
+    fitting = [name for name in candidates if needed <= available[name]]
+    chosen = fitting[0] if fitting else max(candidates, key=lambda name: available[name])
+    size, maximum = _gigabytes(needed), _gigabytes(available[chosen])
+    rule = "the configured limit" if limit == available[chosen] else "half of the free space"
+    place = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[chosen]
     if fitting:
         too_small = candidates[: candidates.index(chosen)]
-        others = "".join(f"; the {name} offers {_gigabytes(offered[name])}" for name in too_small)
-        return CachePlan(chosen, needed, f"kept {where}: {size} of at most {bound}, {rule}{others}", fraction=1.0)
-    fraction = offered[chosen] / needed
-    reason = f"{fraction:.0%} of {size} kept {where}, {rule}; the others are read anew without gradients"
-    return CachePlan(chosen, offered[chosen], reason, fraction=fraction)
+        others = "".join(f"; the {name} offers {_gigabytes(available[name])}" for name in too_small)
+        return CachePlan(chosen, needed, f"cached {place}: {size} of at most {maximum}, {rule}{others}", fraction=1.0)
+    fraction = available[chosen] / needed
+    reason = f"{fraction:.0%} of {size} cached {place}, {rule}; the rest is recomputed without gradients"
+    return CachePlan(chosen, available[chosen], reason, fraction=fraction)
 
 
 def _gigabytes(size: int) -> str:
@@ -84,7 +84,7 @@ def _gigabytes(size: int) -> str:
 
 
 class PromptCache:
-    """States of prompts, (parts, heads, n, width), as views of one buffer; `device` is that of the location gpu."""
+    """States of prompts, (parts, heads, n, width), as views of one buffer. The location `gpu` uses `device`."""
 
     def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
         self.layout, self.plan = layout, plan
@@ -103,7 +103,7 @@ class PromptCache:
     def _allocate(self, count: int, device: torch.device) -> Tensor:
         if self.plan.location != "disk" or not count:
             return torch.empty(count, dtype=self.layout.dtype, device=device)
-        # The file has no name once it is mapped, so the disk space is freed however this process ends.
+        # The file is deleted while it is mapped, so the system frees the disk space even if this process is killed.
         with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storage_errors(Path(folder)):
             path = Path(folder) / "states"
             with path.open("wb") as file:
@@ -112,7 +112,7 @@ class PromptCache:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Take the space on the disk at once, because writing to a mapped file on a full disk kills the process."""
+    """Reserve disk space in advance, because a write to a mapped file on a full disk kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -124,7 +124,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
 class PromptStates:
     """States of prompts, each (parts, heads, n, width), from the cache or computed when needed, without gradients.
 
-    `location` and `limit` are those of `plan_cache`; processes on one machine share the limit.
+    `location` and `limit` are as in `plan_cache`; processes on one machine share the limit.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class PromptStates:
     ) -> None:
         self.compute, self.device, self.location, self.limit = compute, device, location, limit
         self.cache: PromptCache | None = None
-        self._prompts: frozenset[Ids] = frozenset()  # of the last `fill`, whether they fit or not
+        self._prompts: frozenset[Ids] = frozenset()  # all prompts of the last `fill`, cached or not
 
     def plan(self, tokens: int, layout: Layout | None) -> CachePlan:
-        """Return where prompts of this total length would be cached; see `LanguageModel.prompt_layout`."""
+        """Return where prompts with this total number of tokens would be cached; see `LanguageModel.prompt_layout`."""
         if layout is None:
-            return CachePlan("nowhere", 0, "not kept: this model's own cache does not allow it")
+            return CachePlan("nowhere", 0, "not cached: the model's own cache does not support it")
         shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
         free = {name: size // processes.local_world_size() for name, size in shared.items()}
         if self.device.type == "cuda":
@@ -146,7 +146,7 @@ class PromptStates:
         return plan_cache(tokens * layout.token_bytes, location=self.location, limit=limit, free=free)
 
     def fill(self, prompts: Sequence[Ids], layout: Layout | None) -> None:
-        """Compute and cache these prompts in place of the earlier ones, unless these include them all."""
+        """Compute and cache these prompts and drop earlier ones. Do nothing if the last call included them all."""
         prompts = list(dict.fromkeys(prompts))
         if prompts and self._prompts.issuperset(prompts):
             return
@@ -161,7 +161,7 @@ class PromptStates:
             for group in group_by_length(prompts, len):
                 fitting = [ids for ids in group if cache.fits(len(ids))]
                 for ids, states in zip(fitting, self.compute(fitting) if fitting else [], strict=True):
-                    if cache.fits(len(ids)):  # after the earlier ones of the group
+                    if cache.fits(len(ids)):  # earlier prompts of the group have taken space
                         cache.put(ids, states)
                 progress.advance(len(group))
 
@@ -173,7 +173,7 @@ class PromptStates:
             torch.cuda.empty_cache()
 
     def get(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the states of each prompt, cached or computed now."""
+        """Return the states of each prompt, from the cache or computed now."""
         cached = {} if self.cache is None else self.cache.states
         states = {ids: cached[ids] for ids in prompts if ids in cached}
         for group in group_by_length([ids for ids in dict.fromkeys(prompts) if ids not in states], len):

@@ -1,7 +1,7 @@
 """Tokenization of prompts and answers for one model, with the position of the soft tokens.
 
-The parts of the chat template before and after the text are tokenized once. The text is tokenized alone by
-`TextTokenizer`, so a text that spells `<|im_end|>` stays text.
+The parts of the chat template before and after the text are tokenized once. `TextTokenizer` tokenizes the text
+separately, so a text that spells `<|im_end|>` stays text.
 """
 
 from __future__ import annotations
@@ -22,36 +22,35 @@ from personaplug.llm.tokenizer_check import check_round_trip
 
 Ids = tuple[int, ...]
 
-_CACHED_TEXTS = 4_096  # prompts, and as many answers; a prompt of 80 tokens takes 3 KB
+_CACHED_TEXTS = 4_096  # prompts, and the same number of answers; a prompt of 80 tokens takes 3 KB
 _CACHED_FRAMES = 256  # sequences of roles
 
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
     ids: Ids  # template head + text + template tail
-    soft_position: int  # tokens before soft tokens of the placement `prefix`
-    truncated: bool  # the oldest messages are left out, or the end of the text was cut
+    soft_position: int  # tokens before the `prefix` soft tokens
+    truncated: bool  # True if messages were dropped or text was cut
 
 
 @dataclass(frozen=True, repr=False)
 class _FramedPrompt:
-    """Messages as tokens, before anything is cut."""
+    """Messages as tokens, before truncation."""
 
     ids: Ids
     soft_position: int
-    spans: Sequence[tuple[int, int]]  # of the messages' texts
+    spans: Sequence[tuple[int, int]]  # token range of each message's text
 
 
 class PromptTokenizer:
-    """Tokenizes prompts of at most `max_tokens`, template included, and answers with a tokenizer of transformers.
+    """Tokenizes prompts and answers with a transformers tokenizer.
 
     Args:
-        end_id: the token that ends an answer, for a tokenizer that names none.
-        chat_date: the day (ISO) that a chat template writes instead of today; None = today.
+        max_tokens: largest number of tokens of a prompt, template included.
+        end_id: end-of-text token, for a tokenizer that defines none.
+        chat_date: ISO date that the chat template prints; None = today.
     Attributes:
-        chat_date: that day, or None if the template writes no date.
-    Raises:
-        ConfigError: if the tokenizer or its template would not keep users' texts as they are.
+        chat_date: the printed date; None if the template prints none.
     """
 
     def __init__(
@@ -80,23 +79,23 @@ class PromptTokenizer:
                 f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
             )
         self.max_text_tokens = max_tokens - frame_tokens
-        # With cached prompt states, tokenizing the same prompts in every epoch would be a good part of a step.
+        # Without this cache, tokenization would take a large part of a training step that uses cached prompt states.
         self._cached_frame = lru_cache(_CACHED_FRAMES)(self._frame)
         self._cached_prompt = lru_cache(_CACHED_TEXTS)(self._encode_prompt)
         self._cached_target = lru_cache(_CACHED_TEXTS)(self.encode_target_uncached)
 
     def encode_prompt(self, prompt: Prompt, soft_at: int = 0) -> TokenizedPrompt:
-        """Tokenize one prompt, the first `soft_at` characters of its last message separately.
+        """Tokenize one prompt. The first `soft_at` characters of its last message are tokenized separately.
 
-        If it is too long, the oldest messages that are no system messages go, then the end of the last message down to
-        a quarter of what a message may have, then the ends of the system messages.
+        A prompt that is too long first loses its oldest exchanges, but no system messages. Then the end of the last
+        message is cut, down to a quarter of `max_text_tokens`. Then the ends of the system messages are cut.
 
         Raises:
-            ConfigError: if the chat template does not show the messages one by one in order.
+            ConfigError: if the chat template does not print the messages one by one in order.
         """
         text = last_message(prompt)
         if not 0 <= soft_at <= len(text):
-            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the characters of its prompt; found {soft_at}.")
+            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the length of the last message; found {soft_at}.")
         return self._cached_prompt(prompt, soft_at)
 
     def _encode_prompt(self, prompt: Prompt, soft_at: int) -> TokenizedPrompt:
@@ -106,27 +105,27 @@ class PromptTokenizer:
         if not starts:
             return self._cut(whole, is_short=True)
         encode = partial(self._encode_turns, soft_at=soft_at)
-        # A conversation may have thousands of messages, so it is not read anew without each of them.
-        place = bisect_left(starts, True, key=lambda start: len(encode(from_turn(turns, start)).ids) <= self.max_tokens)
-        return self._cut(encode(from_turn(turns, starts[min(place, len(starts) - 1)])), is_short=False)
+        # Bisect, because a conversation may have thousands of messages.
+        index = bisect_left(starts, True, key=lambda start: len(encode(from_turn(turns, start)).ids) <= self.max_tokens)
+        return self._cut(encode(from_turn(turns, starts[min(index, len(starts) - 1)])), is_short=False)
 
     def _cut(self, prompt: _FramedPrompt, *, is_short: bool) -> TokenizedPrompt:
-        """Cut the ends of messages, the last one's first, if the prompt is too long."""
+        """Cut the ends of messages, starting with the last message, if the prompt is too long."""
         ids, position, excess = list(prompt.ids), prompt.soft_position, len(prompt.ids) - self.max_tokens
-        is_whole, least = is_short and excess <= 0, self.max_text_tokens // 4
+        is_whole, minimum = is_short and excess <= 0, self.max_text_tokens // 4
         for start, end in reversed(prompt.spans):
-            count = min(max(excess, 0), max(end - start - least, 0))
+            count = min(max(excess, 0), max(end - start - minimum, 0))
             del ids[end - count : end]
             position = max(position - count, min(position, end - count))
-            excess, least = excess - count, 0
+            excess, minimum = excess - count, 0
         return TokenizedPrompt(tuple(ids), position, truncated=not is_whole)
 
     def _encode_parts(self, text: str, soft_at: int, *, lead: str, is_inside: bool) -> tuple[list[int], list[int]]:
         """Return the tokens of a message before and after its soft tokens, without the template."""
-        shown = self._as_shown(text)
-        soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
-        before = self.texts.encode(lead + shown[:soft_at], inside=is_inside) if soft_at else []
-        rest = shown[soft_at:] if soft_at else lead + shown
+        printed = self._as_printed(text)
+        soft_at = min(max(0, soft_at - text.find(printed)), len(printed))
+        before = self.texts.encode(lead + printed[:soft_at], inside=is_inside) if soft_at else []
+        rest = printed[soft_at:] if soft_at else lead + printed
         return before, self.texts.encode(rest, inside=is_inside or soft_at > 0)
 
     def encode_prompts(self, prompts: Sequence[Prompt], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
@@ -136,10 +135,10 @@ class PromptTokenizer:
         return [self.encode_prompt(prompt, position) for prompt, position in zip(prompts, positions, strict=True)]
 
     def encode_chat(self, turns: Sequence[Turn]) -> TokenizedPrompt:
-        """Tokenize messages without cutting; `prefix` soft tokens come before the last user message.
+        """Tokenize messages without truncation; `prefix` soft tokens come before the last user message.
 
         Raises:
-            ConfigError: if the chat template does not show the messages one by one in order.
+            ConfigError: if the chat template does not print the messages one by one in order.
         """
         prompt = self._encode_turns(turns)
         return TokenizedPrompt(prompt.ids, prompt.soft_position, truncated=False)
@@ -159,7 +158,7 @@ class PromptTokenizer:
         return _FramedPrompt(tuple(ids), soft_position, spans)
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
-        """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
+        """Tokenize a text without chat template and truncation; `prefix` soft tokens come before the text."""
         head, tail = frame_of(self.tokenizer)
         return TokenizedPrompt((*head, *self.texts.encode(text), *tail), len(head), truncated=False)
 
@@ -168,29 +167,29 @@ class PromptTokenizer:
         return self._cached_target(text, end)
 
     def encode_target_uncached(self, text: str, end: bool = True) -> Ids:
-        """Tokenize an answer and keep neither text nor tokens."""
+        """Tokenize an answer without the cache."""
         return (*self.texts.encode(text), *([self.end_id] if end else []))
 
     def encode_labels(self, labels: Sequence[str]) -> list[Ids]:
         """Tokenize a closed set of answers.
 
-        All get the end-of-text token if one's tokens begin another's, as "war" begins "war film". If not, the token
-        adds nothing, and a one-token label needs no further pass without it.
+        All labels get the end-of-text token if one is a prefix of another, as "war" is of "war film". Otherwise no
+        label gets it, so that one-token labels need no second pass.
         """
         bare = [self.encode_target(label, end=False) for label in labels]
-        first_with: dict[Ids, str] = {}
+        label_by_ids: dict[Ids, str] = {}
         for label, ids in zip(labels, bare, strict=True):
-            if (other := first_with.setdefault(ids, label)) != label:
+            if (other := label_by_ids.setdefault(ids, label)) != label:
                 raise ConfigError(
-                    f"The labels {other!r} and {label!r} are the same tokens for the model, so it cannot tell them "
-                    f"apart. Rename one of them, or use a model whose tokenizer writes both."
+                    f"The labels {other!r} and {label!r} have the same tokens, so the model cannot tell them apart. "
+                    f"Rename one of them, or use a model whose tokenizer distinguishes them."
                 )
-        # In sorted order, labels that begin with another's tokens follow it directly.
-        clash = any(first == second[: len(first)] for first, second in pairwise(sorted(bare)))
-        return [self.encode_target(label) for label in labels] if clash else bare
+        # In sorted order, a label directly follows another label that is its prefix.
+        has_prefix = any(first == second[: len(first)] for first, second in pairwise(sorted(bare)))
+        return [self.encode_target(label) for label in labels] if has_prefix else bare
 
     def encode_targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[Ids]:
-        """Tokenize answers; those that are one of `labels` as in `encode_labels`, others as open text."""
+        """Tokenize answers: members of `labels` as in `encode_labels`, others as free text."""
         label_ids = dict(zip(labels, self.encode_labels(labels), strict=True)) if labels else {}
         return [label_ids[text] if text in label_ids else self.encode_target(text) for text in texts]
 
@@ -198,13 +197,13 @@ class PromptTokenizer:
         return [len(ids) for ids in self.texts.encode_many(texts)]
 
     def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit."""
+        """Count the tokens of a prompt without the template of a single message; up to `max_text_tokens` fit."""
         whole = self._encode_turns(turns_of(prompt), soft_at=soft_at)
         return len(whole.ids) - (self.max_tokens - self.max_text_tokens)
 
     @cached_property
     def takes_system_messages(self) -> bool:
-        """Whether the chat template shows a system message; without a template, any message is a line."""
+        """True if the chat template prints system messages. Without a template, each message is a line."""
         try:
             self._cached_frame(("system", "user"))
         except ConfigError:
@@ -212,12 +211,12 @@ class PromptTokenizer:
         return True
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
-        # A beginning may have more tokens alone than within the text, so it is counted again.
-        beginning = text.rstrip() if tokens > 0 else ""
-        while beginning and (end := self._end_of(beginning, tokens)) < len(beginning):
-            beginning = beginning[:end].rstrip()
-        return beginning
+        """Return the longest prefix with at most `tokens` tokens, without split characters and trailing white space."""
+        # A prefix may have more tokens alone than within the text, so count again.
+        prefix = text.rstrip() if tokens > 0 else ""
+        while prefix and (end := self._end_of(prefix, tokens)) < len(prefix):
+            prefix = prefix[:end].rstrip()
+        return prefix
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return generated tokens as text, without special tokens and outer white space."""
@@ -226,7 +225,7 @@ class PromptTokenizer:
     def decode_raw(self, ids: Sequence[int]) -> str:
         """Return generated tokens as text, without special tokens.
 
-        Some tokenizers ask for a "clean-up" that joins what a user writes apart, and turns "don't" into "do n't".
+        Some tokenizers ask for a "clean-up" that changes spaces around punctuation, so it is switched off.
         """
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return str(self.tokenizer.decode(list(ids), **options))
@@ -235,17 +234,17 @@ class PromptTokenizer:
         self._cached_prompt.cache_clear()
         self._cached_target.cache_clear()
 
-    def _as_shown(self, text: str) -> str:
+    def _as_printed(self, text: str) -> str:
         return self._template.form(text) if self._template else text
 
     def _end_of(self, text: str, tokens: int) -> int:
         offsets = self.texts.offsets(text)
         if offsets is not None:
-            # The start of the next token: all tokens that are parts of one character start with it.
+            # Cut at the start of the next token; all tokens of one character have the same start.
             return min(int(offsets[tokens][0]), len(text) - 1) if tokens < len(offsets) else len(text)
         if self.count_tokens([text])[0] <= tokens:
             return len(text)
-        # Without offsets: a longer beginning can have fewer tokens, so this may cut too much.
+        # Without offsets, bisection may cut too much, because a longer prefix can have fewer tokens.
         return bisect_right(range(len(text)), tokens, key=lambda size: self.count_tokens([text[:size]])[0]) - 1
 
     def _frame(self, roles: Sequence[str]) -> Frame:
@@ -253,14 +252,14 @@ class PromptTokenizer:
         if self._template is not None:
             return self._template.frame(roles)
         head, tail = frame_of(self.tokenizer)
-        # Only the end of the last line tells the model that the prompt is over.
+        # The line end after the last message shows the model that the prompt is complete.
         between = [self._line_end] * (len(roles) - 1)
         lead = "" if self._line_end else " "  # encoder-decoders read all messages as one line
         return Frame([head, *between, tail + self._line_end], ["", *[lead] * (len(roles) - 1)])
 
 
 def starts_of_exchanges(turns: Sequence[Turn]) -> list[int]:
-    """Return the messages with which a conversation may begin when its oldest exchanges go, oldest first."""
+    """Return the indices of the messages at which a shortened conversation may begin, in order."""
     first = next((index for index, (role, _) in enumerate(turns) if role not in SYSTEM_ROLES), len(turns))
     last = len(turns) - 1
     users = [index for index in range(first + 1, last) if turns[index][0] == "user"]
@@ -268,12 +267,12 @@ def starts_of_exchanges(turns: Sequence[Turn]) -> list[int]:
 
 
 def from_turn(turns: Sequence[Turn], start: int) -> Sequence[Turn]:
-    """Return the messages from one on; the system messages before it stay."""
+    """Return the messages from index `start` on, with all system messages before it."""
     return (*(turn for turn in turns[:start] if turn[0] in SYSTEM_ROLES), *turns[start:])
 
 
 def today() -> str:
-    """Return the day, in UTC, that prompts hold if their run names none."""
+    """Return today's ISO date in UTC, the default date in prompts."""
     return datetime.now(UTC).date().isoformat()
 
 
@@ -283,15 +282,18 @@ def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     framed = list(tokenizer(PLACEHOLDER)["input_ids"])
     start = find_sequence(framed, bare)
     if start is None:
-        raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")
+        raise ConfigError(
+            "The model's tokenizer must put special tokens before and after a text, but it changes the tokens of the "
+            "text. Use another model."
+        )
     return framed[:start], framed[start + len(bare) :]
 
 
-def _end_id(tokenizer: Any, of_model: int | None) -> int:
-    end_id = of_model if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+def _end_id(tokenizer: Any, model_end_id: int | None) -> int:
+    end_id = model_end_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end_id is None:
         raise ConfigError(
-            "Neither the model's tokenizer nor its generation_config.json names a token that ends a text, so answers "
-            "would never end. Name one as eos_token in tokenizer_config.json."
+            "Neither the model's tokenizer nor its generation_config.json defines an end-of-text token, so answers "
+            "would never end. Set eos_token in tokenizer_config.json."
         )
     return int(end_id)

@@ -1,4 +1,4 @@
-"""The slow way for models that padding, positions or a cache would make wrong: each row alone, read in full."""
+"""Slow runners for models that need rows without padding, positions and cache: each row runs alone and in full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RowByRowRunner(Runner):
-    """Gives each row of a batch to another runner by itself, so that nothing is padded."""
+    """Passes each row of a batch separately to another runner, so that no row is padded."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -41,7 +41,7 @@ class RowByRowRunner(Runner):
 
 
 class UncachedRunner(Runner):
-    """Runs one row of a decoder-only model as a single sequence of embeddings: no mask, no positions, no cache."""
+    """Runs one row of a decoder-only model as a sequence of embeddings, without mask, positions and cache."""
 
     def __init__(self, llm: CausalLM) -> None:
         self.llm = llm
@@ -62,7 +62,9 @@ class UncachedRunner(Runner):
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         if config.num_beams > 1:
-            raise ConfigError(f"{self.llm.identity.name} runs without a cache, so num_beams must be 1.")
+            raise ConfigError(
+                f"{self.llm.identity.name} runs without a cache, so num_beams must be 1; found {config.num_beams}."
+            )
         return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def _logits(self, embeds: Tensor) -> Tensor:

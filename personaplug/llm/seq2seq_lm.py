@@ -1,8 +1,7 @@
 """Frozen encoder-decoder models: the encoder reads the prompt, the decoder writes the answer (T5, the paper's FlanT5).
 
-With the placement `suffix` the encoder reads the plain prompt, which is constant, and the soft tokens come first in the
-decoder: [I; P; start; y]. The inputs of the decoder are made here, because families shift the tokens of labels in
-different ways.
+With the placement `suffix`, the encoder reads the plain prompt, which is constant. The soft tokens come first in the
+decoder: [I; P; start; y]. The decoder inputs are built here, because families shift label tokens in different ways.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Seq2SeqLM(LanguageModel, Runner):
         self.cache_name = cache_argument(model)
         with torch.no_grad():
             ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-            self._encoder_output = type(model.get_encoder()(input_ids=ids))  # families have classes of their own
+            self._encoder_output = type(model.get_encoder()(input_ids=ids))  # each family has its own class
         super().__init__(model, tokenizer, **settings)
         decoder = model.get_decoder()
         self.decoder_embed = TokenEmbedding(decoder.get_input_embeddings())
@@ -80,7 +79,7 @@ class Seq2SeqLM(LanguageModel, Runner):
         return logits
 
     def soft_inputs(self, soft: SoftPrompt) -> Tensor:
-        """Return `suffix` soft tokens as the decoder takes embeddings; their scale is that of the encoder's."""
+        """Rescale `suffix` soft tokens from the encoder's embedding scale to the decoder's."""
         vectors = soft.vectors.to(self.device, self.model.dtype)
         factor = self.decoder_embed.factor / self.embed.factor
         return vectors if factor == 1 else vectors * factor
@@ -99,8 +98,8 @@ class Seq2SeqLM(LanguageModel, Runner):
     def _decode_logits(
         self, states: Tensor, mask: Tensor, target_ids: Sequence[Ids], *, soft: SoftPrompt | None
     ) -> Tensor:
-        """Return the logits of targets (B, L, V) behind encoder output (B, T, D), `soft`, and the start token."""
-        # The last token of a target predicts nothing, so it is no input.
+        """Return the logits (B, L, V) of targets, given the encoder output (B, T, D) and the decoder's soft tokens."""
+        # The last token of a target predicts nothing, so leave it out.
         rows = [[*self.start_ids, *ids[:-1]] for ids in target_ids]
         ids = pad(rows, fill=self.start_ids[0], side="right").to(self.device)
         inputs = {"decoder_input_ids": ids}
@@ -152,12 +151,12 @@ class Seq2SeqLM(LanguageModel, Runner):
         return decode_tokens(self, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def generate_by_transformers(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        """Return the token ids of B responses, also with beams."""
+        """Return the token ids of B responses, with or without beams."""
         states, mask, soft = self._encode_batch(batch)
         inputs = {"encoder_outputs": self._encoder_output(last_hidden_state=states), "attention_mask": mask}
         start_ids = self.start_ids
         if soft is not None:
-            # The cache holds soft tokens and all start tokens but the last: the mask counts them, the ids do not.
+            # The cache holds the soft tokens and all start tokens except the last, so the mask counts them.
             inputs["decoder_attention_mask"] = mask.new_ones(len(soft), soft.tokens + len(start_ids))
             inputs[self.cache_name] = self._soft_cache(states, mask, soft, beams=config.num_beams)
             start_ids = start_ids[-1:]
@@ -190,7 +189,7 @@ class Seq2SeqLM(LanguageModel, Runner):
 
 
 class _ByTransformers(Runner):
-    """A model as its own runner, but generation is that of transformers."""
+    """Runs a model as its own runner, but generates with transformers."""
 
     def __init__(self, llm: Seq2SeqLM) -> None:
         self.llm = llm
@@ -206,7 +205,7 @@ class _ByTransformers(Runner):
 
 
 def find_start_ids(model: Any, *, name: str) -> tuple[int, ...]:
-    """Return the tokens that a decoder begins with: the start token, and one that transformers forces behind it."""
+    """Return the tokens that a decoder begins with: the start token, and the forced BOS token if there is one."""
     configs = (model.generation_config, model.config)
 
     def first(key: str) -> Any:
@@ -215,5 +214,5 @@ def find_start_ids(model: Any, *, name: str) -> tuple[int, ...]:
     start, forced = first("decoder_start_token_id"), first("forced_bos_token_id")
     start = first("bos_token_id") if start is None else start
     if not isinstance(start, int):
-        raise UnsupportedModel(name, "its config names no token that its decoder starts with (decoder_start_token_id)")
+        raise UnsupportedModel(name, "its config has neither decoder_start_token_id nor bos_token_id")
     return (start,) if forced is None else (start, int(forced))

@@ -1,4 +1,4 @@
-"""Soft prompts, inserted into embedded text by position, never by a marker, so that user text cannot move them."""
+"""Soft prompts. They are inserted into embedded text by position, not by a marker, so that no text can move them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class SoftPrompt:
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
-            raise ConfigError(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
+            raise ConfigError(f"A placement must be one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
         if self.vectors.dim() != 3:
-            raise ShapeMismatch(f"A soft prompt is (batch, tokens, width); found {tuple(self.vectors.shape)}.")
+            shape = tuple(self.vectors.shape)
+            raise ShapeMismatch(f"A soft prompt must have the shape (batch, tokens, width); found {shape}.")
 
     def __len__(self) -> int:
         return self.vectors.shape[0]
@@ -37,14 +38,14 @@ class SoftPrompt:
         return self.vectors.shape[1]
 
     def row(self, index: int) -> SoftPrompt:
-        """Return one row as a batch of its own."""
+        """Return one row as a batch."""
         return self.rows([index])
 
     def rows(self, indices: Sequence[int]) -> SoftPrompt:
         """Return these rows as a batch."""
-        chosen = list(indices)
-        bias = None if self.label_bias is None else self.label_bias[chosen]
-        return SoftPrompt(self.vectors[chosen], self.placement, label_bias=bias)
+        selected = list(indices)
+        bias = None if self.label_bias is None else self.label_bias[selected]
+        return SoftPrompt(self.vectors[selected], self.placement, label_bias=bias)
 
     def is_finite(self) -> bool:
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
@@ -60,7 +61,7 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A batch with soft tokens in place."""
+    """A batch with inserted soft tokens."""
 
     embeds: Tensor  # (B, S + T, D)
     mask: Tensor  # (B, S + T) int64, 1 at real positions
@@ -68,7 +69,7 @@ class Spliced:
 
 
 def splice(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt | None, at: Tensor) -> Spliced:
-    """Insert each row's soft tokens before its `at`-th real position, with padding on either side.
+    """Insert each row's soft tokens before its `at`-th real position. The padding may be on either side.
 
     Args:
         embeds, mask: (B, T, D) and (B, T), 1 at real positions, which are contiguous in a row.
@@ -99,8 +100,8 @@ def _check(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> Non
     batch, _, width = soft.vectors.shape
     if (batch, width) != (embeds.shape[0], embeds.shape[2]):
         raise ShapeMismatch(
-            f"The soft prompt is for {batch} rows of width {width}; the text has {embeds.shape[0]} rows of "
-            f"width {embeds.shape[2]}. A plug fits only the language model that it was trained for."
+            f"The soft prompt has {batch} rows of width {width}; the text has {embeds.shape[0]} rows of "
+            f"width {embeds.shape[2]}. Use the language model that the plug was trained for."
         )
     if bool((at.to(mask.device) > mask.sum(dim=1)).any()) or bool((at < 0).any()):
-        raise ShapeMismatch("The position of a soft prompt is outside its row of text.")
+        raise ShapeMismatch("The position of a soft prompt is outside its row: it must be from 0 to the row's length.")

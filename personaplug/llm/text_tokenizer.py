@@ -1,8 +1,8 @@
-"""Tokenization of users' texts: whatever a user writes stays text and never becomes a control token.
+"""Tokenization of users' texts, in which no text becomes a control token.
 
-Every text of a user goes through `TextTokenizer`. Tokenizers of transformers read `<|im_end|>` in a text as the token
-that ends a turn; switching special tokens off still leaves added tokens such as `</think>`. Here the control tokens of
-a copy of the tokenizer get names that nobody can guess, so no text spells one.
+Every text of a user goes through `TextTokenizer`. A transformers tokenizer reads `<|im_end|>` in a text as the token
+that ends a turn. Its option to ignore special tokens does not cover added tokens such as `</think>`. This module copies
+the tokenizer and gives its control tokens secret names, so that no text can spell them.
 """
 
 from __future__ import annotations
@@ -20,73 +20,69 @@ Offsets = list[tuple[int, int]]
 
 
 def load_tokenizer(folder: Path, *, name: str) -> Any:
-    """Load the tokenizer of a model's folder; MissingModel with the reason if transformers cannot."""
+    """Load the tokenizer of a model's folder, or raise MissingModel with the reason."""
     from transformers import AutoTokenizer
 
     is_tekken = (folder / "tekken.json").exists() and not (folder / "tokenizer.json").exists()
-    hint = "Its tokenizer is Mistral's tekken.json: pip install mistral-common." if is_tekken else ""
+    hint = "Its tokenizer is Mistral's tekken.json. Run: pip install mistral-common." if is_tekken else ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of any type: each family of tokenizers has its own
-        tried = [f"the tokenizer in {folder}, where transformers says: {first_line(error)}"]
+    except Exception as error:  # each tokenizer family raises its own errors
+        tried = [f"the tokenizer in {folder} (error of transformers: {first_line(error)})"]
         raise MissingModel(name, tried=tried, hint=hint) from error
     if is_tekken and not is_mistral_common(tokenizer) and not tokenizer.chat_template:
-        raise MissingModel(name, tried=[f"the tokenizer in {folder}, which has no chat template"], hint=hint)
+        raise MissingModel(name, tried=[f"the tokenizer in {folder} (it has no chat template)"], hint=hint)
     return tokenizer
 
 
 def is_mistral_common(tokenizer: Any) -> bool:
-    """True for tokenizers that mistral-common runs: they have no template and take few options."""
-    names = {kind.__name__ for kind in type(tokenizer).__mro__}
+    """Return True for a tokenizer of mistral-common, which has no chat template and takes few options."""
+    names = {base.__name__ for base in type(tokenizer).__mro__}
     return bool(names & {"MistralCommonBackend", "MistralCommonTokenizer"})
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Return the tokens that decoding leaves out."""
+    """Return the ids of the tokens that decoding skips."""
     added = {} if is_mistral_common(tokenizer) else tokenizer.added_tokens_decoder
     return {*tokenizer.all_special_ids, *(token_id for token_id, token in added.items() if token.special)}
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return the tokens that mean something to the model beside their text, by id.
+    """Return the control tokens by id: tokens with a meaning to the model beyond their text.
 
-    These are the special tokens, those that the chat template names, and all other added tokens except words and
-    white space: a vocabulary may be extended by words, but no word has brackets. A single character is always text.
+    These are the special tokens, the tokens that the chat template names, and added tokens with punctuation. Other
+    added tokens only extend the vocabulary by words or white space. A single character is always text.
     """
     special = sorted(special_ids(tokenizer))
     control = dict(zip(special, tokenizer.convert_ids_to_tokens(special), strict=True))
     if not is_mistral_common(tokenizer):
         template = str(tokenizer.chat_template or "")
         for token_id, token in tokenizer.added_tokens_decoder.items():
-            words = token.content.replace("▁", " ")
-            is_named = bool(words.strip()) and token.content in template
-            if is_named or not all(sign.isalnum() or sign.isspace() for sign in words):
+            text = token.content.replace("▁", " ")
+            is_in_template = bool(text.strip()) and token.content in template
+            if is_in_template or not all(character.isalnum() or character.isspace() for character in text):
                 control[token_id] = token.content
     return {token_id: content for token_id, content in control.items() if len(content) > 1}
 
 
 class TextTokenizer(ABC):
-    """Tokenizes texts, without special tokens around them; safe between threads. Make one with `of`.
+    """Tokenizes texts without special tokens around them. Thread-safe. Create one with `of`.
 
-    SentencePiece puts a space before every text. A text that stands behind others, `inside`, gets none.
+    SentencePiece puts a space before every text. With `inside`, a text follows another text and gets no space.
 
     Attributes:
-        control: the tokens that no text becomes, by id.
-        harmless_ids: control tokens that a text may become after all: the one for what has no other.
+        control: control tokens by id.
+        harmless_ids: control tokens that a text may contain: the token for unknown text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.control = tokenizer, control_tokens(tokenizer)
-        # Unless it also ends an answer, as in GPT-2.
+        # In GPT-2, the token for unknown text also ends an answer, so it is not harmless.
         self.harmless_ids = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
 
     @staticmethod
     def of(tokenizer: Any) -> TextTokenizer:
-        """Return the text tokenizer of a tokenizer of transformers.
-
-        Raises:
-            ConfigError: if it cannot keep control tokens out of a text.
-        """
+        """Return the text tokenizer for a transformers tokenizer, or raise ConfigError if it reads control tokens."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         texts = _PythonTokenizer(tokenizer) if backend is None else _RustTokenizer(tokenizer, backend)
         texts._check_control_tokens()
@@ -96,26 +92,26 @@ class TextTokenizer(ABC):
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]: ...
 
     def offsets(self, text: str) -> Offsets | None:
-        """Return the first character of each token and the one after its last; None if that is not known."""
+        """Return the character range (start, end) of each token; None if the tokenizer has no offsets."""
         return None
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
         return self.encode_many([text], inside=inside)[0] if text else []
 
     def encode_template(self, part: str, *, inside: bool) -> list[int]:
-        """Tokenize a part of a chat template, in which control tokens are what they are."""
+        """Tokenize a part of a chat template. Its control tokens stay control tokens."""
         starts = (part.find(content) for content in self.control.values() if content in part)
         start = min(starts, default=len(part)) if inside else 0
         rest = self._tokenizer(part[start:], add_special_tokens=False)["input_ids"] if part[start:] else []
         return [*self.encode(part[:start], inside=True), *rest]
 
     def _check_control_tokens(self) -> None:
-        spelled = [*self.control.values(), *(f"so {content} it" for content in self.control.values())]
-        found = {token for ids in self.encode_many(spelled) for token in ids}
-        if became := (found & self.control.keys()) - self.harmless_ids:
+        texts = [*self.control.values(), *(f"so {content} it" for content in self.control.values())]
+        encoded = {token for ids in self.encode_many(texts) for token in ids}
+        if leaked := (encoded & self.control.keys()) - self.harmless_ids:
             raise ConfigError(
-                f"The model's tokenizer reads {self.control[min(became)]!r} in a user's text as a control token, and "
-                f"nothing switches that off. Use a model with a tokenizer.json."
+                f"The model's tokenizer reads {self.control[min(leaked)]!r} in a user's text as a control token, and "
+                f"this cannot be switched off. Use a model with a tokenizer.json."
             )
 
 
@@ -146,11 +142,11 @@ class _RustTokenizer(TextTokenizer):
 
 
 class _PythonTokenizer(TextTokenizer):
-    """A tokenizer in Python, of which the check at load shows whether it keeps control tokens out."""
+    """A tokenizer in Python. The check at load fails if it reads control tokens in texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        # Those of mistral-common read no control tokens in texts, and know no such option.
+        # Tokenizers of mistral-common read no control tokens in texts and lack this option.
         self._options = {} if is_mistral_common(tokenizer) else {"split_special_tokens": True}
 
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]:

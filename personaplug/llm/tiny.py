@@ -1,4 +1,4 @@
-"""A tiny random language model, `llm=toy`: no download and the same code path as real models."""
+"""A tiny random language model, `llm=toy`. It needs no download and uses the same code path as real models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _END = "<|end|>"
 
 
 def tiny_tokenizer() -> Any:
-    """Return a byte-level tokenizer: one token per byte and an end-of-text token; decoding restores any text."""
+    """Return a byte-level tokenizer with one token per byte and an end-of-text token. Decoding restores any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ def tiny_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer_class: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    tokenizer_class: Any = PreTrainedTokenizerFast  # untyped constructor
     return tokenizer_class(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 

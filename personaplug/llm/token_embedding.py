@@ -1,4 +1,4 @@
-"""The embeddings that a model reads for token ids, with the factor that some families apply outside of the layer."""
+"""Token embeddings of a model, with the factor that some families apply outside of the embedding layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Reader = Callable[[Tensor], Tensor]
 
 
 class TokenEmbedding:
-    """Maps token ids (…) to what the model must be given in their place, (…, D).
+    """Maps token ids (…) to the embeddings (…, D) that have the same effect on the model.
 
     Attributes:
         layer: the model's input embeddings.
-        factor: what the model multiplies the layer's output with if, and only if, it is given ids; see `find_factor`.
+        factor: factor that the model applies to the layer's output for ids, but not to embeddings; see `find_factor`.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -39,7 +39,7 @@ class TokenEmbedding:
 
 @torch.no_grad()
 def find_factor(model: Any, layer: Any, *, read_ids: Reader, read_embeds: Reader) -> float:
-    """Return the factor of an embedding layer with which a model makes of embeddings what it makes of ids."""
+    """Return the factor by which embeddings must be multiplied to give the same output as their ids."""
     factors = _candidate_factors(model, layer)
     if len(factors) == 1:
         return factors[0]
@@ -47,14 +47,14 @@ def find_factor(model: Any, layer: Any, *, read_ids: Reader, read_embeds: Reader
     try:
         expected, embeds = read_ids(ids).float(), layer(ids)
         errors = [float((read_embeds(embeds * factor).float() - expected).norm()) for factor in factors]
-    except Exception:  # a family that does not run at all fails in the check, which says why
+    except Exception:  # the model check reports why such a family fails
         return 1.0
     return factors[errors.index(min(errors))]
 
 
 def _candidate_factors(model: Any, layer: Any) -> list[float]:
-    """Return 1 and the numbers that the modules around an embedding layer hold."""
-    # Copies of the layer may share nothing but its table.
+    """Return 1 and the positive float attributes of the modules that contain the embedding layer."""
+    # Compare tables, because copies of the layer may share only the table.
     owners = [
         module
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Check when a model is loaded that its tokenizer gives back the texts that it is given."""
+"""Check at load that a model's tokenizer decodes a text to the same text."""
 
 from __future__ import annotations
 
@@ -27,22 +27,18 @@ _OTHERS = {
 
 
 def check_round_trip(texts: TextTokenizer, decode: Callable[[Sequence[int]], str]) -> None:
-    """Check that decoding gives what was written; log what the tokenizer has no tokens for.
-
-    Raises:
-        ConfigError: if an English text comes back as another one.
-    """
-    written = decode(texts.encode(_ENGLISH))
-    if _plain(written) != _plain(_ENGLISH):
+    """Raise ConfigError unless decoding restores an English text; log the kinds of text that it does not restore."""
+    decoded = decode(texts.encode(_ENGLISH))
+    if _normalize(decoded) != _normalize(_ENGLISH):
         raise ConfigError(
-            f"The model's tokenizer turns {_ENGLISH!r} into {written!r}, so answers would not be what the model "
-            f"writes. Use a model whose tokenizer decodes what it encodes."
+            f"The model's tokenizer must restore a text that it encoded, but it turns {_ENGLISH!r} into {decoded!r}. "
+            f"Use a model with another tokenizer."
         )
     lost = [kind for kind, text in {"capitals": _ENGLISH, **_OTHERS}.items() if decode(texts.encode(text)) != text]
     if lost:
-        logger.info("the model's tokenizer does not keep: %s", ", ".join(lost))
+        logger.info("the model's tokenizer does not restore: %s", ", ".join(lost))
 
 
-def _plain(text: str) -> str:
-    """Return the text without what many tokenizers drop on purpose: case, runs of white space, styles of letters."""
+def _normalize(text: str) -> str:
+    """Remove differences that many tokenizers make on purpose: case, runs of white space, letter styles."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

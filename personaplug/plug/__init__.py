@@ -1,1 +1,1 @@
-"""The method: the trained module and how it is applied."""
+"""The persona plug: the trained module and its use."""

@@ -1,6 +1,6 @@
-"""Explain a persona: the weight of each item, histories that leave one item out, and how far a user has moved.
+"""Explain a persona: item weights, leave-one-out histories, and the drift of a user.
 
-An item may weigh much and change nothing. Only an answer's likelihood without the item says whether it matters.
+An item with a large weight may have no effect. Only the likelihood of an answer without the item measures its effect.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Drift:
 
     items_before: int
     items_after: int
-    cosine: float  # between the two personas' differences from the population's
-    moved: float  # distance between the personas over the first one's from the population's; NaN if that is 0
+    cosine: float  # between both personas, each minus the population persona
+    moved: float  # distance between both personas / distance of the first to the population; NaN for a cold start
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory
 
 
 def leave_one_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
-    """Yield the history without each of its items in turn."""
+    """Yield one history for each item, without this item."""
     return (history.select(np.delete(np.arange(len(history)), index)) for index in range(len(history)))
 
 
@@ -50,7 +50,7 @@ def drift(
     population: SoftPrompt,
     is_cold: Callable[[EncodedHistory], bool] = lambda history: len(history) == 0,
 ) -> Drift:
-    """Measure how far a persona moved; histories that are cold count as the `population` prompt."""
+    """Measure how far a persona moved. For a cold history, the persona is the `population` prompt."""
     personas = (population if is_cold(history) else make_persona(history) for history in (before, after))
     old, new = ((persona.vectors - population.vectors).double().flatten() for persona in personas)
     return Drift(

@@ -1,4 +1,4 @@
-"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901), and what is beyond the paper.
+"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901) and extensions.
 
 Shapes: B users, M items of all users together, E encoder width, D language model width, K persona tokens.
 """
@@ -19,11 +19,11 @@ from personaplug.errors import ShapeMismatch
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
-_INITIAL_DOUBT = 4.0  # answers after which a user's own label frequencies count as much as everybody's
+_INITIAL_DOUBT = 4.0  # number of answers at which the user's label frequencies and the overall ones weigh the same
 
 
 class FrozenQueryEncoder:
-    """Encode texts with a frozen encoder and cache the vectors, without the texts. Not thread-safe."""
+    """Encode texts with a frozen encoder and cache their vectors, but not the texts. Not thread-safe."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._source, self._cache = encoder, dict[bytes, Tensor]()
@@ -34,11 +34,11 @@ class FrozenQueryEncoder:
         return torch.stack([self._cache[content_key(text)] for text in texts])
 
     def cache(self, texts: Sequence[str]) -> None:
-        """Encode the texts that are not cached. A full cache keeps only the vectors of these texts."""
-        wanted = {content_key(text): text for text in texts}
-        missing = {digest: text for digest, text in wanted.items() if digest not in self._cache}
+        """Encode the texts that are not cached. A full cache drops the vectors of all other texts."""
+        text_by_key = {content_key(text): text for text in texts}
+        missing = {key: text for key, text in text_by_key.items() if key not in self._cache}
         if missing and len(self._cache) + len(missing) > _MAX_CACHED_TEXTS:
-            self._cache = {digest: self._cache[digest] for digest in wanted if digest in self._cache}
+            self._cache = {key: self._cache[key] for key in text_by_key if key in self._cache}
         if missing:
             vectors = torch.from_numpy(self._encoder.encode(list(missing.values())))
             self._cache.update(zip(missing, vectors, strict=True))
@@ -49,14 +49,14 @@ class FrozenQueryEncoder:
 
 
 class QueryHead(QueryEncoder):
-    """Eq. 2 with a trained linear map of frozen vectors instead of a trained encoder. It starts as the identity."""
+    """Eq. 2 with a trained linear map of frozen vectors, not a trained encoder. The map starts as the identity."""
 
     def __init__(self, width: int, *, frozen: FrozenQueryEncoder) -> None:
         super().__init__()
         self.width = width
         self.linear = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.linear.weight)
-        self.frozen = frozen  # not a module, so it is neither saved nor trained
+        self.frozen = frozen  # not a module, so neither saved nor trained
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {"vectors": self.frozen(texts)}
@@ -68,10 +68,10 @@ class QueryHead(QueryEncoder):
 
 
 class Aggregator(nn.Module):
-    """Weigh the items of each user with a softmax over scores; with `shrinkage`, the population persona has one too.
+    """Weigh the items of each user with a softmax over scores.
 
-    With `kinds`, stated preferences share a trained part of the weight among themselves, half at first, so that no
-    number of answers drowns them.
+    With `shrinkage`, the population persona also has a score. With `kinds`, stated preferences share a trained part of
+    the total weight, initially half, so that many answers do not outweigh them.
     """
 
     def __init__(self, *, shrinkage: bool = False, kinds: bool = False) -> None:
@@ -80,14 +80,14 @@ class Aggregator(nn.Module):
         self.preference_share = nn.Parameter(torch.zeros(1)) if kinds else None  # before a sigmoid
 
     def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int], kind_ids: Tensor) -> Tensor:
-        """Weigh (M, E) items, user after user, for (B, E) queries; returns (M,). The vectors are unit vectors."""
+        """Return the weights, (M,), of (M, E) items, ordered by user, for (B, E) queries. All vectors have length 1."""
         if query.shape[-1] != items.shape[-1]:
             widths = f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}"
             raise ShapeMismatch(f"{widths}: both must come from the same encoder.")
         if len(lengths) != len(query) or sum(lengths) != len(items):
             raise ShapeMismatch(
-                f"{len(query)} queries need as many lengths, {len(items)} items together; found {len(lengths)} with "
-                f"{sum(lengths)}."
+                f"{len(query)} queries with {len(items)} items need {len(query)} lengths with the sum {len(items)}; "
+                f"found {len(lengths)} lengths with the sum {sum(lengths)}."
             )
         users = zip(query, split_by_user(items, lengths), split_by_user(kind_ids, lengths), strict=True)
         return torch.cat([self._weigh(self.scores(x, own.to(query.dtype)), kinds) for x, own, kinds in users])
@@ -108,14 +108,14 @@ class Aggregator(nn.Module):
         return torch.softmax(torch.cat([scores, self.population_score.to(scores.dtype)]), dim=0)[:-1]
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        """Score one user's (n, E) items for a query (E,); returns (n,)."""
+        """Return the scores, (n,), of one user's items (n, E) for a query (E,)."""
         raise NotImplementedError
 
 
 class DotAttention(Aggregator):
     """Eq. 3: w_i = exp(x·h_i / temperature) / Σ_k exp(x·h_k / temperature).
 
-    With the paper's temperature of 1 and unit vectors, no item outweighs another by more than e² ≈ 7.4 times.
+    With the paper's temperature of 1 and unit vectors, the weights of two items differ at most by a factor of e² ≈ 7.4.
     """
 
     def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False, kinds: bool = False) -> None:
@@ -127,7 +127,7 @@ class DotAttention(Aggregator):
 
 
 class MeanPooling(Aggregator):
-    """Weigh all items alike (PPlug, Table 8, "without IA")."""
+    """Weigh all items equally (PPlug, Table 8, "without IA")."""
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
         return items.new_zeros(len(items))
@@ -136,9 +136,10 @@ class MeanPooling(Aggregator):
 class Projector(nn.Module):
     """Proj of eq. 4: a two-layer MLP from an item's vector (E,) to K soft tokens of width D.
 
-    Its outputs start with unit variance: unit vectors are multiplied by √E, and both layers keep that size. Label and
-    style (F features) of an item's answer are added to the hidden layer, unless `labels` or `style` are 0; so is what
-    an item is, if it is no answer and there are `kinds` of items.
+    The initial outputs have unit variance: unit vectors are multiplied by √E, and both layers keep the variance.
+
+    The hidden layer also reads the label of an item's answer, its style (F features) and the item's kind. An input is
+    left out if `labels`, `style` or `kinds` is 0. The kind `answer` adds nothing.
     """
 
     def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int, kinds: int) -> None:
@@ -148,9 +149,11 @@ class Projector(nn.Module):
         self.outer = nn.Linear(hidden, tokens * out)
         self.label = nn.Embedding(labels + 1, hidden) if labels else None
         self.style = nn.Linear(style, hidden, bias=False) if style else None
-        self.kind = nn.Parameter(torch.zeros(kinds - 1, hidden)) if kinds else None  # of all kinds but the answer
+        self.kind = (
+            nn.Parameter(torch.zeros(kinds - 1, hidden)) if kinds else None
+        )  # one row for each kind except answers
         if self.label is not None:
-            nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
+            nn.init.zeros_(self.label.weight[0])  # no label adds nothing, even if all training items have labels
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.
@@ -164,7 +167,7 @@ class Projector(nn.Module):
 
         Label ids are (M,), -1 for none; kind ids (M,), 0 for an answer; style is (M, F).
         """
-        # Scaling the weights costs less than scaling the items, which are more.
+        # Scale the weights instead of the items, because there are fewer weights.
         weight, bias = (self.inner.weight * self.input_scale).to(items.dtype), self.inner.bias.to(items.dtype)
         inner = nn.functional.linear(items, weight, bias)
         if self.label is not None:
@@ -176,9 +179,9 @@ class Projector(nn.Module):
         return nn.functional.gelu(inner)
 
     def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:
-        """Apply the outer layer of k of the K tokens to weighted sums; returns (B, k, D).
+        """Apply the outer layer of k of the K tokens to weighted sums; return (B, k, D).
 
-        Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i. `hidden` is Σ w_i g_i, (B, hidden); `weight_sums` Σ w_i, (B,).
+        Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i. `hidden` is Σ w_i g_i, (B, hidden). `weight_sums` is Σ w_i, (B,).
         """
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
@@ -188,8 +191,8 @@ class Projector(nn.Module):
 class OptionHint(nn.Module):
     """Make one token that points to the options that fit the question and the user best.
 
-    T = Σ_c tanh(a · (f_c − mean f of the other options)) · V_c. The features f_c are the cosines of option c, of C, to
-    the question, to the user's items on average, and to the nearest item. a and V are trained.
+    T = Σ_c tanh(a · (f_c − mean f of the other options)) · V_c. The features f_c are cosines of option c of C: to the
+    question, to the user's items (mean), and to the nearest item. a and V are trained.
     """
 
     def __init__(self, options: int, *, width: int) -> None:
@@ -207,10 +210,10 @@ class OptionHint(nn.Module):
 
 
 class LabelPrior(nn.Module):
-    """Shift the log-probability of each label by how often the user has given it.
+    """Shift the log-probability of each label by its frequency in the user's answers.
 
-    b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ). n_c of the user's n answers are label c, and π_c
-    is its share among all training answers. doubt and trust are trained. A user without answers has b = 0.
+    b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ). n_c of the user's n answers have label c. π_c is the
+    frequency of label c in all training answers. doubt and trust are trained. A user without answers has b = 0.
     """
 
     def __init__(self, labels: int) -> None:
@@ -221,12 +224,12 @@ class LabelPrior(nn.Module):
         self.register_buffer("usual", torch.full((labels,), 1 / labels))
 
     def start_from(self, label_ids: Tensor) -> None:
-        """Set π from training answers: (n,) label indices, -1 for an answer that is no label."""
-        counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # no label is impossible
+        """Set π from training answers: (n,) label indices, -1 for an answer that is not a label."""
+        counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # add-one smoothing
         self.usual.copy_(counts / counts.sum())
 
     def forward(self, label_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Return b of each user, (B, C), from the (M,) label indices of all items' answers, -1 for no label."""
+        """Return b of each user, (B, C), from the label indices of all items' answers, (M,), -1 for no label."""
         labels, users = len(self.usual), len(lengths)
         owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=label_ids.device))
         cells = (owners * labels + label_ids)[label_ids >= 0]
@@ -237,9 +240,9 @@ class LabelPrior(nn.Module):
 
 
 class ColdStart(nn.Module):
-    """Give users with at most `max_items` items the unscaled `tokens` (S, D), or the prompt of users without items.
+    """Give users with at most `max_items` items the unscaled `tokens` (S, D).
 
-    A user who has stated a preference is not cold.
+    Without `tokens`, these users get the prompt of a user without items. A user with a stated preference is never cold.
     """
 
     tokens: Tensor | None
@@ -250,15 +253,15 @@ class ColdStart(nn.Module):
         self.register_buffer("tokens", tokens)
 
     def is_cold(self, history: HistoryBatch) -> Tensor:
-        """Return which users get nothing of their own, (B,), on the CPU."""
+        """Return which users are cold, (B,) bool, on the CPU."""
         return torch.tensor([self.covers(kinds) for kinds in split_by_user(history.kind_ids.cpu(), history.lengths)])
 
     def covers(self, kind_ids: Tensor | Int8Array) -> bool:
-        """Return whether a user with items of these kinds, (N,), gets nothing of their own."""
+        """Return True if a user with items of these kinds, (N,), is cold."""
         return len(kind_ids) <= self.max_items and not bool((kind_ids == PREFERENCE_KIND).any())
 
     def hide_items(self, history: HistoryBatch, is_cold: Tensor) -> HistoryBatch:
-        """Drop the items of cold users, unless their soft tokens are replaced anyway."""
+        """Drop the items of cold users, unless `replace_tokens` replaces their soft tokens."""
         lengths = torch.tensor(history.lengths)
         if self.tokens is not None or not (is_cold & (lengths > 0)).any():
             return history
@@ -266,9 +269,9 @@ class ColdStart(nn.Module):
         return history.select(items.to(history.vectors.device), lengths=tuple((lengths * ~is_cold).tolist()))
 
     def replace_tokens(self, soft: Tensor, is_cold: Tensor) -> Tensor:
-        """Put `tokens` in place of the (B, S, D) soft tokens of cold users."""
+        """Replace the soft tokens, (B, S, D), of cold users by `tokens`."""
         return soft if self.tokens is None else torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
 
     def mask_bias(self, bias: Tensor, is_cold: Tensor) -> Tensor:
-        """Zero the (B, C) label bias of cold users."""
+        """Set the label bias, (B, C), of cold users to 0."""
         return bias.masked_fill(is_cold[:, None].to(bias.device), 0) if is_cold.any() else bias

@@ -31,7 +31,7 @@ _KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens"
     ("population_score", "log_sharpness", "log_doubt", "trust"), "numbers"
 )
 _COLD_TOKENS = "cold_start.tokens"
-_MAX_COLD_ITEMS = "cold_start.max_items"  # beside the weights, so that one file holds all that a prompt depends on
+_MAX_COLD_ITEMS = "cold_start.max_items"  # in the file of the weights, so that prompts depend on one file
 
 
 class PersonaPlug(nn.Module, ModelHubMixin):
@@ -42,7 +42,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         _check_config(config, labels=len(spec.labels), options=spec.option_count)
         if not encoder.identity.same_as(spec.encoder):
             raise EncoderMismatch("This plug", expected=spec.encoder.describe(), found=encoder.identity.describe())
-        self._hub_mixin_config = None  # plug.json holds the config, so the mixin writes no config.json
+        self._hub_mixin_config = None  # plug.json has the config, so the mixin need not write config.json
         self.config, self.spec = config, spec
         self.training_facts: Mapping[str, Any] = {}  # for the model card
         width, labels = spec.llm.width, len(spec.labels)
@@ -62,16 +62,16 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     @property
     def known_kinds(self) -> tuple[ItemKind, ...]:
-        """The kinds of items that the plug can read: answers, and what else its training has seen.
+        """The item kinds that the plug can read: answers, and the kinds that occurred in its training.
 
-        An item of another kind would count as an answer.
+        The plug would treat an item of another kind as an answer.
         """
         kinds = None if self.persona is None else self.persona.projector.kind
         is_trained = [False] * (len(ITEM_KINDS) - 1) if kinds is None else kinds.any(dim=1).tolist()
-        return tuple(kind for kind, known in zip(ITEM_KINDS, [True, *is_trained], strict=True) if known)
+        return tuple(kind for kind, is_known in zip(ITEM_KINDS, [True, *is_trained], strict=True) if is_known)
 
     def known_items(self, kind_ids: Int8Array) -> npt.NDArray[np.intp]:
-        """Return the indices of the items that are of a known kind."""
+        """Return the indices of the items of known kinds."""
         return np.flatnonzero(np.isin(kind_ids, [ITEM_KINDS.index(kind) for kind in self.known_kinds]))
 
     def forward(
@@ -82,20 +82,22 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         options: Sequence[Options | None] = (),
         persona_scale: float = 1.0,
     ) -> SoftPrompt:
-        """Make soft prompts, (B, I + K, D), one token more if options are compared, scaled like the model's embeddings.
+        """Return soft prompts, (B, I + K, D), scaled like the model's embeddings. Compared options add one token.
 
         Args:
-            history: the users' items; None is allowed if the plug reads none.
-            options: those in each prompt; only read if the plug compares them.
-            persona_scale: how far personas go from the population persona (near 0) to the user's own (1) and beyond.
-                At 0 there are no soft tokens at all. Users without items get the same tokens at every scale above 0.
+            history: the users' items; None only if the plug reads no history.
+            options: the options in each prompt; used only if the plug compares options.
+            persona_scale: interpolates between population persona (near 0) and user's persona (1), or extrapolates. 0
+                gives no soft tokens. Users without items get the same tokens at every scale above 0.
         """
         if persona_scale == 0:
             return self._soft_prompt(self.instruction.new_empty(len(queries), 0, self.spec.llm.width))
         tokens = self.instruction.expand(len(queries), -1, -1)
         if history is None:
             if self.config.reads_history:
-                raise ConfigError("This plug reads histories; it needs one for every query (it may be empty).")
+                raise ConfigError(
+                    "This plug needs a history for every query; found None. A user without items has an empty history."
+                )
             return self._soft_prompt(tokens)
         is_cold, bias = self.cold_start.is_cold(history), None
         visible = self.cold_start.hide_items(history, is_cold)
@@ -109,7 +111,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def population_prompt(self) -> SoftPrompt:
-        """Return the soft prompt without anything of a user's own, (1, S, D). Personas differ from it."""
+        """Return the soft prompt with the population persona, (1, S, D)."""
         persona = [] if self.persona is None else [self.persona.population_tokens()]
         return self._soft_prompt(torch.cat([self.instruction, *persona])[None])
 
@@ -118,27 +120,27 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def init_instruction(self, embeddings: Tensor) -> None:
-        """Start the instruction tokens from (I, D) token embeddings of the language model."""
+        """Initialize the instruction tokens with token embeddings of the language model, (I, D)."""
         self.instruction.copy_(embeddings.to(self.instruction) / self.spec.embedding_scale)
 
     def compute_items_in(self, dtype: str) -> Self:
-        """Project items in bfloat16, which is faster, if the language model uses it, else in float32. Return self."""
+        """Project items in bfloat16, which is faster, if the language model uses bfloat16; else in float32."""
         if self.persona is not None:
             self.persona.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         return self
 
     def share_persona(self, other: PersonaPlug) -> None:
-        """Make personas with another plug's parameters; the instruction and the hint of options stay the own ones."""
+        """Use another plug's persona parameters, but keep this plug's instruction tokens and option hint."""
         if self.persona is not None and other.persona is not None:
             self.persona.share(other.persona)
 
     def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
-        """Encode queries and options before they are used, if the encoder is frozen for them."""
+        """Encode and cache queries and options in advance, if a frozen encoder encodes them."""
         if self.persona is not None:
             self.persona.cache_queries(queries, options)
 
     def parameter_kinds(self) -> dict[str, list[nn.Parameter]]:
-        """Group the trained parameters by kind: tokens, numbers, the trained copy of the encoder, and layers."""
+        """Group the trained parameters by kind: tokens, single numbers, the trained copy of the encoder, and layers."""
         kinds: dict[str, list[nn.Parameter]] = {"tokens": [], "numbers": [], "encoder": [], "layers": []}
         has_copy = self.config.query_encoder == "trained"
         for name, parameter in self.named_parameters():
@@ -153,7 +155,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / saving.ABOUT).unlink(missing_ok=True)  # or an earlier config would describe new weights
+        (save_directory / saving.ABOUT).unlink(missing_ok=True)  # an old config must not describe new weights
         tensors = dict(self.state_dict())
         if self.cold_start.max_items:
             tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
@@ -161,7 +163,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         parameters = sum(parameter.numel() for parameter in self.parameters())
         card = saving.model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
         write_text(save_directory / saving.CARD, str(card))
-        # Last, because it marks the plug as complete.
+        # Write it last, because its presence marks the plug as complete.
         saving.write_description(save_directory, self.config, spec=self.spec, training=self.training_facts)
 
     @classmethod
@@ -171,11 +173,11 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         """Load a plug in eval mode from a folder or from a repository of the Hugging Face hub.
 
         Args:
-            llm: the language model; None = it runs elsewhere, and the caller checks that it is the plug's.
+            llm: the language model's identity; None = the model runs elsewhere, and the caller checks its identity.
             hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, local_files_only, …).
         Raises:
-            MissingData: if there is no plug, or a newer one (DamagedFile: one that is damaged or of mixed files).
-            EncoderMismatch, LLMMismatch: if it was trained for another model.
+            MissingData: if there is no plug, or its format is not supported; DamagedFile if its files are damaged.
+            EncoderMismatch, LLMMismatch: if the plug was trained for another model.
         """
         folder = saving.find_plug(pretrained_model_name_or_path, **hub_options)
         config, spec, training = saving.read_description(folder)
@@ -183,8 +185,8 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
         if llm is not None and spec.llm.chat_date != llm.chat_date:
             raise ConfigError(
-                f"This plug was trained with prompts of the day {spec.llm.chat_date}; the language model given writes "
-                f"{llm.chat_date}. Open it with chat_date={spec.llm.chat_date}."
+                f"This plug was trained with the date {spec.llm.chat_date} in its prompts; the language model prints "
+                f"{llm.chat_date}. Open the language model with chat_date={spec.llm.chat_date}."
             )
         saving.check_sizes(folder, config, spec)
         plug = cls(config, spec=spec, encoder=encoder)
@@ -205,7 +207,7 @@ def _check_config(config: PlugConfig, *, labels: int, options: int) -> None:
         raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if "auto" in (config.answer_channel, config.options):
         raise ConfigError(
-            "answer_channel=auto and options=auto are settled by a task; see `config_resolution.resolved`."
+            "answer_channel and options of a plug must not be auto. Resolve them with `config_resolution.resolved`."
         )
     if config.reads_labels and config.answer_channel != "all" and not labels:
         raise ConfigError(
@@ -214,7 +216,9 @@ def _check_config(config: PlugConfig, *, labels: int, options: int) -> None:
         )
     if 0 < config.persona_tokens < config.state_tokens:
         raise ConfigError(
-            f"state_tokens={config.state_tokens} must be at most persona_tokens={config.persona_tokens}. Give fewer."
+            f"state_tokens must be at most persona_tokens={config.persona_tokens}; found {config.state_tokens}."
         )
     if config.options == "compare" and config.persona_tokens and options < 2:
-        raise ConfigError("options=compare needs a task whose labels stand for two or more options in the prompt.")
+        raise ConfigError(
+            "options=compare needs a task whose labels stand for two or more options in the prompt. Use options=ignore."
+        )

@@ -1,4 +1,4 @@
-"""PersonaHead: the persona tokens of a plug, made from a user's history and a query (PPlug, eq. 2 to 4)."""
+"""PersonaHead: make the persona tokens of a plug from a user's history and a query (PPlug, eq. 2 to 4)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from personaplug.encoders.style_features import FEATURES
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 from personaplug.plug.layers import DotAttention, FrozenQueryEncoder, MeanPooling, OptionHint, Projector, QueryHead
 
-_CONVERTED_ITEMS = 1024  # at once, so that their float32 copy stays in the processor's cache
+_CONVERTED_ITEMS = 1024  # at once, so that their float32 copy fits into the CPU cache
 
 
 class PersonaHead(nn.Module):
-    """Make K persona tokens, and one more if options are compared.
+    """Make K persona tokens, and one more token if options are compared.
 
-    The first `state_tokens` of the K weigh all items alike: the user's state. The others attend to the query.
-    `width` is the language model's (D), `labels` the number of labels that items may have, `options` of those that a
-    prompt offers.
+    The first `state_tokens` tokens weigh all items equally and represent the user's state. The others attend to the
+    query. `width` is the embedding width of the language model (D). `labels` is the number of item labels, `options`
+    the number of options in a prompt.
     """
 
     def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int, options: int) -> None:
@@ -50,8 +50,8 @@ class PersonaHead(nn.Module):
             style=len(FEATURES) if config.reads_style else 0,
             kinds=len(ITEM_KINDS) if config.kinds else 0,
         )
-        # Fills the weight that a user's items leave: all of it if there are none. It starts as no signal and learns
-        # from samples whose history training hides (`training.drop_history_prob`).
+        # Gets the weight that the user's items do not take: all weight if there are no items. It starts at zero and
+        # learns from samples whose history training drops (`training.drop_history_prob`).
         self.population = nn.Parameter(torch.zeros(self.tokens, width))
         self.hint = OptionHint(options, width=width) if config.options == "compare" else None
 
@@ -63,7 +63,7 @@ class PersonaHead(nn.Module):
         options: Sequence[Options | None] = (),
         persona_scale: float = 1.0,
     ) -> Tensor:
-        """Make the tokens, (B, K, D) or (B, K + 1, D), not scaled; see `PersonaPlug.forward`."""
+        """Return the unscaled tokens, (B, K, D) or (B, K + 1, D); see `PersonaPlug.forward`."""
         persona = self._persona(queries, history)
         if persona_scale != 1:
             persona = torch.lerp(self.population.expand_as(persona), persona, persona_scale)
@@ -73,13 +73,13 @@ class PersonaHead(nn.Module):
         return torch.cat([persona, hints], dim=1)
 
     def share(self, other: PersonaHead) -> None:
-        """Use another head's parameters in place of the own ones, but for the hint, whose options are a task's own."""
+        """Use another head's parameters, except for the hint, whose options belong to one task."""
         self.query_encoder, self.projector, self.population = other.query_encoder, other.projector, other.population
         self.item_attention, self.state_pooling = other.item_attention, other.state_pooling
         self.frozen_encoder = other.frozen_encoder
 
     def population_tokens(self) -> Tensor:
-        """Return the tokens without anything of a user's own, (K, D) or (K + 1, D)."""
+        """Return the tokens of the population persona, (K, D) or (K + 1, D)."""
         if self.hint is None:
             return self.population
         return torch.cat([self.population, torch.zeros_like(self.population[:1])])
@@ -90,18 +90,18 @@ class PersonaHead(nn.Module):
         return torch.stack(shares).sum(dim=0) / self.tokens
 
     def precompute(self, history: HistoryBatch) -> HistoryBatch:
-        """Compute what depends on no query, which is most of the cost of a long history."""
+        """Compute the hidden layer of the items in advance. It depends on no query and is most of the cost."""
         return replace(history, hidden=self._hidden(history))
 
     def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
-        """Encode queries and options before they are used, if the encoder is frozen for them."""
+        """Encode and cache queries and options in advance, if a frozen encoder encodes them."""
         texts = list(queries) if isinstance(self.query_encoder, QueryHead) else []
         self.frozen_encoder.cache(texts + (_option_texts(options) if self.hint is not None else []))
 
     def _persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """Return P = Σ_i w_i · Proj(h_i) of eq. 4, plus the population persona for the weight that is left; (B, K, D).
+        """Return P = Σ_i w_i · Proj(h_i) of eq. 4, plus the population persona for the remaining weight; (B, K, D).
 
-        The projector's outer layer is linear, so it runs once per user, not once per item.
+        The projector's outer layer is linear, so it runs once per user instead of once per item.
         """
         hidden = self._hidden(history) if history.hidden is None else history.hidden
         user_hidden, dtype = split_by_user(hidden, history.lengths), self.population.dtype
@@ -109,7 +109,7 @@ class PersonaHead(nn.Module):
         for tokens, weights in self._token_weights(queries, history):
             user_weights = split_by_user(weights, history.lengths)
             pooled = torch.stack([w.to(g.dtype) @ g for w, g in zip(user_weights, user_hidden, strict=True)])
-            # Without shrinkage exactly 1 or 0: a rounding error of 1 would train the population persona with noise.
+            # Without shrinkage, use exactly 1 or 0: a rounding error would train the population persona with noise.
             sums = [w.sum() if self.shrinkage else w.new_tensor(float(len(w) > 0)) for w in user_weights]
             weight_sums = torch.stack(sums).to(dtype)
             rest = (1 - weight_sums)[:, None, None] * self.population[tokens]
@@ -117,7 +117,10 @@ class PersonaHead(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _token_weights(self, queries: Sequence[str], history: HistoryBatch) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
+        """Yield slices of the persona tokens with their (M,) item weights.
+
+        The weights are float32, because a low temperature magnifies rounding errors.
+        """
         x, shape = self._encode_queries(queries), {"lengths": history.lengths, "kind_ids": history.kind_ids}
         if self.state_pooling is not None:
             yield slice(0, self.state_tokens), self.state_pooling(x, history.vectors, **shape)
@@ -151,7 +154,7 @@ class PersonaHead(nn.Module):
             vectors = self.frozen_encoder([choice.question, *choice.texts]).to(hint.option_vectors.device)
             hint_for = partial(hint, vectors[0], vectors[1:])
             own = hint_for(items.to(vectors.dtype))
-            if persona_scale != 1:  # what the question alone says of the options is not personal
+            if persona_scale != 1:  # scale only the effect of the items, because the question's effect is not personal
                 own = torch.lerp(hint_for(vectors[:0]), own, persona_scale)
             hints.append(own)
         return torch.stack(hints)[:, None]
@@ -165,7 +168,7 @@ def _convert(items: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert (M, E) items to another dtype."""
     if items.device.type != "cpu" or (items.dtype, dtype) != (torch.float16, torch.bfloat16):
         return items.to(dtype)
-    # CPUs convert between the 16-bit formats value by value. Through float32 it takes a third of the time.
+    # CPUs convert between 16-bit formats value by value. A conversion through float32 takes a third of the time.
     converted = torch.empty(items.shape, dtype=dtype)
     for start in range(0, len(items), _CONVERTED_ITEMS):
         chunk = slice(start, start + _CONVERTED_ITEMS)

@@ -41,7 +41,7 @@ class SoftPrompter(Protocol):
 
 
 class Personalizer:
-    """Make soft prompts with one plug, for samples whose item vectors are in `table` or for one user's history."""
+    """Make soft prompts with a plug, for samples whose item vectors are in `table`, or for one user's history."""
 
     def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, persona_scale: float = 1.0) -> None:
         self.plug, self.table, self.persona_scale = plug, table, persona_scale
@@ -58,13 +58,13 @@ class Personalizer:
         return soft
 
     def used_items(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
-        """Return the items of a user that are used: the plug knows their kinds, and they are at most `max_history`."""
+        """Return the items of a user that the plug uses: at most `max_history`, of kinds that the plug can read."""
         kinds = kind_ids(items)
-        known = self.plug.known_items(kinds)
-        return [items[index] for index in known[latest_items(kinds[known], self.plug.config.max_history)]]
+        readable = self.plug.known_items(kinds)
+        return [items[index] for index in readable[latest_items(kinds[readable], self.plug.config.max_history)]]
 
     def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
-        """Encode the items of a user that are used."""
+        """Encode the items of a user that the plug uses; see `used_items`."""
         items = self.used_items(items)
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
@@ -86,7 +86,7 @@ class Personalizer:
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> SoftPrompt:
-        """Make one user's soft prompt for a query, (1, S, D); a `persona_scale` of None = the personalizer's."""
+        """Make one user's soft prompt for a query, (1, S, D). `persona_scale` defaults to the personalizer's scale."""
         batch = self.collate(history) if isinstance(history, EncodedHistory) else history
         scale = self.persona_scale if persona_scale is None else persona_scale
         soft: SoftPrompt = self.plug([query], batch, options=[options], persona_scale=scale)
@@ -107,10 +107,10 @@ class Personalizer:
         )
 
     def _gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
-        """Collect the vectors of the samples' items that are used, at most `max_history` of each."""
+        """Collect the vectors of the items that the plug uses, at most `max_history` per sample."""
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
-        if not self.plug.training:  # which learns the kinds that there are
+        if not self.plug.training:  # training learns all kinds
             samples = [self._with_known_items(sample) for sample in samples]
         samples = [sample if len(sample.rows) <= limit else sample.latest(limit) for sample in samples]
         history = EncodedHistory(
@@ -122,6 +122,6 @@ class Personalizer:
         return self.collate(history, lengths=tuple(len(sample.rows) for sample in samples))
 
     def _with_known_items(self, sample: EncodedSample) -> EncodedSample:
-        if not sample.kind_ids.any():  # answers alone, which every plug reads
+        if not sample.kind_ids.any():  # all items are answers, which every plug can read
             return sample
         return sample.with_items_of(sample, self.plug.known_items(sample.kind_ids))

@@ -29,22 +29,22 @@ REMEDY = "Restore the folder, or train the plug again."
 
 @dataclass(frozen=True)
 class PlugSpec:
-    """What a plug fits."""
+    """The models and labels that a plug was trained for."""
 
     llm: LLMIdentity
     embedding_scale: float  # root mean square of that model's token embeddings
     encoder: EncoderIdentity  # of items and queries
-    labels: tuple[str, ...] = ()  # that items' answers may be: of the task, or of all tasks that share a plug
-    options: int | None = None  # number of the task's own labels, if it is another
+    labels: tuple[str, ...] = ()  # labels of items' answers: of the task, or of all tasks that share the plug
+    options: int | None = None  # number of labels of the task, if it differs from len(labels)
 
     @property
     def option_count(self) -> int:
-        """Number of options that a prompt may offer, one for each label of the task."""
+        """Number of options in a prompt, one for each label of the task."""
         return len(self.labels) if self.options is None else self.options
 
 
 def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
-    """Write plug.json, which names the checksum of the weights. Its presence means that the plug is complete."""
+    """Write plug.json with the checksum of the weights. The presence of this file means that the plug is complete."""
     sections = {"config": asdict(config), "spec": asdict(spec), "training": training}
     weights = stored_checksum(folder / WEIGHTS, remedy=REMEDY)
     write_checked_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections, "weights": weights})
@@ -54,8 +54,8 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
     """Read config, spec and training facts from plug.json.
 
     Raises:
-        MissingData: if there is none, or one of another version or form (DamagedFile: a changed one, or one that was
-            written for other weights than those beside it).
+        MissingData: if the file is missing or has an unsupported format.
+        DamagedFile: if the file was changed, or describes other weights.
         ConfigError: if a setting is unknown or out of range.
     """
     path = folder / ABOUT
@@ -73,31 +73,27 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
         if not (isinstance(llm.width, int) and llm.width > 0 and math.isfinite(spec.embedding_scale)):
             raise ValueError("a width or scale is out of range")
         if not isinstance(options, int | None):
-            raise ValueError("`options` is no number")
-        # A missing setting is an error: its default could be another plug's.
+            raise ValueError("`options` is not a number")
+        # A missing setting is an error, because the plug may have been trained with another value than the default.
         settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:
-        raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
+        raise MissingData(f"{folder} has no plug: {ABOUT} is missing. Finish a training run first.") from error
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
     config = with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug
     check_json(values, path, remedy=REMEDY)
     if stored_checksum(folder / WEIGHTS, remedy=REMEDY) != values.get("weights"):
-        raise DamagedFile(folder / WEIGHTS, reason=f"{ABOUT} beside it describes other weights", remedy=REMEDY)
+        raise DamagedFile(folder / WEIGHTS, reason=f"{ABOUT} has the checksum of other weights", remedy=REMEDY)
     return config, spec, training
 
 
 def check_sizes(folder: Path, config: PlugConfig, spec: PlugSpec) -> None:
-    """Compare the sizes that a description asks for with the header of the weights, before memory is taken.
-
-    Raises:
-        DamagedFile: if they differ.
-    """
+    """Raise DamagedFile if the header of the weights has other sizes than the description, before memory is used."""
     check_header(folder / WEIGHTS, _described_shapes(config, spec), remedy=REMEDY)
 
 
 def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
-    """Return the shapes of the tensors that grow with the description; all others follow from the encoder."""
+    """Return the shapes of the tensors that depend on numbers in the description."""
     width, tokens, labels = spec.llm.width, config.persona_tokens, len(spec.labels)
     shapes: dict[str, tuple[int, ...]] = {"instruction": (config.instruction_tokens, width)}
     if tokens:
@@ -112,15 +108,15 @@ def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
 
 
 def find_plug(name: str | Path, *, files: Sequence[str] = (ABOUT, WEIGHTS), **hub_options: Any) -> Path:
-    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot of these files on the hub."""
+    """Return the local folder of a plug: `name` if it is a folder, else a snapshot of these files on the hub."""
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(files), **hub_options))
     except Exception as error:  # the hub's client also raises the errors of its HTTP library
         raise MissingData(
-            f"There is no plug {str(name)!r}: it is no local folder, and the hub gave none ({type(error).__name__}). "
-            f"Give the folder of a finished training or the name of a hub repository."
+            f"The plug {str(name)!r} was not found: it is not a local folder, and its download from the hub failed "
+            f"({type(error).__name__}). Give the folder of a finished training or the name of a hub repository."
         ) from error
 
 
@@ -132,7 +128,7 @@ def model_card(
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     card: ModelCard = ModelCard.from_template(
         ModelCardData(
-            base_model=name if is_hub_name else None,  # the path of a folder would be no link
+            base_model=name if is_hub_name else None,  # the hub makes a link of it
             library_name="personaplug",
             tags=["personalization", "soft-prompt"],
         ),

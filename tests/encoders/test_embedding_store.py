@@ -38,20 +38,20 @@ SECRET = "the text of a user"
 
 
 class BrokenEncoder(CheapEncoder):
-    """Gives NaN for one text of a name, or the wrong shape."""
+    """Return NaN for the text SECRET, or a wrong shape."""
 
     def __init__(self, *, shape: bool = False) -> None:
         super().__init__()
         self.shape = shape
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
-        found = super().encode(texts)
-        found[[text == SECRET for text in texts]] = np.nan
-        return found[:, :-1] if self.shape else found
+        vectors = super().encode(texts)
+        vectors[[text == SECRET for text in texts]] = np.nan
+        return vectors[:, :-1] if self.shape else vectors
 
 
 def count_added(table: EmbeddingStore, texts: Iterable[str], *, chunk: int = 4096) -> tuple[int, int]:
-    """Add texts; return the number of new rows, and of texts that were there already or are repeated."""
+    """Add texts; return the number of new rows, and the number of texts that needed no new row."""
     before = len(table)
     row_ids = table.add(texts, chunk=chunk)
     new = len(table) - before
@@ -65,35 +65,35 @@ def table(tmp_path: Path) -> EmbeddingStore:
 
 def test_gather_returns_float16_vectors(table: EmbeddingStore) -> None:
     assert count_added(table, TEXTS) == (len(TEXTS), 0)
-    found = table.gather(table.add(TEXTS))
-    assert type(found) is np.ndarray
-    assert found.dtype == np.float16
-    assert found.shape == (len(TEXTS), 32)
-    np.testing.assert_allclose(found, table.encoder.encode(TEXTS), atol=1e-3)
+    vectors = table.gather(table.add(TEXTS))
+    assert type(vectors) is np.ndarray
+    assert vectors.dtype == np.float16
+    assert vectors.shape == (len(TEXTS), 32)
+    np.testing.assert_allclose(vectors, table.encoder.encode(TEXTS), atol=1e-3)
     assert len(table) == len(TEXTS)
 
 
-def test_add_repeated_text_is_stored_once(table: EmbeddingStore) -> None:
+def test_repeated_text_is_stored_once(table: EmbeddingStore) -> None:
     assert count_added(table, ["x", "y", "x"], chunk=2) == (2, 1)
     assert count_added(table, iter(["y", "z", "y"])) == (1, 2)
     assert len(table) == 3
     assert table.add(["z", "x", "x"]).tolist() == [2, 0, 0]
 
 
-def test_add_no_texts_returns_no_rows(table: EmbeddingStore) -> None:
+def test_add_without_texts_returns_no_rows(table: EmbeddingStore) -> None:
     assert count_added(table, []) == (0, 0)
     assert table.add([]).shape == (0,)
     assert table.gather(np.zeros(0, dtype=np.int64)).shape == (0, 32)
     assert table.gather(np.zeros((2, 0), dtype=np.int64)).shape == (2, 0, 32)
 
 
-def test_open_existing_store_grows(table: EmbeddingStore) -> None:
+def test_store_can_grow_after_it_is_opened_again(table: EmbeddingStore) -> None:
     table.add(TEXTS[:3])
     again = EmbeddingStore.open(table.folder, HashEncoder(32))
     first = again.gather(again.add(TEXTS[:3]))
     assert count_added(again, TEXTS) == (3, 3)
     np.testing.assert_array_equal(table.gather(table.add(TEXTS))[:3], first)
-    assert len(table) == len(TEXTS), "a table opened before sees what came since"
+    assert len(table) == len(TEXTS), "an open store sees rows that were added later"
 
 
 def test_add_in_another_order_gives_equal_vectors(tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ def test_add_in_another_order_gives_equal_vectors(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.gather(one.add(TEXTS)), two.gather(two.add(TEXTS)))
 
 
-def test_store_files_hold_no_text(table: EmbeddingStore) -> None:
+def test_store_files_contain_no_text(table: EmbeddingStore) -> None:
     table.add([SECRET])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
-    described = json.loads((table.folder / "table.json").read_text())
-    assert (described["format"], described["width"]) == (3, 32)
-    assert EncoderIdentity.from_dict(described["encoder"]) == HashEncoder(32).identity
+    description = json.loads((table.folder / "table.json").read_text())
+    assert (description["format"], description["width"]) == (3, 32)
+    assert EncoderIdentity.from_dict(description["encoder"]) == HashEncoder(32).identity
     assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
 
 
@@ -164,7 +164,7 @@ def test_gather_unknown_row_raises(table: EmbeddingStore, row: int) -> None:
         table.gather(np.array([0, row]))
 
 
-def test_add_nan_raises_and_stores_nothing_of_the_chunk(tmp_path: Path) -> None:
+def test_nan_raises_and_stores_nothing_of_the_chunk(tmp_path: Path) -> None:
     table = EmbeddingStore.open(tmp_path, BrokenEncoder())
     with pytest.raises(UserError, match="NaN or infinite values for 1 of 2 texts") as raised:
         table.add(["fine", "also", "more", SECRET], chunk=2)
@@ -173,7 +173,7 @@ def test_add_nan_raises_and_stores_nothing_of_the_chunk(tmp_path: Path) -> None:
     assert count_added(table, ["more"]) == (1, 0)
 
 
-def test_add_vectors_of_wrong_shape_raises(tmp_path: Path) -> None:
+def test_vectors_of_wrong_shape_raise(tmp_path: Path) -> None:
     with pytest.raises(ShapeMismatch, match=r"\(1, 63\).*\(1, 64\)"):
         EmbeddingStore.open(tmp_path, BrokenEncoder(shape=True)).add(["x"])
 
@@ -181,10 +181,10 @@ def test_add_vectors_of_wrong_shape_raises(tmp_path: Path) -> None:
 # Damage
 
 
-def test_open_uncommitted_vectors_are_dropped(table: EmbeddingStore) -> None:
+def test_uncommitted_vectors_are_dropped_at_open(table: EmbeddingStore) -> None:
     table.add(["x"])
     with (table.folder / "vectors.f16").open("ab") as file:
-        file.write(b"\xff" * 100)  # 1 row and a half
+        file.write(b"\xff" * 100)  # one row and a half
     again = EmbeddingStore.open(table.folder, HashEncoder(32))
     assert len(again) == 1
     again.add(["y"])
@@ -192,14 +192,14 @@ def test_open_uncommitted_vectors_are_dropped(table: EmbeddingStore) -> None:
     np.testing.assert_allclose(again.gather(again.add(["x", "y"])), HashEncoder(32).encode(["x", "y"]), atol=1e-3)
 
 
-def test_open_lost_vectors_raises(table: EmbeddingStore) -> None:
+def test_open_with_lost_vectors_raises(table: EmbeddingStore) -> None:
     table.add(["x", "y"])
     os.truncate(table.folder / "vectors.f16", 3 * 32)
     with pytest.raises(UserError, match=r"has 2 rows, vectors.f16 or checks.u64 has 1. Delete the folder"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_open_damaged_index_raises(table: EmbeddingStore) -> None:
+def test_open_with_damaged_index_raises(table: EmbeddingStore) -> None:
     (table.folder / "index.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 50)
     with pytest.raises(UserError, match="damaged"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
@@ -209,15 +209,15 @@ def test_open_damaged_index_raises(table: EmbeddingStore) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "encoder": {"name": "x"}}', "[]"])
-def test_open_damaged_description_raises(table: EmbeddingStore, content: str) -> None:
+def test_open_with_damaged_description_raises(table: EmbeddingStore, content: str) -> None:
     (table.folder / "table.json").write_text(content)
-    with pytest.raises(UserError, match="describes no embedding store"):
+    with pytest.raises(UserError, match="does not describe an embedding store"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_open_later_format_raises(table: EmbeddingStore) -> None:
-    described = json.loads((table.folder / "table.json").read_text())
-    (table.folder / "table.json").write_text(json.dumps(described | {"format": 4}))
+def test_open_store_of_later_format_raises(table: EmbeddingStore) -> None:
+    description = json.loads((table.folder / "table.json").read_text())
+    (table.folder / "table.json").write_text(json.dumps(description | {"format": 4}))
     with pytest.raises(UserError, match="format 4; this version reads format 3"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
@@ -231,7 +231,7 @@ def _copy_with_flipped_bit(source: Path, target: Path, *, name: str, position: i
 
 
 @pytest.mark.parametrize("name", ["vectors.f16", "checks.u64", "table.json", "index.sqlite"])
-def test_flipped_bit_never_gives_a_text_another_vector(table: EmbeddingStore, tmp_path: Path, name: str) -> None:
+def test_flipped_bit_never_gives_a_text_a_wrong_vector(table: EmbeddingStore, tmp_path: Path, name: str) -> None:
     texts, more = [f"text {i}" for i in range(40)], ["new", "newer"]
     table.add(texts)
     expected = HashEncoder(32).encode(texts + more).astype(np.float16)
@@ -262,7 +262,7 @@ def test_each_flipped_bit_of_a_vector_is_detected_when_its_row_is_read(table: Em
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         again = EmbeddingStore.open(table.folder, HashEncoder(32))
-        again.gather(row_ids[1:])  # the other row is whole
+        again.gather(row_ids[1:])  # the other row is intact
         with pytest.raises(DamagedFile, match="row 0 does not match its checksum"):
             again.gather(row_ids)
 
@@ -276,7 +276,7 @@ def test_swapped_rows_and_noise_are_detected(table: EmbeddingStore) -> None:
             EmbeddingStore.open(table.folder, HashEncoder(32)).gather(row_ids)
 
 
-def test_index_that_gives_a_text_the_row_of_another_is_detected(table: EmbeddingStore) -> None:
+def test_index_with_the_row_of_another_text_is_detected(table: EmbeddingStore) -> None:
     table.add(["x", "y"])
     with contextlib.closing(sqlite3.connect(table.folder / "index.sqlite")) as index, index:
         index.execute("UPDATE items SET row = 1 WHERE row = 0")
@@ -284,7 +284,7 @@ def test_index_that_gives_a_text_the_row_of_another_is_detected(table: Embedding
         table.add(["x", "y"])
 
 
-def test_index_that_forgot_its_length_never_overwrites_vectors(table: EmbeddingStore) -> None:
+def test_index_without_row_count_never_overwrites_vectors(table: EmbeddingStore) -> None:
     table.add(["x", "y"])
     with contextlib.closing(sqlite3.connect(table.folder / "index.sqlite")) as index, index:
         index.execute("DELETE FROM items WHERE row = 2")
@@ -294,7 +294,7 @@ def test_index_that_forgot_its_length_never_overwrites_vectors(table: EmbeddingS
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 384])
-def test_row_hash_tells_rows_widths_and_changes_apart(width: int) -> None:
+def test_row_hash_depends_on_row_ids_and_values(width: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(200, width)).astype(np.float16)
     row_ids, row_hash = np.arange(200), RowHash(width)
     checks = row_hash(vectors, row_ids)
@@ -310,13 +310,13 @@ def test_open_vectors_without_description_raises(table: EmbeddingStore) -> None:
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_open_interrupted_creation_completes(tmp_path: Path) -> None:
+def test_open_completes_an_interrupted_creation(tmp_path: Path) -> None:
     (tmp_path / "vectors.f16").touch()
     (tmp_path / "index.sqlite").touch()
     assert count_added(EmbeddingStore.open(tmp_path, HashEncoder(32)), ["x"]) == (1, 0)
 
 
-def test_add_full_disk_keeps_earlier_chunks(table: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_earlier_chunks(table: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     table.add(["x"])
 
     def full(_: int) -> None:
@@ -330,7 +330,7 @@ def test_add_full_disk_keeps_earlier_chunks(table: EmbeddingStore, monkeypatch: 
     assert count_added(table, ["x", "y"]) == (1, 1)
 
 
-def test_add_failed_write_resumes(table: EmbeddingStore) -> None:
+def test_add_resumes_after_a_failed_write(table: EmbeddingStore) -> None:
     resource = pytest.importorskip("resource")
     table.add(["x"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -351,31 +351,31 @@ class Slow(HashEncoder):
         return super().encode(texts)
 
 
-def add_slowly(folder: Path, told: Connection) -> None:
+def add_slowly(folder: Path, progress: Connection) -> None:
     def texts() -> Iterator[str]:
         for i in range(4000):
             if i and i % 20 == 0:
-                told.send(i)  # the chunks before this text are complete
+                progress.send(i)  # the chunks before this text are complete
             yield f"text {i}"
 
     EmbeddingStore.open(folder, Slow(32)).add(texts(), chunk=20)
 
 
 @pytest.mark.parametrize("after_chunks", [1, 4])
-def test_add_killed_process_loses_one_chunk_at_most(table: EmbeddingStore, after_chunks: int) -> None:
+def test_killed_process_loses_at_most_one_chunk(table: EmbeddingStore, after_chunks: int) -> None:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=add_slowly, args=(table.folder, sender))
     process.start()
-    told = [receiver.recv() for _ in range(after_chunks)]
+    completed = [receiver.recv() for _ in range(after_chunks)]
     time.sleep(0.013 * after_chunks)
     process.kill()
     process.join()
     texts = [f"text {i}" for i in range(500)]
-    kept = len(EmbeddingStore.open(table.folder, HashEncoder(32)))
-    assert told[-1] <= kept < 500
-    assert kept % 20 == 0
-    assert count_added(table, texts) == (500 - kept, kept), "the lock went with the process"
+    stored = len(EmbeddingStore.open(table.folder, HashEncoder(32)))
+    assert completed[-1] <= stored < 500
+    assert stored % 20 == 0
+    assert count_added(table, texts) == (500 - stored, stored), "the killed process left no lock"
     rows = table.add(texts)
     assert sorted(rows) == list(range(500))
     assert len(table) == 500
@@ -386,7 +386,7 @@ def test_add_killed_process_loses_one_chunk_at_most(table: EmbeddingStore, after
 # Several at once
 
 
-def test_add_second_writer_raises_and_readers_continue(table: EmbeddingStore) -> None:
+def test_second_writer_raises_and_readers_continue(table: EmbeddingStore) -> None:
     table.add(["x"])
     other = EmbeddingStore.open(table.folder, HashEncoder(32))
 
@@ -394,7 +394,7 @@ def test_add_second_writer_raises_and_readers_continue(table: EmbeddingStore) ->
         yield "y"
         with pytest.raises(UserError, match="Another process is writing"):
             other.add(["z"])
-        assert count_added(other, ["x", "y"]) == (0, 2), "nothing is missing, so nothing needs the lock"
+        assert count_added(other, ["x", "y"]) == (0, 2), "no text is missing, so no lock is needed"
         assert other.add(["x", "y"]).tolist() == [0, 1]
         yield "z"
 
@@ -434,14 +434,14 @@ def read(folder: str) -> list[int]:
     return [int(row) for row in rows]
 
 
-def test_store_several_processes_read_at_once(table: EmbeddingStore) -> None:
+def test_several_processes_read_a_store_at_once(table: EmbeddingStore) -> None:
     table.add(TEXTS)
-    table.gather(table.add(TEXTS))  # an open memory map goes through the fork
+    table.gather(table.add(TEXTS))  # the forked processes inherit an open memory map
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map_async(read, [str(table.folder)] * 6).get(timeout=60) == [list(range(len(TEXTS)))] * 6
 
 
-def test_store_pickle_has_no_vectors(tmp_path: Path) -> None:
+def test_pickled_store_has_no_vectors(tmp_path: Path) -> None:
     table = EmbeddingStore.open(tmp_path, HashEncoder(64))
     table.add(str(i) for i in range(1000))
     expected = table.gather(table.add(["7"]))
@@ -500,14 +500,14 @@ def test_encode_samples_keeps_order_and_fields(table: EmbeddingStore) -> None:
     samples = [make_sample("1", "b", "a ", None, "other"), make_sample("2"), make_sample("3", "a")]
     encoded = encode_samples(iter(samples), table, labels=["a", "b"])
     assert [item.label_ids.tolist() for item in encoded] == [[1, 0, -1, -1], [], [0]]
-    for sample, found in zip(samples, encoded, strict=True):
+    for sample, result in zip(samples, encoded, strict=True):
         texts = [item.text for item in sample.history]
-        np.testing.assert_array_equal(found.rows, table.add(texts))
-        assert (found.id, found.owner, found.user_id) == (sample.id, sample.owner, sample.user_id)
-        assert (found.prompt, found.query, found.target) == (sample.prompt, sample.query, sample.target)
+        np.testing.assert_array_equal(result.rows, table.add(texts))
+        assert (result.id, result.owner, result.user_id) == (sample.id, sample.owner, sample.user_id)
+        assert (result.prompt, result.query, result.target) == (sample.prompt, sample.query, sample.target)
     assert encoded[0].rows.dtype == np.int64
     assert encoded[0].label_ids.dtype == np.int16
-    assert encoded[0].rows.base is None, "no sample keeps its neighbours' rows"
+    assert encoded[0].rows.base is None, "no sample keeps the rows of other samples in memory"
 
 
 def test_encode_samples_without_answer_ignores_answers(table: EmbeddingStore) -> None:
@@ -521,17 +521,17 @@ def test_encode_samples_without_answer_ignores_answers(table: EmbeddingStore) ->
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_encode_samples_any_chunk_gives_equal_rows(tmp_path: Path, chunk: int) -> None:
+def test_encode_samples_gives_equal_rows_with_any_chunk_size(tmp_path: Path, chunk: int) -> None:
     samples = [make_sample(str(i), *["a"] * (i % 4)) for i in range(10)]
-    table, told = EmbeddingStore.open(tmp_path, CheapEncoder()), list[int]()
-    encoded = encode_samples(iter(samples), table, labels=["a"], chunk=chunk, progress=told.append)
+    table, counts = EmbeddingStore.open(tmp_path, CheapEncoder()), list[int]()
+    encoded = encode_samples(iter(samples), table, labels=["a"], chunk=chunk, progress=counts.append)
     assert [len(item.rows) for item in encoded] == [i % 4 for i in range(10)]
-    assert told[-1] == 13 == len(table)
-    for sample, found in zip(samples, encoded, strict=True):
-        assert found.rows.tolist() == table.add([item.text for item in sample.history]).tolist()
+    assert counts[-1] == 13 == len(table)
+    for sample, result in zip(samples, encoded, strict=True):
+        assert result.rows.tolist() == table.add([item.text for item in sample.history]).tolist()
 
 
-def test_encode_samples_holds_one_chunk_of_texts(tmp_path: Path) -> None:
+def test_encode_samples_has_one_chunk_of_texts_in_memory(tmp_path: Path) -> None:
     def samples() -> Iterator[Sample]:
         for i in range(400):
             fields = (("text", f"{i} " + "long " * 200),)
@@ -548,13 +548,13 @@ def test_encode_samples_holds_one_chunk_of_texts(tmp_path: Path) -> None:
     assert peak < 5e6, f"{peak / 1e6:.1f} MB; all texts would be 20 MB"
 
 
-def test_repr_shows_no_text(table: EmbeddingStore) -> None:
+def test_repr_contains_no_text(table: EmbeddingStore) -> None:
     (encoded,) = encode_samples([make_sample("1", "b")], table)
     assert SECRET not in repr(encoded) + repr(table)
     assert repr(encoded) == "EncodedSample(id='1', user_id='u1', items=1)"
 
 
-def test_encode_samples_of_nothing_is_empty(table: EmbeddingStore) -> None:
+def test_encode_samples_without_samples_is_empty(table: EmbeddingStore) -> None:
     assert encode_samples([], table) == []
 
 
@@ -566,7 +566,7 @@ def test_add_releases_the_writer_lock(table: EmbeddingStore) -> None:
 
 
 class _OddEncoder(HashEncoder):
-    """Returns what an encoder made elsewhere may return."""
+    """Return changed vectors, as an external encoder might."""
 
     def __init__(self, change: Any) -> None:
         super().__init__(32)
@@ -579,14 +579,14 @@ class _OddEncoder(HashEncoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda vectors: vectors * 0, "not length 1 for 2 of 2 texts, such as 0 to 0"),
-        (lambda vectors: vectors * 3, "not length 1 for 2 of 2 texts, such as 3 to 3"),
+        (lambda vectors: vectors * 0, "from 0 to 0, wrong for 2 of 2 texts"),
+        (lambda vectors: vectors * 3, "from 3 to 3, wrong for 2 of 2 texts"),
         (lambda vectors: vectors.tolist(), "returned shape list for 2 texts"),
         (torch.from_numpy, r"returned shape torch.Size\(\[2, 32\]\)"),
         (lambda vectors: None, "returned shape NoneType"),
     ],
 )
-def test_vectors_that_are_no_unit_vectors_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_vectors_that_are_not_unit_vectors_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     store = EmbeddingStore.open(tmp_path, _OddEncoder(change))
     with pytest.raises(UserError, match=message):
         store.add(["a", "b"])

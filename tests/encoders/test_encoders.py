@@ -40,8 +40,8 @@ def minilm() -> SentenceEncoder:
 
 @pytest.fixture(params=["hash", "minilm"])
 def encoder(request: pytest.FixtureRequest) -> Encoder:
-    found: Encoder = HashEncoder(64) if request.param == "hash" else request.getfixturevalue("minilm")
-    return found
+    selected: Encoder = HashEncoder(64) if request.param == "hash" else request.getfixturevalue("minilm")
+    return selected
 
 
 # Both encoders
@@ -54,22 +54,22 @@ def test_encode_returns_float32_unit_vectors(encoder: Encoder) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_encode_no_texts_returns_no_vectors(encoder: Encoder) -> None:
+def test_encode_without_texts_returns_no_vectors(encoder: Encoder) -> None:
     assert encoder.encode([]).shape == (0, encoder.width)
     assert encoder.query_encoder().encode([]).shape == (0, encoder.width)
 
 
-def test_encode_any_order_and_batch_gives_equal_vectors(encoder: Encoder) -> None:
+def test_vectors_do_not_depend_on_order_and_batch_size(encoder: Encoder) -> None:
     vectors = encoder.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS[::-1], batch_size=2)[::-1], vectors, atol=1e-5)
     np.testing.assert_allclose(encoder.encode(TEXTS[2:3]), vectors[2:3], atol=1e-5)
 
 
-def test_encode_lone_surrogate_is_finite(encoder: Encoder) -> None:
+def test_text_with_lone_surrogate_has_a_finite_vector(encoder: Encoder) -> None:
     assert np.isfinite(encoder.encode(["broken \ud83d emoji"])).all()
 
 
-def test_query_encoder_starts_equal_with_gradients(encoder: Encoder) -> None:
+def test_query_encoder_starts_equal_to_its_encoder_and_has_gradients(encoder: Encoder) -> None:
     queries = encoder.query_encoder()
     vectors = queries(queries.features(TEXTS))
     assert vectors.shape == (len(TEXTS), queries.width)
@@ -93,7 +93,7 @@ def test_query_encoder_training_leaves_the_encoder_frozen(encoder: Encoder) -> N
     optimizer.step()
     np.testing.assert_array_equal(encoder.encode(TEXTS), before)
     assert np.abs(queries.encode(TEXTS) - before).max() > 1e-3
-    assert queries.training, "encode gives the mode back"
+    assert queries.training, "encode restores the training mode"
     np.testing.assert_allclose(encoder.query_encoder().encode(TEXTS), before, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_open_encoder_accepts_hash_and_model_names(minilm: SentenceEncoder) -> N
 
 
 @pytest.mark.parametrize("spec", ["hash:", "hash:7", "hash:many", "hash:-8", "hash:999999999999"])
-def test_open_encoder_wrong_width_raises(spec: str) -> None:
+def test_open_encoder_with_wrong_width_raises(spec: str) -> None:
     if spec == "hash:":
         assert open_encoder(spec).width == 256
     else:
@@ -194,32 +194,32 @@ def test_sentence_encoder_counts_truncated_texts() -> None:
 
 
 @pytest.mark.parametrize("max_length", [2, 513])
-def test_sentence_encoder_impossible_max_length_raises(max_length: int, minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_with_max_length_out_of_range_raises(max_length: int, minilm: SentenceEncoder) -> None:
     with pytest.raises(ConfigError, match="3 to 512"):
         SentenceEncoder(MINILM, max_length=max_length)
 
 
 def test_sentence_encoder_is_thread_safe(minilm: SentenceEncoder) -> None:
     expected = minilm.encode(TEXTS)
-    wrong: list[object] = []
+    errors: list[object] = []
 
     def work() -> None:
         try:
             for _ in range(5):
-                found = minilm.encode([*TEXTS, "far too long " * 200])[:-1]
-                np.testing.assert_allclose(found, expected, atol=1e-5)
+                vectors = minilm.encode([*TEXTS, "far too long " * 200])[:-1]
+                np.testing.assert_allclose(vectors, expected, atol=1e-5)
         except BaseException as error:
-            wrong.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert errors == []
 
 
-def test_sentence_encoder_folder_without_encoder_raises(tmp_path: Any) -> None:
+def test_sentence_encoder_from_folder_without_encoder_raises(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(MissingModel, match="does not load as a text encoder"):
@@ -227,7 +227,7 @@ def test_sentence_encoder_folder_without_encoder_raises(tmp_path: Any) -> None:
 
 
 def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, str] | None = None) -> str:
-    """A BERT of one layer with random weights in sentence-transformers' own layout."""
+    """Save a BERT of one layer with random weights in the layout of sentence-transformers, and return its folder."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizer
@@ -258,7 +258,7 @@ def test_sentence_encoder_reads_pooling_and_prompts_from_files(tmp_path: Any) ->
     assert (identity.pooling, identity.query_prompt, identity.prompt) == ("cls", "find: ", "read: ")
     assert identity.revision is None
     vectors = encoder.encode(["abc", "def"])
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # the model itself has no norm
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # the model itself does not normalize
     encoder = SentenceEncoder(identity.name, query_prompt="read: ")
     np.testing.assert_allclose(encoder.query_encoder().encode(["abc", "def"]), vectors, atol=1e-5)
 
@@ -270,13 +270,13 @@ MANY = [*FILMS, *TEXTS, "secret diary " * 300, *FILMS[:4], "secret diary " * 300
 
 
 def needs_openvino() -> None:
-    # pytest.importorskip would import it as it comes, and so report over the network.
+    # pytest.importorskip would import OpenVINO with its telemetry.
     if not openvino.is_installed():
         pytest.skip("needs: pip install 'personaplug[fast]'")
 
 
 @pytest.fixture
-def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def low_bulk_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("personaplug.encoders.sentence_transformer.MIN_BULK_TEXTS", len(TEXTS) + 1)
 
 
@@ -287,35 +287,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def in_bulk(minilm: SentenceEncoder) -> SentenceEncoder:
+def openvino_minilm(minilm: SentenceEncoder) -> SentenceEncoder:
     needs_openvino()
     return SentenceEncoder(MINILM, engine="openvino")
 
 
 def cosines(one: Vectors, other: Vectors) -> Vectors:
-    found: Vectors = (one * other).sum(axis=1)
-    return found
+    products: Vectors = (one * other).sum(axis=1)
+    return products
 
 
-@pytest.mark.usefixtures("few_are_many")
-def test_openvino_equals_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
-    before = minilm.truncated, in_bulk.truncated
-    expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
-    assert "_compiled" in vars(in_bulk)
-    assert cosines(expected, found).min() > openvino.MIN_COSINE
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert minilm.truncated - before[0] == in_bulk.truncated - before[1] == 3
-    assert in_bulk.identity == minilm.identity
-    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > openvino.MIN_COSINE
+@pytest.mark.usefixtures("low_bulk_threshold")
+def test_openvino_equals_torch(minilm: SentenceEncoder, openvino_minilm: SentenceEncoder) -> None:
+    before = minilm.truncated, openvino_minilm.truncated
+    expected, actual = minilm.encode(MANY), openvino_minilm.encode(MANY)
+    assert "_compiled" in vars(openvino_minilm)
+    assert cosines(expected, actual).min() > openvino.MIN_COSINE
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-5)
+    assert minilm.truncated - before[0] == openvino_minilm.truncated - before[1] == 3
+    assert openvino_minilm.identity == minilm.identity
+    assert cosines(actual, openvino_minilm.encode(MANY[::-1], batch_size=3)[::-1]).min() > openvino.MIN_COSINE
 
 
-@pytest.mark.usefixtures("few_are_many")
-def test_openvino_few_texts_and_queries_use_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
-    np.testing.assert_allclose(in_bulk.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(in_bulk.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
+@pytest.mark.usefixtures("low_bulk_threshold")
+def test_few_texts_and_queries_use_torch(minilm: SentenceEncoder, openvino_minilm: SentenceEncoder) -> None:
+    np.testing.assert_allclose(openvino_minilm.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(openvino_minilm.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
 
 
-@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.usefixtures("low_bulk_threshold")
 @pytest.mark.parametrize("engine", ["openvino", "auto"])
 def test_openvino_keeps_prompt_and_pooling_after_pickling(engine: str, tiny: str) -> None:
     needs_openvino()
@@ -327,25 +327,25 @@ def test_openvino_keeps_prompt_and_pooling_after_pickling(engine: str, tiny: str
     assert cosines(expected, other.encode(MANY)).min() > openvino.MIN_COSINE
 
 
-def test_encode_repeated_text_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
+def test_repeated_text_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[int] = []
 
-    def counted(*given: Any, **named: Any) -> Any:
-        features = _features(*given, **named)
-        taken.extend(features["attention_mask"].shape)
+    def record(*args: Any, **options: Any) -> Any:
+        features = _features(*args, **options)
+        shapes.extend(features["attention_mask"].shape)
         return features
 
-    monkeypatch.setattr("personaplug.encoders.sentence_transformer._features", counted)
+    monkeypatch.setattr("personaplug.encoders.sentence_transformer._features", record)
     vectors = minilm.encode([*MANY, *MANY])
     np.testing.assert_array_equal(vectors[: len(MANY)], vectors[len(MANY) :])
-    sizes, lengths = taken[::2], taken[1::2]
+    sizes, lengths = shapes[::2], shapes[1::2]
     assert sum(sizes) == len(set(MANY))
     assert lengths == sorted(lengths, reverse=True)
     assert max(size * length for size, length in zip(sizes, lengths, strict=True)) <= 64 * 16
 
 
-@pytest.mark.usefixtures("few_are_many")
-def test_openvino_missing_raises_or_falls_back(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("low_bulk_threshold")
+def test_missing_openvino_raises_or_falls_back_to_torch(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda: False)
     with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[fast\]'"):
         open_encoder(tiny, engine="openvino")
@@ -353,17 +353,17 @@ def test_openvino_missing_raises_or_falls_back(tiny: str, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), SentenceEncoder(tiny).encode(MANY))
 
 
-def test_engine_unknown_or_off_the_cpu_raises() -> None:
+def test_unknown_engine_or_openvino_off_the_cpu_raises() -> None:
     with pytest.raises(ConfigError, match="torch, openvino, auto; found 'onnx'"):
         SentenceEncoder(MINILM, engine="onnx")
     with pytest.raises(ConfigError, match="runs on the CPU; the device is cuda"):
         SentenceEncoder(MINILM, engine="openvino", device="cuda")
 
 
-@pytest.mark.usefixtures("few_are_many")
-@pytest.mark.parametrize("trouble", ["export", "vectors"])
-def test_openvino_unsuitable_model_falls_back_with_a_reason(
-    trouble: str, tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("low_bulk_threshold")
+@pytest.mark.parametrize("failure", ["export", "vectors"])
+def test_openvino_with_unsuitable_model_falls_back_and_logs_the_reason(
+    failure: str, tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_openvino()
 
@@ -371,23 +371,23 @@ def test_openvino_unsuitable_model_falls_back_with_a_reason(
         raise RuntimeError("no such operation\nand much more")
 
     monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: True)
-    if trouble == "export":
+    if failure == "export":
         monkeypatch.setattr(openvino, "_export", refuse)
-        said = "RuntimeError: no such operation"
+        reason = "RuntimeError: no such operation"
     else:
         monkeypatch.setattr(openvino, "_cosine", lambda *_, **__: 0.5)
-        said = "smallest cosine 0.500000"
+        reason = "smallest cosine 0.500000"
     encoder = SentenceEncoder(tiny, engine="auto")
     np.testing.assert_array_equal(encoder.encode(MANY), SentenceEncoder(tiny).encode(MANY))
     logged = [record.getMessage() for record in caplog.records if record.name == openvino.__name__]
     assert len(logged) == 1
-    assert said in logged[0]
+    assert reason in logged[0]
     assert "diary" not in caplog.text
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=reason):
         SentenceEncoder(tiny, engine="openvino").encode(MANY)
 
 
-@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.usefixtures("low_bulk_threshold")
 def test_openvino_without_bfloat16_runs_in_float32_if_required(
     tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,7 +395,7 @@ def test_openvino_without_bfloat16_runs_in_float32_if_required(
     monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: False)
     expected = SentenceEncoder(tiny).encode(MANY)
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), expected)
-    assert "does not multiply in bfloat16" in caplog.text
+    assert "no bfloat16 arithmetic" in caplog.text
     np.testing.assert_allclose(SentenceEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
 
 
@@ -403,7 +403,7 @@ def test_openvino_import_loads_no_telemetry() -> None:
     needs_openvino()
     code = (
         "import sys; from personaplug.encoders import openvino; openvino._import_openvino();"
-        "assert sys.modules.get('openvino_telemetry') is None, 'it would report'"
+        "assert sys.modules.get('openvino_telemetry') is None, 'OpenVINO would send telemetry'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -411,16 +411,16 @@ def test_openvino_import_loads_no_telemetry() -> None:
 # HashEncoder
 
 
-def test_hash_encoder_in_another_process_gives_equal_vectors() -> None:
+def test_hash_encoder_gives_equal_vectors_in_another_process() -> None:
     code = (
         "from personaplug.encoders import HashEncoder;"
         "print(HashEncoder(32).encode(['The whale, again 🙂', '']).tobytes().hex())"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == HashEncoder(32).encode(["The whale, again 🙂", ""]).tobytes().hex()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == HashEncoder(32).encode(["The whale, again 🙂", ""]).tobytes().hex()
 
 
-def test_hash_encoder_tells_casing_emoji_and_words() -> None:
+def test_hash_encoder_distinguishes_casing_emoji_and_words() -> None:
     encoder = HashEncoder(512)
     plain, shout, smile, like, other = encoder.encode(
         ["good film", "GOOD FILM", "good film 🙂", "good movie", "quarterly tax report"]
@@ -430,7 +430,7 @@ def test_hash_encoder_tells_casing_emoji_and_words() -> None:
     assert plain @ like > plain @ other + 0.2
 
 
-def test_hash_encoder_of_other_width_or_seed_differs() -> None:
+def test_hash_encoders_of_different_width_or_seed_differ() -> None:
     identities = [HashEncoder(64).identity, HashEncoder(128).identity, HashEncoder(64, seed=1).identity]
     assert not identities[0].same_as(identities[1])
     assert not identities[0].same_as(identities[2])
@@ -449,16 +449,16 @@ def test_hash_encoder_pickled_is_equal() -> None:
 
 def test_long_text_is_cut_before_it_is_tokenized(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     query_encoder: Any = minilm.query_encoder()
-    preprocess, read = query_encoder.model.preprocess, list[int]()
+    preprocess, lengths = query_encoder.model.preprocess, list[int]()
 
-    def counted(texts: Any, **options: Any) -> Any:
-        read.extend(map(len, texts))
+    def record(texts: Any, **options: Any) -> Any:
+        lengths.extend(map(len, texts))
         return preprocess(texts, **options)
 
-    monkeypatch.setattr(query_encoder.model, "preprocess", counted)
+    monkeypatch.setattr(query_encoder.model, "preprocess", record)
     long = "a slow film about whales " * 150_000
     np.testing.assert_allclose(query_encoder.encode([long]), query_encoder.encode([long[:9000]]), atol=1e-6)
-    assert max(read) < 20_000
+    assert max(lengths) < 20_000
     before = minilm.truncated
     np.testing.assert_allclose(minilm.encode([long]), minilm.encode([long[:9000]]), atol=1e-6)
     assert minilm.truncated == before + 2

@@ -1,4 +1,4 @@
-"""Label ids of items: each by the closed set that its answer is from."""
+"""Label ids of items, matched within the closed set of each answer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def _item(answer: str, labels: tuple[str, ...] | None) -> HistoryItem:
 
 
 @pytest.mark.parametrize("answer", ["1984", "2", " 3 ", "2.4"])
-def test_answer_that_is_a_text_has_no_label(answer: str) -> None:
+def test_free_text_answer_has_no_label(answer: str) -> None:
     assert label_ids([_item(answer, ())], STARS).tolist() == [-1]
     assert label_ids([_item(answer, None)], STARS).tolist() != [-1]
 
 
-def test_answer_has_the_nearest_rating_of_its_own_scale_among_labels_of_several() -> None:
+def test_answer_is_matched_to_the_nearest_rating_of_its_own_scale() -> None:
     shared = (*CHOICES, *STARS)
     items = [_item("2.6", STARS), _item("[2]", CHOICES), _item("[1]", STARS)]
     assert label_ids(items, shared).tolist() == [4, 1, -1]
     assert label_ids([_item("3.6", STARS)], (*STARS, "4", "5")).tolist() == [2]
 
 
-def test_answer_of_a_set_that_is_not_known_has_no_label() -> None:
+def test_answer_from_an_unknown_label_set_has_no_label() -> None:
     assert label_ids([_item("[2]", CHOICES)], ()).tolist() == [-1]

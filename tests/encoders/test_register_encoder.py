@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError
 
 
 class LengthEncoder:
-    """Encodes the length of a text as an angle."""
+    """Encode the length of a text as an angle."""
 
     width, truncated = 2, 0
 
@@ -62,6 +62,6 @@ def test_register_encoder_encodes_the_history_of_a_sample(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "owner/model", "package"])
-def test_register_encoder_unsuitable_name_raises(name: str) -> None:
-    with pytest.raises(ConfigError, match="An encoder's name has letters"):
+def test_register_encoder_with_invalid_name_raises(name: str) -> None:
+    with pytest.raises(ConfigError, match="An encoder's name must consist of letters"):
         register_encoder(name, lambda argument, device: open_encoder("hash"))

@@ -1,4 +1,4 @@
-"""Form: habits of writing as numbers, and nothing of what is said."""
+"""Style features measure how a text is written, independent of its content."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _bits(text: str, part: str) -> frozenset[str]:
         ("mentions", "you", "@you"),
     ],
 )
-def test_each_value_rises_with_what_it_is_named_after(name: str, less: str, more: str) -> None:
+def test_each_feature_rises_with_the_property_that_it_measures(name: str, less: str, more: str) -> None:
     assert _value(more, name) > _value(less, name)
 
 
-def test_every_value_has_a_case_above() -> None:
-    marks = test_each_value_rises_with_what_it_is_named_after.pytestmark  # type: ignore[attr-defined]
+def test_every_feature_has_a_case_above() -> None:
+    marks = test_each_feature_rises_with_the_property_that_it_measures.pytestmark  # type: ignore[attr-defined]
     assert {case[0] for case in marks[0].args[1]} == {
         name for name in FEATURES if "_" not in name or name in ("begins_small", "ends_marked")
     }
@@ -60,7 +60,7 @@ def test_every_value_has_a_case_above() -> None:
 def test_every_symbol_has_its_own_bits() -> None:
     emoji = "😀🎉🙏🚀😅🌻👍🔥💡🥳😂❤✨🤔💪🍕"
     bits = [_bits(f"good news {symbol}", "symbol") for symbol in emoji]
-    assert all(1 <= len(each) <= 2 for each in bits)
+    assert all(1 <= len(symbol_bits) <= 2 for symbol_bits in bits)
     assert len(set(bits)) == len(emoji)
     assert _bits("good news 😀", "symbol") == _bits("Quite another, longer text! 😀 😀", "symbol")
 
@@ -83,35 +83,35 @@ def test_words_in_the_middle_set_no_bits() -> None:
 
 
 @pytest.mark.parametrize("text", ["plain words, with marks: (yes) – no!", "नमस्ते", "e\u0301te\u0301 2024", "a\u200db"])
-def test_letters_and_usual_marks_set_no_bits_of_symbols(text: str) -> None:
+def test_letters_and_common_punctuation_set_no_symbol_bits(text: str) -> None:
     assert not _bits(text, "symbol")
 
 
-def test_what_is_said_does_not_matter() -> None:
+def test_content_does_not_change_the_features() -> None:
     edges = len(FEATURES) - 64
     assert np.array_equal(text_style("Cats chase Birds")[:edges], text_style("Dogs found Stone")[:edges])
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t", "!", "?!?!?!" * 1000, "𝕬 ", "\x00", "ａ" * 5000, "नमस्ते दुनिया"])
-def test_any_text_has_a_form_of_bounded_size(text: str) -> None:
-    form = text_style(text)
-    assert form.shape == (len(FEATURES),)
-    assert form.dtype == np.float16
-    assert np.isfinite(form).all()
-    assert np.abs(form).max() <= 4
+def test_any_text_has_bounded_features(text: str) -> None:
+    style = text_style(text)
+    assert style.shape == (len(FEATURES),)
+    assert style.dtype == np.float16
+    assert np.isfinite(style).all()
+    assert np.abs(style).max() <= 4
 
 
-def test_texts_without_words_have_none() -> None:
+def test_text_without_words_has_zero_features() -> None:
     assert not text_style(" \n").any()
 
 
-def test_forms_are_those_of_the_texts_in_order() -> None:
+def test_style_features_follow_the_order_of_the_texts() -> None:
     texts = ["One", "two words", "and THREE words!"]
     assert np.array_equal(style_features_of(texts), np.stack([text_style(text) for text in texts]))
     assert style_features_of([]).shape == (0, len(FEATURES))
 
 
 @pytest.mark.parametrize("page", ["privacy.md", "store.md"])
-def test_docs_tell_how_many_numbers_a_store_keeps_of_a_style(page: str) -> None:
+def test_docs_name_the_number_of_style_features(page: str) -> None:
     text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
     assert f"{len(FEATURES)} numbers" in text

@@ -29,7 +29,7 @@ from personaplug.encoders import SentenceEncoder
 from personaplug.errors import ConfigError, EngineFailure
 from personaplug.llm.tiny import tiny_tokenizer
 
-WIDTH, ROWS = 16, 66  # of the table of positions
+WIDTH, ROWS = 16, 66  # rows of the position table
 FAMILIES: dict[str, tuple[Callable[..., Any], int]] = {
     "roberta": (lambda **shape: RobertaModel(RobertaConfig(**shape)), ROWS - 2),
     "xlm-roberta": (lambda **shape: XLMRobertaModel(XLMRobertaConfig(**shape)), ROWS - 2),
@@ -46,8 +46,8 @@ def save_model(folder: Path, family: str, **options: Any) -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = dict(zip(["bos_token", "pad_token", "eos_token", "unk_token"], special, strict=True))
-    kind: Any = PreTrainedTokenizerFast
-    kind(tokenizer_object=backend, **names).save_pretrained(folder / "parts")
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer_class(tokenizer_object=backend, **names).save_pretrained(folder / "parts")
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": WIDTH,
@@ -84,7 +84,7 @@ def test_long_texts_are_cut_at_the_last_position_and_counted(family: str, tmp_pa
     np.testing.assert_allclose(vectors[2], vectors[0], atol=1e-6)
     np.testing.assert_allclose(encoder.query_encoder().encode([cut]), vectors[1:2], atol=1e-5)
     assert SentenceEncoder(name, max_length=longest).identity == encoder.identity
-    with pytest.raises(ConfigError, match=f"reads 3 to {longest} tokens"):
+    with pytest.raises(ConfigError, match=f"must be 3 to {longest} tokens"):
         SentenceEncoder(name, max_length=longest + 1)
 
 
@@ -100,7 +100,7 @@ def test_odd_texts_have_unit_vectors(save: Callable[[Path], str], tmp_path: Path
     assert all(torch.isfinite(p.grad).all() for p in queries.parameters() if p.grad is not None)
 
 
-def test_static_embedding_reads_endless_texts(tmp_path: Path) -> None:
+def test_static_embedding_reads_texts_of_any_length(tmp_path: Path) -> None:
     encoder = SentenceEncoder(save_static(tmp_path))
     assert (encoder.identity.max_length, encoder.width) == (None, WIDTH)
     vectors = encoder.encode(["ab " * 30_000, "ab ", ""])
@@ -109,7 +109,7 @@ def test_static_embedding_reads_endless_texts(tmp_path: Path) -> None:
     assert encoder.truncated == 0
 
 
-def test_static_embedding_can_be_cut(tmp_path: Path) -> None:
+def test_static_embedding_can_limit_the_length(tmp_path: Path) -> None:
     encoder = SentenceEncoder(save_static(tmp_path), max_length=4)
     assert encoder.identity.max_length == 4
     vectors = encoder.encode(["abcd", "abcdef"])
@@ -126,7 +126,7 @@ def test_static_embedding_can_be_cut(tmp_path: Path) -> None:
         ({"any": "any: "}, None, "", ""),
     ],
 )
-def test_prompts_of_the_models_files(
+def test_prompts_come_from_the_models_files(
     prompts: dict[str, str], default: str | None, query: str, document: str, tmp_path: Path
 ) -> None:
     encoder = SentenceEncoder(save_static(tmp_path, prompts=prompts, default_prompt_name=default))

@@ -1,4 +1,4 @@
-"""Templates that write today's date: one recorded day for training, evaluation and serving."""
+"""Templates that print today's date: training, evaluation and serving print one recorded date."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def tokenizer_with(template: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("template", "written"),
+    ("template", "date_text"),
     [(LLAMA_3, "Today Date: 05 Feb 2024\n"), (GRANITE, "February 5, 2024."), (GPT_OSS, "Current date: 2024-02-05\n")],
 )
-def test_template_writes_the_recorded_day(template: str, written: str) -> None:
+def test_template_prints_the_recorded_date(template: str, date_text: str) -> None:
     tokenizer = tokenizer_with(template)
     prompts = PromptTokenizer(tokenizer, max_tokens=512, is_encoder_decoder=False, chat_date=DAY)
     assert prompts.chat_date == DAY
     for ids in (prompts.encode_prompt("a").ids, prompts.encode_chat([("user", "a"), ("user", "b")]).ids):
-        assert written in tokenizer.decode(ids)
+        assert date_text in tokenizer.decode(ids)
 
 
 def test_template_without_a_date_records_none() -> None:
@@ -59,12 +59,12 @@ def test_template_without_a_date_records_none() -> None:
 
 
 @pytest.mark.parametrize("template", [LLAMA_3, GRANITE, GPT_OSS])
-def test_recorded_day_writes_what_the_template_writes_on_that_day(template: str) -> None:
+def test_recorded_date_gives_the_same_prompt_as_the_template_on_that_day(template: str) -> None:
     tokenizer = tokenizer_with(template)
     before = datetime.date.today()
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     if before != datetime.date.today():
-        pytest.skip("it was midnight")
+        pytest.skip("the date changed during the test")
     prompts = PromptTokenizer(tokenizer, max_tokens=512, is_encoder_decoder=False, chat_date=before.isoformat())
     assert tokenizer.decode(prompts.encode_prompt("a").ids) == expected
 
@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_run_keeps_its_day(model: str, tmp_path: Path) -> None:
+def test_run_keeps_its_date(model: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     write_simulation(SimulationConfig(users=8, dev_users=3), data)
     words = [f"llm={model}", "encoder=hash:16", "device=cpu", "dtype=float32", "max_steps=2", "controls=false"]
@@ -86,7 +86,7 @@ def test_run_keeps_its_day(model: str, tmp_path: Path) -> None:
     models = open_models(run.config)
     train(run, open_dataset(data, "train", task=task), models=models)
     prompt = models.llm.prompt_tokenizer.encode_prompt("a").ids
-    # On another day: the same command, whose day is not given.
+    # On another day: the same command without a date.
     config = dated(load_config(overrides=words), out)
     again = Run.create(out, config=load_config(overrides=words), task=task)
     assert config.model.chat_date == again.config.model.chat_date == Run.open(out).config.model.chat_date == DAY
@@ -101,7 +101,7 @@ def test_run_keeps_its_day(model: str, tmp_path: Path) -> None:
     )
     assert f"prompts of {DAY}" in json.dumps(results.to_json()["model"])
 
-    # The models of another day neither train this run nor load its plug.
+    # Models with another date can neither train this run nor load its plug.
     others = open_models(load_config(overrides=words))
     assert others.llm.identity.chat_date == today()
     with pytest.raises(RunConflict, match=DAY):
@@ -113,25 +113,25 @@ def test_run_keeps_its_day(model: str, tmp_path: Path) -> None:
         PersonaPlug.from_pretrained(tmp_path / "moved", encoder=models.encoder, llm=others.llm.identity)
 
 
-def test_new_run_takes_today(tmp_path: Path) -> None:
+def test_new_run_uses_todays_date(tmp_path: Path) -> None:
     assert dated(load_config(), tmp_path).model.chat_date == today()
     assert dated(load_config(overrides=[f"chat_date={DAY}"]), tmp_path).model.chat_date == DAY
 
 
 @pytest.mark.parametrize("day", ["yesterday", "2024-13-01", "20240205", "2024-2-5"])
-def test_day_that_is_none_is_refused(day: str) -> None:
+def test_invalid_date_is_refused(day: str) -> None:
     with pytest.raises(ConfigError, match="chat_date"):
         load_config(overrides=[f"chat_date={day}"])
 
 
-def test_every_directive_writes_the_recorded_day() -> None:
+def test_every_directive_prints_the_recorded_date() -> None:
     directives = [f"%{flag}{sign}" for flag in ("", "-") for sign in "aAbBCdDegGhHIjklmMnpPrRStTuUVwWyY"]
     tokenizer = tokenizer_with(
         "".join(f"{{{{ strftime_now('{one}') }}}}|" for one in directives) + "{{ messages[0].content }}"
     )
     prompts = PromptTokenizer(tokenizer, max_tokens=2048, is_encoder_decoder=False, chat_date=DAY)
-    then = datetime.date.fromisoformat(DAY)
+    recorded_date = datetime.date.fromisoformat(DAY)
     assert (
         tokenizer.decode(prompts.encode_prompt("a").ids)
-        == "".join(f"{then.strftime(one)}|" for one in directives) + "a"
+        == "".join(f"{recorded_date.strftime(one)}|" for one in directives) + "a"
     )

@@ -1,4 +1,4 @@
-"""Prompts of several turns: their tokens, what is cut first, and the position of soft tokens."""
+"""Prompts of several turns: tokens, order of truncation, and position of soft tokens."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ TURNS: tuple[Turn, ...] = (
 
 
 def tokenizer(max_tokens: int = 512) -> PromptTokenizer:
-    """Return a tokenizer whose template writes each message in one line."""
+    """Return a tokenizer whose template prints all messages in one line."""
     own = tiny_tokenizer()
     own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
     return PromptTokenizer(own, max_tokens=max_tokens, is_encoder_decoder=False)
 
 
-def shown(prompts: PromptTokenizer, chat: Chat) -> str:
+def decoded(prompts: PromptTokenizer, chat: Chat) -> str:
     return str(prompts.tokenizer.decode(list(prompts.encode_prompt(chat).ids)))
 
 
-def test_conversation_of_one_message_is_the_message() -> None:
+def test_conversation_of_one_message_equals_the_message() -> None:
     prompts = tokenizer()
     assert prompts.encode_prompt(Chat((("user", "hello"),))) == prompts.encode_prompt("hello")
 
 
-def test_conversation_that_fits_is_whole() -> None:
+def test_conversation_that_fits_is_not_truncated() -> None:
     prompts = tokenizer()
     prompt = prompts.encode_prompt(Chat(TURNS))
     assert prompt.ids == prompts.encode_chat(TURNS).ids
     assert not prompt.truncated
 
 
-def test_oldest_exchange_goes_first_and_the_system_message_stays() -> None:
+def test_oldest_exchange_is_dropped_first_and_the_system_message_stays() -> None:
     whole = tokenizer()
     size = len(whole.encode_prompt(Chat(TURNS)).ids)
     without_one = whole.encode_prompt(Chat((SYSTEM, *TURNS[3:]))).ids
@@ -56,14 +56,14 @@ def test_oldest_exchange_goes_first_and_the_system_message_stays() -> None:
     assert tokenizer(len(without_one) - 1).encode_prompt(Chat(TURNS)).ids == without_two
 
 
-def test_end_of_the_last_message_is_cut_when_nothing_else_is_left() -> None:
+def test_end_of_the_last_message_is_cut_if_no_exchange_is_left() -> None:
     whole = tokenizer()
-    least = whole.encode_prompt(Chat((SYSTEM, TURNS[-1]))).ids
-    prompt = tokenizer(len(least) - 2).encode_prompt(Chat(TURNS))
-    assert len(prompt.ids) == len(least) - 2
+    shortest = whole.encode_prompt(Chat((SYSTEM, TURNS[-1]))).ids
+    prompt = tokenizer(len(shortest) - 2).encode_prompt(Chat(TURNS))
+    assert len(prompt.ids) == len(shortest) - 2
     assert prompt.truncated
-    assert shown(whole, Chat((SYSTEM, ("user", "last")))).split("last")[0] in whole.tokenizer.decode(list(prompt.ids))
-    assert prompt.ids[-1] == least[-1], "the template's end stays"
+    assert decoded(whole, Chat((SYSTEM, ("user", "last")))).split("last")[0] in whole.tokenizer.decode(list(prompt.ids))
+    assert prompt.ids[-1] == shortest[-1], "the template's end stays"
 
 
 def test_soft_tokens_of_prefix_come_before_the_last_message() -> None:
@@ -108,11 +108,11 @@ def test_long_system_messages_leave_a_quarter_to_the_last_message(soft_at: int) 
     assert head.endswith("<user>" + "tea"[:soft_at])
 
 
-def test_thousands_of_messages_are_read_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversation_of_thousands_of_messages_is_tokenized_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [(role, f"{role} {number}") for number in range(2_000) for role in ("user", "assistant")]
     prompts = tokenizer(200)
-    reads = Mock(wraps=prompts._encode_turns)
-    monkeypatch.setattr(prompts, "_encode_turns", reads)
+    encode = Mock(wraps=prompts._encode_turns)
+    monkeypatch.setattr(prompts, "_encode_turns", encode)
     prompt = prompts.encode_prompt(Chat((SYSTEM, *turns, TURNS[-1])))
     assert 150 < len(prompt.ids) <= 200
-    assert reads.call_count < 20
+    assert encode.call_count < 20

@@ -35,13 +35,13 @@ def test_token_loss_and_gradient_equal_torch(limit: int, dtype: torch.dtype, mon
     (logits, labels), (same, _) = _case(dtype), _case(dtype)
     weights = torch.arange(1.0, 6.0)
     losses, tokens = token_loss(logits, labels)
-    (found,) = torch.autograd.grad((losses * weights).sum(), logits)
-    (wanted,) = torch.autograd.grad((_plain(same, labels) * weights).sum(), same)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+    (expected,) = torch.autograd.grad((_plain(same, labels) * weights).sum(), same)
     torch.testing.assert_close(losses, _plain(same, labels))
     assert tokens.tolist() == [2, 7, 7, 6, 0]
     assert losses.dtype == torch.float32
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, wanted)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_token_loss_ignores_nan_at_unlabeled_positions() -> None:
@@ -49,10 +49,10 @@ def test_token_loss_ignores_nan_at_unlabeled_positions() -> None:
     with torch.no_grad():
         logits[labels == IGNORED] = torch.nan
     losses, _ = token_loss(logits, labels)
-    (found,) = torch.autograd.grad(losses.sum(), logits)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert bool(losses.isfinite().all())
-    assert bool(found.isfinite().all())
-    assert float(found[labels == IGNORED].abs().sum()) == 0
+    assert bool(gradient.isfinite().all())
+    assert float(gradient[labels == IGNORED].abs().sum()) == 0
 
 
 def test_token_loss_nan_at_labeled_position_is_nan() -> None:
@@ -66,11 +66,13 @@ def test_token_loss_with_ngrams_passes_gradients() -> None:
     logits, labels = _case()
     ngrams = [UserNgramCache([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
     losses, _ = token_loss(logits, labels, ngrams)
-    (found,) = torch.autograd.grad(losses.sum(), logits)
-    step, towards = 1e-2, found / found.norm()
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    step, direction = 1e-2, gradient / gradient.norm()
     with torch.no_grad():
-        ahead, behind = (token_loss(logits + way * towards, labels, ngrams)[0].sum() for way in (step, -step))
-    assert float((ahead - behind) / (2 * step)) == pytest.approx(float(found.norm()), rel=1e-2)
+        ahead, behind = (
+            token_loss(logits + distance * direction, labels, ngrams)[0].sum() for distance in (step, -step)
+        )
+    assert float((ahead - behind) / (2 * step)) == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
 @pytest.mark.parametrize("limit", [1, 150, 2**18])
@@ -82,15 +84,15 @@ def test_token_divergence_equals_scipy(limit: int, dtype: torch.dtype, monkeypat
     rows = [[(4 * torch.randn(n, 50, generator=draw)).to(dtype) for n in lengths] for _ in range(2)]
     for row in (*rows[0], *rows[1]):
         row[:, 3] = -torch.inf  # a token that neither model can write
-    rows[0][0][:, 4] = -torch.inf  # and one that only the other can
+    rows[0][0][:, 4] = -torch.inf  # a token that only the other model can write
     p, q = (_padded(part, left=left) for part, left in zip(rows, (True, False), strict=True))
-    expected = [float(rel_entr(_shares(a), _shares(b)).sum()) for a, b in zip(*rows, strict=True)]
+    expected = [float(rel_entr(_probabilities(a), _probabilities(b)).sum()) for a, b in zip(*rows, strict=True)]
     np.testing.assert_allclose(token_divergence(p, q).numpy(), expected, rtol=1e-5)
     np.testing.assert_array_equal(token_divergence(p, p).numpy(), [0, 0, 0])
 
 
 def _padded(rows: list[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits of three rows with padding on a side, which may hold anything, and their labels."""
+    """Return logits and labels of rows, padded on one side; the padded logits are NaN."""
     logits, labels = torch.full((len(rows), 8, 50), torch.nan, dtype=rows[0].dtype), torch.full((len(rows), 8), IGNORED)
     for index, row in enumerate(rows):
         place = slice(8 - len(row), 8) if left else slice(len(row))
@@ -98,5 +100,5 @@ def _padded(rows: list[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torc
     return logits, labels
 
 
-def _shares(logits: torch.Tensor) -> Array:
+def _probabilities(logits: torch.Tensor) -> Array:
     return np.asarray(np.exp(log_softmax(logits.double().numpy(), axis=-1)))

@@ -1,4 +1,4 @@
-"""Responses decoded together equal those decoded alone, whatever joins and leaves the batch."""
+"""Responses decoded in a batch equal responses decoded alone, while slots join and leave."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _finish(batch: ContinuousBatch, slots: Sequence[Slot]) -> None:
 
 
 @pytest.mark.parametrize("placement", [None, "prefix", "suffix"])
-def test_step_slots_that_join_later_equal_generate(toy: CausalLM, placement: str | None) -> None:
+def test_slots_that_join_later_equal_generate(toy: CausalLM, placement: str | None) -> None:
     lengths = [1, 12, 5, 20, 3, 8]
     configs = [GenerationConfig(max_new_tokens=length) for length in lengths]
     slots = [_slot(toy, number, placement=placement, config=config) for number, config in enumerate(configs)]
@@ -48,7 +48,7 @@ def test_step_slots_that_join_later_equal_generate(toy: CausalLM, placement: str
     batch.add(slots[:2])
     for _ in range(3):
         batch.step()
-    batch.add(slots[2:5])  # while others go on
+    batch.add(slots[2:5])  # while others are active
     batch.step()
     batch.add(slots[5:])
     _finish(batch, slots)
@@ -57,7 +57,7 @@ def test_step_slots_that_join_later_equal_generate(toy: CausalLM, placement: str
     assert len(batch) == 0
 
 
-def test_add_mixed_placements_equals_generate(toy: CausalLM) -> None:
+def test_slots_with_different_placements_equal_generate(toy: CausalLM) -> None:
     config = GenerationConfig(max_new_tokens=10)
     kinds = [None, "prefix", "suffix", "prefix", "suffix", None]
     slots = [_slot(toy, number, placement=kind, config=config) for number, kind in enumerate(kinds)]
@@ -75,11 +75,11 @@ def test_sampling_does_not_depend_on_other_slots(toy: CausalLM) -> None:
     batch = ContinuousBatch(toy)
     batch.add([one])
     _finish(batch, [one])
-    company = [_slot(toy, number, placement="prefix", config=greedy) for number in (0, 3, 4)]
-    batch.add(company[:2])
+    other_slots = [_slot(toy, number, placement="prefix", config=greedy) for number in (0, 3, 4)]
+    batch.add(other_slots[:2])
     batch.step()
-    batch.add([other, company[2]])
-    _finish(batch, [other, *company])
+    batch.add([other, other_slots[2]])
+    _finish(batch, [other, *other_slots])
     assert one.ids == other.ids
     assert one.ids != _finished_slot(toy, 8, config=config).ids
 
@@ -102,7 +102,7 @@ def test_end_token_ends_slot_and_is_not_in_ids(toy: CausalLM) -> None:
     batch.add(slots)
     _finish(batch, slots)
     ended = {slot.ended for slot in slots}
-    assert ended == {"stop", "length"}  # at this temperature some of them meet the end of text
+    assert ended == {"stop", "length"}  # at this temperature, some slots draw the end token
     assert not any(token in toy.end_ids for slot in slots for token in slot.ids)
     assert all(len(slot.ids) == 60 for slot in slots if slot.ended == "length")
 
@@ -117,13 +117,13 @@ def test_choices_limit_responses(toy: CausalLM) -> None:
     batch = ContinuousBatch(toy)
     batch.add(slots)
     _finish(batch, slots)
-    written = {toy.prompt_tokenizer.decode(slot.ids) for slot in slots}
-    assert written <= set(labels)
-    assert len(written) > 1
+    responses = {toy.prompt_tokenizer.decode(slot.ids) for slot in slots}
+    assert responses <= set(labels)
+    assert len(responses) > 1
     assert {slot.ended for slot in slots} == {"stop"}
 
 
-def test_slot_ended_from_outside_stops_decoding(toy: CausalLM) -> None:
+def test_slot_that_a_caller_ends_stops_decoding(toy: CausalLM) -> None:
     config = GenerationConfig(max_new_tokens=10)
     slots = [_slot(toy, number, placement="suffix", config=config) for number in (0, 1, 3)]
     batch = ContinuousBatch(toy)
@@ -142,12 +142,12 @@ def test_slots_that_join_at_random_equal_generate(toy: CausalLM) -> None:
     settings = {}
     while waiting or len(batch):
         if waiting and draw.random() < 0.5:
-            several = [waiting.pop() for _ in range(min(len(waiting), draw.randint(1, 4)))]
-            for number in several:
+            numbers = [waiting.pop() for _ in range(min(len(waiting), draw.randint(1, 4)))]
+            for number in numbers:
                 settings[number] = (number % len(PROMPTS), GenerationConfig(max_new_tokens=draw.randint(1, 15)))
-            coming = [_slot(toy, settings[n][0], placement="suffix", config=settings[n][1]) for n in several]
-            slots += list(zip(several, coming, strict=True))
-            batch.add(coming)
+            new_slots = [_slot(toy, settings[n][0], placement="suffix", config=settings[n][1]) for n in numbers]
+            slots += list(zip(numbers, new_slots, strict=True))
+            batch.add(new_slots)
         batch.step()
     assert len(slots) == 40
     for number, slot in slots:
@@ -157,14 +157,14 @@ def test_slots_that_join_at_random_equal_generate(toy: CausalLM) -> None:
 
 def test_slot_ngrams_affect_that_slot_only(toy: CausalLM) -> None:
     config, soft = GenerationConfig(max_new_tokens=20), [_soft(toy, n, placement="suffix") for n in range(3)]
-    mine = [toy.build_ngram_cache(["Why Music, Part 2"] * 90), None, toy.build_ngram_cache(["On tea"] * 90)]
-    slots = [Slot(toy.prompt_tokenizer.encode_prompt(PROMPTS[n]), soft[n], config, ngrams=mine[n]) for n in range(3)]
+    caches = [toy.build_ngram_cache(["Why Music, Part 2"] * 90), None, toy.build_ngram_cache(["On tea"] * 90)]
+    slots = [Slot(toy.prompt_tokenizer.encode_prompt(PROMPTS[n]), soft[n], config, ngrams=caches[n]) for n in range(3)]
     batch = ContinuousBatch(toy)
     batch.add(slots)
     _finish(batch, slots)
-    said = [toy.prompt_tokenizer.decode(slot.ids) for slot in slots]
-    assert said == ["Why Music, Part 2", _alone(toy, 1, placement="suffix", config=config), "On tea"]
+    texts = [toy.prompt_tokenizer.decode(slot.ids) for slot in slots]
+    assert texts == ["Why Music, Part 2", _alone(toy, 1, placement="suffix", config=config), "On tea"]
     alone = toy.generate(
         PromptBatch([PROMPTS[0]], soft[0], ngrams=[toy.build_ngram_cache(["Why Music, Part 2"] * 90)]), config
     )
-    assert alone[0].text == said[0]
+    assert alone[0].text == texts[0]

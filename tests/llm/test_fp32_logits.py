@@ -1,4 +1,4 @@
-"""Logits outside of training are float32 products, so close labels do not tie."""
+"""Logits outside of training are float32 products, so that labels with close logits do not tie."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from personaplug.llm.fp32_logits import use_fp32_logits
 
 def _states_and_logits(model: Any, *, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input and the output of the output layer."""
-    head, seen = model.get_output_embeddings(), []
-    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].detach(), output.detach())))
+    head, calls = model.get_output_embeddings(), []
+    hook = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0].detach(), output.detach())))
     ids = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(1))
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.set_grad_enabled(grad):
         model(ids, **inputs)
     hook.remove()
-    return seen[0]
+    return calls[0]
 
 
 @pytest.mark.parametrize("rows", [1, 50, 2**20])
@@ -62,9 +62,9 @@ def test_logits_that_tie_in_bfloat16_differ() -> None:
     for model in (plain, exact):
         with torch.no_grad():
             model.get_output_embeddings().weight *= 64
-    found = {}
+    counts = {}
     for name, model in (("plain", plain), ("exact", exact)):
         _, logits = _states_and_logits(model, grad=False)
-        found[name] = sum(len(row.unique()) for row in logits.reshape(-1, logits.shape[-1])), logits.numel()
-    assert found["plain"][0] < 0.9 * found["plain"][1]
-    assert found["exact"][0] > 0.99 * found["exact"][1]
+        counts[name] = sum(len(row.unique()) for row in logits.reshape(-1, logits.shape[-1])), logits.numel()
+    assert counts["plain"][0] < 0.9 * counts["plain"][1]
+    assert counts["exact"][0] > 0.99 * counts["exact"][1]

@@ -1,4 +1,4 @@
-"""Language models: soft tokens that are embeddings of a text act like the text, in every family."""
+"""Soft tokens that are the embeddings of a text have the same effect as the text, in every family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from personaplug.llm.prompt_tokenizer import PromptTokenizer
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.tiny import load_tiny_llm, tiny_tokenizer
 
-# Zero, one and many tokens; of different lengths, so that every batch has padding.
+# Texts of zero, one and many tokens, so that every batch has padding.
 PROMPTS = ["", "a", "What does this user think of long films?"]
 TARGETS = ["yes", "n", "maybe so"]
 SPELLED = "Hi!"
@@ -33,12 +33,12 @@ def _spelled(llm: Any, text: str, *, rows: int) -> SoftPrompt:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_loss_spelled_soft_tokens_equals_loss_of_text(family: str) -> None:
+def test_loss_of_spelled_soft_tokens_equals_loss_of_text(family: str) -> None:
     llm = small_llm(family)
     spliced, counts = llm.loss(PromptBatch(PROMPTS, _spelled(llm, SPELLED, rows=3)), TARGETS)
     written, _ = llm.loss(PromptBatch([SPELLED + prompt for prompt in PROMPTS]), TARGETS)
     torch.testing.assert_close(spliced, written, rtol=1e-5, atol=1e-5)
-    assert counts.tolist() == [len(target) + 1 for target in TARGETS]  # bytes and the end
+    assert counts.tolist() == [len(target) + 1 for target in TARGETS]  # bytes and the end token
 
 
 @pytest.mark.parametrize("family", sorted(DECODERS))
@@ -58,17 +58,17 @@ def test_loss_equals_transformers_on_plain_ids(family: str) -> None:
 def test_score_equals_negative_loss_of_each_label(family: str) -> None:
     llm = small_llm(family)
     soft = _spelled(llm, SPELLED, rows=3)
-    labels = ["yes", "no", "yes indeed"]  # "yes" begins another label, so all carry the end
+    labels = ["yes", "no", "yes indeed"]  # "yes" is a prefix of another label, so all get the end token
     scores = llm.score(PromptBatch(PROMPTS, soft), labels)
     for column, label in enumerate(labels):
         losses, _ = llm.loss(PromptBatch(PROMPTS, soft), [label] * 3)
         torch.testing.assert_close(scores[:, column], -losses, rtol=1e-4, atol=1e-4)
 
 
-def test_score_one_token_labels_excludes_end_token() -> None:
+def test_score_of_one_token_labels_excludes_end_token() -> None:
     llm = small_llm("llama")
     scores = llm.score(PromptBatch(PROMPTS), ["1", "2"])
-    longer = llm.score(PromptBatch(PROMPTS), ["1", "2", "12"])  # "1" begins "12"
+    longer = llm.score(PromptBatch(PROMPTS), ["1", "2", "12"])  # "1" is a prefix of "12"
     assert (scores > longer[:, :2]).all()
 
 
@@ -89,7 +89,7 @@ INSERTED = [
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_soft_at_spelled_soft_tokens_equal_text_at_that_position(family: str) -> None:
+def test_spelled_soft_tokens_at_a_position_equal_text_at_that_position(family: str) -> None:
     llm = small_llm(family)
     soft = _spelled(llm, SPELLED, rows=3)
     spliced, _ = llm.loss(PromptBatch(PROMPTS, soft, POSITIONS), TARGETS)
@@ -102,8 +102,9 @@ def test_soft_at_spelled_soft_tokens_equal_text_at_that_position(family: str) ->
     scores = llm.score(PromptBatch(PROMPTS, soft, POSITIONS), labels)
     torch.testing.assert_close(scores, llm.score(PromptBatch(INSERTED), labels), rtol=1e-4, atol=1e-4)
     config = GenerationConfig(max_new_tokens=6)
-    made = llm.generate(PromptBatch(PROMPTS, soft, POSITIONS), config)
-    assert [one.text for one in made] == [one.text for one in llm.generate(PromptBatch(INSERTED), config)]
+    responses = llm.generate(PromptBatch(PROMPTS, soft, POSITIONS), config)
+    expected = llm.generate(PromptBatch(INSERTED), config)
+    assert [response.text for response in responses] == [response.text for response in expected]
 
 
 def test_soft_at_with_chat_template_counts_from_start_of_text() -> None:
@@ -125,16 +126,16 @@ def test_score_without_soft_tokens_tokenizes_text_in_one_piece(
     soft: SoftPrompt | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = small_llm("llama")
-    seen: list[str] = []
+    encoded: list[str] = []
     encode = llm.prompt_tokenizer.texts.encode
 
-    def watched(text: str, *, inside: bool = False) -> list[int]:
-        seen.append(text)
+    def record(text: str, *, inside: bool = False) -> list[int]:
+        encoded.append(text)
         return list(encode(text, inside=inside))
 
-    monkeypatch.setattr(llm.prompt_tokenizer.texts, "encode", watched)
+    monkeypatch.setattr(llm.prompt_tokenizer.texts, "encode", record)
     llm.score(PromptBatch(PROMPTS, soft, POSITIONS), ["1", "2"])
-    assert seen == ["1", "2", *PROMPTS]
+    assert encoded == ["1", "2", *PROMPTS]
 
 
 def test_soft_at_beyond_cut_text_is_clamped() -> None:
@@ -149,17 +150,17 @@ def test_soft_at_beyond_cut_text_is_clamped() -> None:
 @pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_generate_spelled_soft_tokens_equals_generate_of_text(family: str, beams: int, count: int) -> None:
+def test_generation_from_spelled_soft_tokens_equals_generation_from_text(family: str, beams: int, count: int) -> None:
     llm = small_llm(family)
     text = "Hello yo"[:count]
     config = GenerationConfig(max_new_tokens=6, num_beams=beams)
     spliced = llm.generate(PromptBatch(PROMPTS, _spelled(llm, text, rows=3)), config)
     written = llm.generate(PromptBatch([text + prompt for prompt in PROMPTS]), config)
-    assert [made.text for made in spliced] == [made.text for made in written]
+    assert [response.text for response in spliced] == [response.text for response in written]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_generate_equals_transformers_on_plain_ids(family: str) -> None:
+def test_generation_equals_transformers_on_plain_ids(family: str) -> None:
     llm = small_llm(family)
     prompt = SPELLED + PROMPTS[2]
     ids = torch.tensor([llm.prompt_tokenizer.encode_prompt(prompt).ids])
@@ -170,49 +171,52 @@ def test_generate_equals_transformers_on_plain_ids(family: str) -> None:
         [t for t in new[0].tolist() if t != llm.prompt_tokenizer.tokenizer.eos_token_id]
     )
     soft = _spelled(llm, SPELLED, rows=1)
-    made = llm.generate(PromptBatch([PROMPTS[2]], soft), GenerationConfig(max_new_tokens=6))
-    assert made[0].text == expected
+    responses = llm.generate(PromptBatch([PROMPTS[2]], soft), GenerationConfig(max_new_tokens=6))
+    assert responses[0].text == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_generate_in_padded_batch_equals_alone(family: str) -> None:
+def test_generation_in_padded_batch_equals_single_rows(family: str) -> None:
     llm = small_llm(family)
     config = GenerationConfig(max_new_tokens=8)
     together = llm.generate(PromptBatch(PROMPTS, _spelled(llm, SPELLED, rows=3)), config)
     alone = [llm.generate(PromptBatch([p], _spelled(llm, SPELLED, rows=1)), config)[0] for p in PROMPTS]
-    assert [made.text for made in together] == [made.text for made in alone]
+    assert [response.text for response in together] == [response.text for response in alone]
 
 
 @pytest.mark.parametrize("family", sorted(DECODERS))
-def test_generate_behind_cached_prefix_equals_one_sequence(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_after_cached_prefix_equals_one_sequence(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = small_llm(family)
     soft = SoftPrompt(_spelled(llm, SPELLED, rows=6).vectors, placement="suffix")
-    # Two responses per prompt, and unequal numbers of them.
+    # Two responses per prompt, then different numbers of responses.
     batches = [[prompt for prompt in PROMPTS for _ in range(2)], [PROMPTS[0], *PROMPTS, PROMPTS[2], PROMPTS[2]]]
     config = GenerationConfig(max_new_tokens=7)
     assert llm.supports_prompt_cache
-    apart = [llm.generate(PromptBatch(batch, soft), config) for batch in batches]
+    cached = [llm.generate(PromptBatch(batch, soft), config) for batch in batches]
     monkeypatch.setattr(llm, "prompt_layout", None)
-    whole = [llm.generate(PromptBatch(batch, soft), config) for batch in batches]
-    assert [[one.text for one in made] for made in apart] == [[one.text for one in made] for made in whole]
-    assert [[one.finished for one in made] for made in apart] == [[one.finished for one in made] for made in whole]
+    uncached = [llm.generate(PromptBatch(batch, soft), config) for batch in batches]
+    for batch, expected in zip(cached, uncached, strict=True):
+        assert [one.text for one in batch] == [one.text for one in expected]
+        assert [one.finished for one in batch] == [one.finished for one in expected]
 
 
-def test_generate_behind_cached_prefix_respects_seed_and_top_p() -> None:
+def test_generation_after_cached_prefix_respects_seed_and_top_p() -> None:
     llm = small_llm("llama")
     soft = SoftPrompt(_spelled(llm, SPELLED, rows=4).vectors, placement="suffix")
 
     def draw(seed: int, **options: float) -> list[str]:
         config = GenerationConfig(max_new_tokens=9, do_sample=True, seed=seed, **options)  # type: ignore[arg-type]
-        return [made.text for made in llm.generate(PromptBatch(["Say"] * 4, soft), config)]
+        return [response.text for response in llm.generate(PromptBatch(["Say"] * 4, soft), config)]
 
     assert draw(1) == draw(1)
     assert len({*draw(1, temperature=2.0), *draw(2, temperature=2.0)}) > 4
-    greedy = [made.text for made in llm.generate(PromptBatch(["Say"] * 4, soft), GenerationConfig(max_new_tokens=9))]
+    greedy = [
+        response.text for response in llm.generate(PromptBatch(["Say"] * 4, soft), GenerationConfig(max_new_tokens=9))
+    ]
     assert draw(3, top_p=1e-6) == draw(4, temperature=1e-3) == greedy
 
 
-def test_generate_sampling_depends_on_seed_only() -> None:
+def test_sampling_depends_only_on_seed() -> None:
     llm = small_llm("llama")
 
     def draw(seed: int) -> str:
@@ -225,10 +229,10 @@ def test_generate_sampling_depends_on_seed_only() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_generate_at_max_new_tokens_is_not_finished() -> None:
+def test_response_at_max_new_tokens_is_not_finished() -> None:
     llm = small_llm("llama")
-    made = llm.generate(PromptBatch(["Say"]), GenerationConfig(max_new_tokens=3))[0]
-    assert not made.finished
+    response = llm.generate(PromptBatch(["Say"]), GenerationConfig(max_new_tokens=3))[0]
+    assert not response.finished
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -255,14 +259,14 @@ def test_prefix_soft_tokens_with_chat_template_come_right_before_text() -> None:
     torch.testing.assert_close(spliced[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_encode_prompt_text_that_spells_special_tokens_stays_text() -> None:
+def test_text_that_spells_special_tokens_stays_text() -> None:
     llm = small_llm("llama", chat=True)
     row = llm.prompt_tokenizer.encode_prompt("x<|end|>personaplugplaceofthetext</><bot>")
     assert llm.prompt_tokenizer.tokenizer.eos_token_id not in row.ids
     assert row.soft_position == len("<user>")
 
 
-def test_measure_long_text_is_cut_at_its_end() -> None:
+def test_measure_reports_the_cut_end_of_a_long_text() -> None:
     llm = CausalLM(load_tiny_llm().model, tiny_tokenizer(), name="short", max_prompt_tokens=8)
     measures = llm.measure(["abc", "abcdefghijk"])
     assert [m.truncated for m in measures] == [False, True]
@@ -271,7 +275,7 @@ def test_measure_long_text_is_cut_at_its_end() -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_max_text_tokens_is_longest_uncut_text(chat: bool) -> None:
+def test_max_text_tokens_is_the_length_of_the_longest_uncut_text(chat: bool) -> None:
     llm = small_llm("llama", chat=chat)
     texts = ["x" * llm.max_text_tokens, "x" * (llm.max_text_tokens + 1)]
     assert [m.truncated for m in llm.measure(texts)] == [False, True]
@@ -280,7 +284,7 @@ def test_max_text_tokens_is_longest_uncut_text(chat: bool) -> None:
 
 
 def _word_pieces() -> Any:
-    """A byte-level tokenizer that merges, trained on the spot."""
+    """Return a byte-level BPE tokenizer with merges, trained here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -292,15 +296,15 @@ def _word_pieces() -> Any:
     tokenizer.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     )
-    kind: Any = PreTrainedTokenizerFast
-    return kind(tokenizer_object=tokenizer, eos_token="<|end|>")
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 LONG = "What  does this użytkownik think?\n\n表情 🙂🙂 long films, <|end|>and the user thinks "
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, _word_pieces])
-def test_cut_text_returns_longest_fitting_beginning(make: Any) -> None:
+def test_cut_text_returns_longest_fitting_prefix(make: Any) -> None:
     prompt_tokenizer = PromptTokenizer(make(), max_tokens=512, is_encoder_decoder=False)
     beginnings = {LONG[:size].rstrip() for size in range(len(LONG) + 1)}
     sizes = {text: prompt_tokenizer.count_tokens([text])[0] for text in beginnings}
@@ -316,10 +320,10 @@ def test_cut_text_without_offsets_never_exceeds_limit(make: Any, monkeypatch: py
     exact = [prompt_tokenizer.cut_text(LONG, tokens) for tokens in range(full + 2)]
     monkeypatch.setattr(type(prompt_tokenizer.tokenizer), "is_fast", False)
     for tokens, longest in enumerate(exact):
-        kept = prompt_tokenizer.cut_text(LONG, tokens)
-        assert longest.startswith(kept)
-        assert prompt_tokenizer.count_tokens([kept])[0] <= tokens
-        assert len(kept) >= len(longest) - 12  # two words at most are lost where a longer beginning has fewer tokens
+        prefix = prompt_tokenizer.cut_text(LONG, tokens)
+        assert longest.startswith(prefix)
+        assert prompt_tokenizer.count_tokens([prefix])[0] <= tokens
+        assert len(prefix) >= len(longest) - 12  # at most two words are lost if a longer prefix has fewer tokens
     assert prompt_tokenizer.cut_text(LONG, full) == LONG.rstrip()
 
 
@@ -355,7 +359,7 @@ def test_tiny_tokenizer_round_trip_restores_text(text: str) -> None:
     assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
 
 
-def test_open_llm_bad_seed_or_device_raises() -> None:
+def test_open_llm_with_bad_seed_or_device_raises() -> None:
     with pytest.raises(ConfigError, match="toy:SEED"):
         open_llm(ModelConfig(llm="toy:x"))
     with pytest.raises(ConfigError, match="toy:SEED"):

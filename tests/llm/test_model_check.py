@@ -1,4 +1,4 @@
-"""The check of a model when it is loaded: no family gives other numbers than the bare model of transformers."""
+"""The model check at load: every accepted family gives the same numbers as the model in transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DYNAMIC = {
     "max_position_embeddings": 48,
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
 }
-# Family, whether it is an encoder-decoder, changes of its config, the way that the check chooses, cached prompts.
+# Family, is it an encoder-decoder, changes of its config, chosen runner, can prompts be cached.
 REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
     ("llama", False, {}, "batched", True),
     ("gpt_neox", False, {}, "batched", True),
@@ -61,7 +61,7 @@ REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
 
 
 @pytest.mark.parametrize(("family", "is_encoder_decoder", "changes", "way", "caches"), REPRESENTATIVES)
-def test_family_gives_the_numbers_of_single_rows_of_ids(
+def test_family_gives_the_same_numbers_as_single_rows_of_ids(
     family: str, is_encoder_decoder: bool, changes: dict[str, Any], way: str, caches: bool
 ) -> None:
     if family not in model_families.CAUSAL | model_families.SEQ2SEQ:
@@ -89,7 +89,7 @@ def _one_row_losses(llm: Any, prompts: list[str], vectors: torch.Tensor, targets
 
 
 @pytest.mark.parametrize(("family", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
-def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: str, changes: dict[str, Any]) -> None:
+def test_switching_rope_equals_one_pass_below_above_and_across_the_switch(family: str, changes: dict[str, Any]) -> None:
     llm: Any = model_families.load(family, is_encoder_decoder=False, **changes)
     assert llm.rope_switch == llm.max_cached_tokens == 48
     prompts, targets = ["short", "x" * 42, "y" * 60], ["yes", "no way", "ok"]
@@ -98,7 +98,8 @@ def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: 
     soft = SoftPrompt(vectors, placement="suffix")
     llm.cache_prompts(prompts)
     torch.testing.assert_close(llm.loss(PromptBatch(prompts, soft), targets)[0], expected, rtol=1e-5, atol=1e-5)
-    scores = llm.score(PromptBatch(prompts, soft), [*targets, "yes no"]).diagonal()  # "yes" begins another label
+    # "yes" is a prefix of another label.
+    scores = llm.score(PromptBatch(prompts, soft), [*targets, "yes no"]).diagonal()
     torch.testing.assert_close(-scores, expected, rtol=1e-5, atol=1e-5)
     short = llm.loss(PromptBatch(prompts[:1], soft.row(0)), targets[:1])[0]
     torch.testing.assert_close(short, expected[:1], rtol=1e-5, atol=1e-5)
@@ -112,23 +113,21 @@ def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("bert", {"is_decoder": False}, "a token's probability depends on the tokens behind it"),
+        ("bert", {"is_decoder": False}, "a token's probability depends on later tokens"),
         ("gemma4_text", {}, "inputs_embeds"),
     ],
 )
-def test_family_that_cannot_be_right_is_refused_with_the_reason(
-    family: str, changes: dict[str, Any], message: str
-) -> None:
+def test_unsupported_family_is_refused_with_the_reason(family: str, changes: dict[str, Any], message: str) -> None:
     if family not in model_families.CAUSAL:
         pytest.skip(f"this version of transformers has no {family}")
     with pytest.raises(UnsupportedModel, match=f"'{family}' cannot be used: .*{message}"):
         model_families.load(family, is_encoder_decoder=False, **changes)
 
 
-def test_model_that_lacks_what_is_asked_of_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_input_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_families.build("llama", is_encoder_decoder=False)
     monkeypatch.setattr(model, "get_input_embeddings", lambda: None)
-    with pytest.raises(UnsupportedModel, match="lacks something"):
+    with pytest.raises(UnsupportedModel, match="lacks a required feature"):
         wrap_model(model, tiny_tokenizer(), name="odd")
 
 
@@ -140,25 +139,25 @@ def test_encoder_decoder_without_start_token_is_refused() -> None:
         wrap_model(model, tiny_tokenizer(), name="t5")
 
 
-def test_slow_way_is_logged_with_its_reason_and_trains_in_one_sequence(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_runner_is_logged_with_its_reason_and_gives_correct_gradients(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         llm = small_mamba()
     assert "mamba runs batched by transformers: " in caplog.text
-    assert "mamba cannot reuse its prompts" in caplog.text
+    assert "mamba cannot cache prompts" in caplog.text
     prompts, targets = ["same size"] * 3, ["yes indeed", "n", "ok"]
-    drawn = torch.randn(3, 2, llm.identity.width, generator=torch.Generator().manual_seed(1))
-    vectors = (drawn * llm.embedding_scale).requires_grad_()
+    noise = torch.randn(3, 2, llm.identity.width, generator=torch.Generator().manual_seed(1))
+    vectors = (noise * llm.embedding_scale).requires_grad_()
     llm.cache_prompts(prompts)
     losses, _ = llm.loss(PromptBatch(prompts, SoftPrompt(vectors, "suffix")), targets)
     expected = _one_row_losses(llm, prompts, vectors, targets)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    gradient, wanted = (torch.autograd.grad(one.sum(), vectors)[0] for one in (losses, expected))
-    assert wanted.abs().sum() > 0
-    assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
+    gradient, expected_gradient = (torch.autograd.grad(one.sum(), vectors)[0] for one in (losses, expected))
+    assert expected_gradient.abs().sum() > 0
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError, IndexError, TypeError, NotImplementedError])
-def test_family_whose_prefill_fails_in_any_way_has_no_cache(
+def test_family_whose_prefill_raises_has_no_prompt_cache(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = small_llm("llama")
@@ -172,7 +171,7 @@ def test_family_whose_prefill_fails_in_any_way_has_no_cache(
     assert "unsupported" in result.why_no_prompt_cache
 
 
-def test_family_whose_cached_states_are_wrong_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family_with_wrong_cached_states_has_no_prompt_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = small_llm("llama")
     prefill = llm.prefill
 
@@ -185,10 +184,10 @@ def test_family_whose_cached_states_are_wrong_has_no_cache(monkeypatch: pytest.M
     monkeypatch.setattr(llm, "prefill", forget_first_layer)
     result = run_check(llm)
     assert result.layout is None
-    assert "behind a cached prompt" in result.why_no_prompt_cache
+    assert "after a cached prompt" in result.why_no_prompt_cache
 
 
-def test_out_of_memory_says_nothing_about_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_error_does_not_refuse_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = small_llm("llama")
 
     def fail(*_: object, **__: object) -> None:
@@ -201,7 +200,7 @@ def test_out_of_memory_says_nothing_about_the_family(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of results, in a folder of its own, for checks of any duration."""
+    """Return the path of an empty results file, to which checks of any duration are written."""
     monkeypatch.setenv("PERSONAPLUG_CACHE", str(tmp_path))
     monkeypatch.setattr(check_results, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(check_results, "_in_memory", {})
@@ -224,7 +223,7 @@ def test_result_is_read_from_the_file_by_another_process(
     assert (second.check, second.check is first.check) == (first.check, False)
 
 
-def test_result_does_not_hold_for_other_settings_or_weights(results: Path) -> None:
+def test_other_settings_or_weights_are_checked_again(results: Path) -> None:
     small_llm("llama")
     small_llm("llama", dtype=torch.bfloat16)
     small_llm("llama", chat=True)
@@ -249,7 +248,7 @@ def test_result_does_not_hold_for_other_settings_or_weights(results: Path) -> No
         '{"KEY": [1]}',
     ],
 )
-def test_damaged_file_of_results_counts_as_none(content: str, results: Path) -> None:
+def test_damaged_results_file_counts_as_missing(content: str, results: Path) -> None:
     key = "0123"
     results.write_text(content.replace("KEY", key))
     assert find_result(key) is None
@@ -259,14 +258,14 @@ def test_damaged_file_of_results_counts_as_none(content: str, results: Path) -> 
     assert find_result(key) == result
 
 
-def test_folder_that_cannot_be_written_is_tolerated(results: Path) -> None:
-    results.mkdir()  # in the file's place
+def test_model_loads_if_the_results_file_cannot_be_written(results: Path) -> None:
+    results.mkdir()  # a folder in place of the file
     assert small_llm("llama").check.way == "batched"
     assert small_llm("llama").supports_prompt_cache
 
 
 @pytest.mark.usefixtures("results")
-def test_refusal_is_found_anew_each_time(results: Path) -> None:
+def test_refused_model_is_checked_again_each_time(results: Path) -> None:
     for _ in range(2):
         with pytest.raises(UnsupportedModel):
             model_families.load("bert", is_encoder_decoder=False, is_decoder=False)
@@ -274,7 +273,9 @@ def test_refusal_is_found_anew_each_time(results: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "is_encoder_decoder"), [("llama", False), ("mamba", False), ("t5", True)])
-def test_no_warning_reaches_a_user(family: str, is_encoder_decoder: bool, tmp_path: Path, results: Path) -> None:
+def test_loading_and_running_a_model_gives_no_warning(
+    family: str, is_encoder_decoder: bool, tmp_path: Path, results: Path
+) -> None:
     model_families.build(family, is_encoder_decoder=is_encoder_decoder).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with warnings.catch_warnings():
@@ -290,14 +291,14 @@ def test_no_warning_reaches_a_user(family: str, is_encoder_decoder: bool, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "opt"])
-def test_read_embeddings_are_what_the_model_reads(family: str, tmp_path: Path) -> None:
+def test_read_embeddings_returns_the_models_embeddings(family: str, tmp_path: Path) -> None:
     model = model_families.build(family, is_encoder_decoder=False)
     model.save_pretrained(tmp_path)
     expected = model.get_input_embeddings()(torch.arange(257)).detach()
     assert torch.equal(read_embeddings(tmp_path), expected)
 
 
-def test_composite_config_gives_the_length_of_its_text_model() -> None:
+def test_max_positions_of_a_composite_model_come_from_its_text_config() -> None:
     llm: Any = model_families.load("gemma3", is_encoder_decoder=False)
     assert llm.max_positions == llm.max_cached_tokens == 512
 
@@ -312,5 +313,5 @@ def test_generation_settings_of_a_checkpoint_do_not_change_answers(placement: st
         soft = SoftPrompt(torch.zeros(2, 1, 32), placement)
         for beams in (1, 2):
             config = GenerationConfig(max_new_tokens=6, num_beams=beams)
-            texts.append([made.text for made in llm.generate(PromptBatch(["a", "bc"], soft), config)])
+            texts.append([response.text for response in llm.generate(PromptBatch(["a", "bc"], soft), config)])
     assert texts[:2] == texts[2:]

@@ -1,4 +1,4 @@
-"""User n-gram caches: interpolated probabilities, losses and responses of every kind of model."""
+"""User n-gram caches: interpolated probabilities, losses and responses of all model types."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _probs(size: int = 6) -> Tensor:
 def _soft(llm: LanguageModel, placement: str) -> SoftPrompt | None:
     if placement == "none":
         return None
-    drawn = torch.randn(len(PROMPTS), 2, llm.identity.width, generator=torch.Generator().manual_seed(1))
-    return SoftPrompt(drawn, placement=placement)
+    noise = torch.randn(len(PROMPTS), 2, llm.identity.width, generator=torch.Generator().manual_seed(1))
+    return SoftPrompt(noise, placement=placement)
 
 
 def test_interpolate_empty_cache_changes_nothing() -> None:
@@ -39,15 +39,15 @@ def test_interpolate_empty_cache_changes_nothing() -> None:
 
 def test_interpolate_equals_formula() -> None:
     ngrams, probs = UserNgramCache([(1, 2, 0), (1, 3, 0)]), _probs()
-    found = ngrams.interpolate(probs, [1])
-    # Any token: 0 and 1 twice, 2 and 3 once. Behind 1, or behind 1 at the start: 2 or 3.
+    actual = ngrams.interpolate(probs, [1])
+    # Without context: 0 and 1 twice, 2 and 3 once. After 1, or after 1 at the start: 2 or 3.
     trust = 6 / (6 + 4 * DISCOUNT[0])
-    wanted = (1 - trust) * probs + trust * torch.tensor([2, 2, 1, 1, 0, 0]) / 6
+    expected = (1 - trust) * probs + trust * torch.tensor([2, 2, 1, 1, 0, 0]) / 6
     for discount in DISCOUNT[1:]:
         trust = 2 / (2 + 2 * discount)
-        wanted = (1 - trust) * wanted + trust * torch.tensor([0, 0, 1, 1, 0, 0]) / 2
-    torch.testing.assert_close(found, wanted)
-    assert probs.equal(_probs())  # the model's own are unchanged
+        expected = (1 - trust) * expected + trust * torch.tensor([0, 0, 1, 1, 0, 0]) / 2
+    torch.testing.assert_close(actual, expected)
+    assert probs.equal(_probs())  # the input is unchanged
 
 
 def test_interpolate_start_of_answer_is_a_context() -> None:
@@ -55,14 +55,14 @@ def test_interpolate_start_of_answer_is_a_context() -> None:
     assert ngrams.interpolate(_probs(), [])[1] > ngrams.interpolate(_probs(), [2])[1]
 
 
-@pytest.mark.parametrize("written", [[], [1], [1, 2], [4, 1, 2], [5, 5, 5]])
-def test_interpolate_sums_to_one_and_agrees_with_coefficients(written: list[int]) -> None:
+@pytest.mark.parametrize("prefix", [[], [1], [1, 2], [4, 1, 2], [5, 5, 5]])
+def test_interpolate_sums_to_one_and_agrees_with_coefficients(prefix: list[int]) -> None:
     ngrams, probs = UserNgramCache([(1, 2, 3, 0), (1, 2, 0), (4, 1, 2, 5, 0)]), _probs()
-    mixed = ngrams.interpolate(probs, written)
+    mixed = ngrams.interpolate(probs, prefix)
     assert float(mixed.sum()) == pytest.approx(1)
     for token in range(len(probs)):
-        factor, more = ngrams.coefficients([*written, token])[-1]
-        assert float(mixed[token]) == pytest.approx(factor * float(probs[token]) + more)
+        factor, offset = ngrams.coefficients([*prefix, token])[-1]
+        assert float(mixed[token]) == pytest.approx(factor * float(probs[token]) + offset)
 
 
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
@@ -70,20 +70,20 @@ def test_interpolate_sums_to_one_and_agrees_with_coefficients(written: list[int]
 def test_loss_of_a_past_answer_is_lower_with_ngrams(kind: str, placement: str) -> None:
     llm: Any = small_llm(kind)
     soft, targets = _soft(llm, placement), ["Why Music, Part 2", "other"]
-    both = [llm.build_ngram_cache(SERIES), llm.build_ngram_cache([])]
+    ngrams = [llm.build_ngram_cache(SERIES), llm.build_ngram_cache([])]
     plain, _ = llm.loss(PromptBatch(PROMPTS, soft), targets)
-    mixed, tokens = llm.loss(PromptBatch(PROMPTS, soft, ngrams=both), targets)
+    mixed, tokens = llm.loss(PromptBatch(PROMPTS, soft, ngrams=ngrams), targets)
     assert float(mixed[0]) < float(plain[0]) / 2
     assert float(mixed[1]) == pytest.approx(float(plain[1]), rel=1e-5)
     assert tokens.tolist() == [len(llm.prompt_tokenizer.encode_target(target)) for target in targets]
 
 
 def test_interpolate_losses_uses_each_rows_cache() -> None:
-    mine, yours = UserNgramCache([(1, 2, 0)] * 3), UserNgramCache([(2, 2, 2)])
-    wanted, losses = torch.tensor([[1, 2, 0], [2, 0, -100]]), torch.tensor([2.0, 0.5, 3.0, 1.0, 4.0])
-    pairs = [*mine.coefficients([1, 2, 0]), *yours.coefficients([2, 0])]
+    first, second = UserNgramCache([(1, 2, 0)] * 3), UserNgramCache([(2, 2, 2)])
+    labels, losses = torch.tensor([[1, 2, 0], [2, 0, -100]]), torch.tensor([2.0, 0.5, 3.0, 1.0, 4.0])
+    pairs = [*first.coefficients([1, 2, 0]), *second.coefficients([2, 0])]
     each = [-math.log(a * math.exp(-one) + b) for one, (a, b) in zip(losses.tolist(), pairs, strict=True)]
-    torch.testing.assert_close(interpolate_losses(losses, wanted, [mine, yours]), torch.tensor(each))
+    torch.testing.assert_close(interpolate_losses(losses, labels, [first, second]), torch.tensor(each))
     assert each[0] < 2 < 4 < each[4]
 
 
@@ -106,31 +106,31 @@ def test_loss_with_ngrams_passes_gradients_to_soft_tokens(placement: str, toy: C
 def test_generate_with_ngrams_continues_a_users_series(kind: str, placement: str, beams: int) -> None:
     llm = small_llm(kind)
     config, soft = GenerationConfig(max_new_tokens=24, num_beams=beams), _soft(llm, placement)
-    mine, nobodys = llm.build_ngram_cache(SERIES), llm.build_ngram_cache([])
+    user_cache, empty_cache = llm.build_ngram_cache(SERIES), llm.build_ngram_cache([])
     plain = llm.generate(PromptBatch(PROMPTS, soft), config)
-    found = llm.generate(PromptBatch(PROMPTS, soft, ngrams=[mine, nobodys]), config)
-    assert found[0].text == "Why Music, Part 2"
-    assert found[0].finished
-    assert found[1].text == plain[1].text != found[0].text
-    turned = llm.generate(PromptBatch(PROMPTS[::-1], _turned(soft), ngrams=[nobodys, mine]), config)
-    assert [one.text for one in turned[::-1]] == [one.text for one in found]
+    actual = llm.generate(PromptBatch(PROMPTS, soft, ngrams=[user_cache, empty_cache]), config)
+    assert actual[0].text == "Why Music, Part 2"
+    assert actual[0].finished
+    assert actual[1].text == plain[1].text != actual[0].text
+    swapped = llm.generate(PromptBatch(PROMPTS[::-1], _swapped(soft), ngrams=[empty_cache, user_cache]), config)
+    assert [one.text for one in swapped[::-1]] == [one.text for one in actual]
 
 
-def _turned(soft: SoftPrompt | None) -> SoftPrompt | None:
+def _swapped(soft: SoftPrompt | None) -> SoftPrompt | None:
     return None if soft is None else SoftPrompt(soft.vectors.flip(0), placement=soft.placement)
 
 
 def test_generate_samples_from_interpolated_probabilities(toy: CausalLM) -> None:
     soft, config = _soft(toy, "suffix"), GenerationConfig(max_new_tokens=4, do_sample=True, temperature=0.05)
-    found = toy.generate(PromptBatch(PROMPTS, soft, ngrams=[toy.build_ngram_cache(SERIES)] * 2), config)
-    assert [one.text for one in found] == ["Why"] * 2
+    actual = toy.generate(PromptBatch(PROMPTS, soft, ngrams=[toy.build_ngram_cache(SERIES)] * 2), config)
+    assert [one.text for one in actual] == ["Why"] * 2
 
 
 def test_interpolate_logits_uses_each_rows_cache() -> None:
     logits, ngrams = torch.randn(2, 5), UserNgramCache([(3, 0)] * 9)
-    found: Any = interpolate_logits(logits, [UserNgramCache([]), ngrams], [[1], [3]])
-    torch.testing.assert_close(found[0], torch.log_softmax(logits[0], dim=0))
-    torch.testing.assert_close(found[1].exp(), ngrams.interpolate(torch.softmax(logits[1], dim=0), [3]))
+    actual: Any = interpolate_logits(logits, [UserNgramCache([]), ngrams], [[1], [3]])
+    torch.testing.assert_close(actual[0], torch.log_softmax(logits[0], dim=0))
+    torch.testing.assert_close(actual[1].exp(), ngrams.interpolate(torch.softmax(logits[1], dim=0), [3]))
 
 
 def test_build_ngram_cache_counts_beginning_of_long_answers(toy: CausalLM) -> None:
@@ -140,9 +140,9 @@ def test_build_ngram_cache_counts_beginning_of_long_answers(toy: CausalLM) -> No
     torch.testing.assert_close(
         torch.tensor(long.coefficients(ids[:9])), torch.tensor(short.coefficients(ids[:9])), rtol=0.05, atol=0
     )
-    assert long.nbytes < 2**16  # one entry a context, however often it came
+    assert long.nbytes < 2**16  # one entry per (context, token), for any number of occurrences
     end = toy.end_ids[0]
-    assert long.coefficients([end])[0][1] == 0 < short.coefficients([end])[0][1]  # it did not end there
+    assert long.coefficients([end])[0][1] == 0 < short.coefficients([end])[0][1]  # the cut answer does not end there
 
 
 def test_interpolate_losses_beyond_float_range_is_finite() -> None:

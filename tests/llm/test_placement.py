@@ -1,4 +1,4 @@
-"""Soft tokens right before the answer: behind cached prompts, losses and gradients equal those of one sequence."""
+"""Placement `suffix`: losses and gradients after cached prompts equal those of one sequence."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ TARGETS = ["yes indeed", "n", "ok"]
 
 def _vectors(llm: Any, *, rows: int = 3, tokens: int = 2, seed: int = 1) -> Tensor:
     width: int = llm.identity.width
-    drawn = torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
     scale: float = llm.embedding_scale
-    return (drawn * scale).requires_grad_()
+    return (noise * scale).requires_grad_()
 
 
 def _one_sequence(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:
-    """Return losses and gradient of prompt, soft tokens and answer as plain embeddings, row by row."""
+    """Return losses and gradient of prompt, soft tokens and answer as one sequence of embeddings, row by row."""
     losses = []
     for row, (prompt, target) in enumerate(zip(prompts or PROMPTS, TARGETS, strict=True)):
         ids, answer = llm.prompt_tokenizer.encode_prompt(prompt).ids, llm.prompt_tokenizer.encode_target(target)
@@ -51,8 +51,8 @@ def _cached(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> t
     return losses.detach(), torch.autograd.grad(losses.sum(), vectors)[0]
 
 
-def _assert_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], *, within: float = 1e-5) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def _assert_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], *, within: float = 1e-5) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < within
 
 
@@ -62,12 +62,12 @@ def test_suffix_loss_and_gradient_equal_one_sequence(family: str, chat: bool) ->
     llm = small_llm(family, chat=chat)
     vectors = _vectors(llm)
     assert llm.supports_prompt_cache
-    wanted = _one_sequence(llm, vectors)
-    _assert_close(_cached(llm, vectors), wanted)
+    expected = _one_sequence(llm, vectors)
+    _assert_close(_cached(llm, vectors), expected)
     llm.cache_prompts(PROMPTS)
-    _assert_close(_cached(llm, vectors), wanted)
-    llm.prompt_layout = None  # as for unsupported families
-    _assert_close(_cached(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), expected)
+    llm.prompt_layout = None  # as in unsupported families
+    _assert_close(_cached(llm, vectors), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
@@ -75,9 +75,9 @@ def test_suffix_loss_in_bfloat16_equals_one_sequence_within_rounding(family: str
     llm = small_llm(family, dtype=torch.bfloat16)
     vectors = _vectors(llm)
     llm.cache_prompts(PROMPTS)
-    apart = _cached(llm, vectors)
+    cached = _cached(llm, vectors)
     llm.prompt_layout = None
-    _assert_close(apart, _cached(llm, vectors), within=0.05)
+    _assert_close(cached, _cached(llm, vectors), within=0.05)
 
 
 def test_suffix_loss_saves_no_prompt_activations() -> None:
@@ -85,16 +85,16 @@ def test_suffix_loss_saves_no_prompt_activations() -> None:
     soft = SoftPrompt(_vectors(llm), placement="suffix")
     sizes: list[int] = []
 
-    def noted(saved: Tensor) -> Tensor:
+    def record_size(saved: Tensor) -> Tensor:
         sizes.append(saved.numel())
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(noted, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(record_size, lambda saved: saved):
         llm.loss(PromptBatch(PROMPTS, soft), TARGETS)
         short = sum(sizes)
         sizes.clear()
         llm.loss(PromptBatch([4 * prompt for prompt in PROMPTS], soft), TARGETS)
-    # Only keys and values grow with the prompt: what is saved for the backward pass hardly does.
+    # Only keys and values grow with the prompt; the tensors saved for the backward pass hardly grow.
     assert sum(sizes) < 2 * short
 
 
@@ -106,15 +106,15 @@ def test_suffix_score_equals_negative_loss_of_each_label(family: str, labels: li
     soft = SoftPrompt(_vectors(llm).detach(), placement="suffix")
     if cached:
         llm.cache_prompts(PROMPTS)
-    found = llm.score(PromptBatch(PROMPTS, soft), labels)
+    actual = llm.score(PromptBatch(PROMPTS, soft), labels)
     for column, label in enumerate(labels):
         losses, _ = llm.loss(PromptBatch(PROMPTS, soft), [label] * 3, labels=labels)
-        torch.testing.assert_close(found[:, column], -losses, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[:, column], -losses, atol=1e-4, rtol=1e-4)
     llm.prompt_layout = None
-    torch.testing.assert_close(found, llm.score(PromptBatch(PROMPTS, soft), labels), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, llm.score(PromptBatch(PROMPTS, soft), labels), atol=1e-4, rtol=1e-4)
 
 
-def test_suffix_score_in_several_passes_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suffix_score_does_not_depend_on_the_number_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = small_llm("llama")
     soft = SoftPrompt(_vectors(llm).detach(), placement="suffix")
     labels = ["1", "one two", "3", "three four five", "black & white"]
@@ -123,7 +123,7 @@ def test_suffix_score_in_several_passes_is_equal(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(llm.score(PromptBatch(PROMPTS, soft), labels), at_once, atol=1e-4, rtol=1e-4)
 
 
-def test_loss_of_labels_has_end_token_only_if_one_begins_another() -> None:
+def test_loss_of_labels_has_end_token_only_if_one_is_a_prefix_of_another() -> None:
     llm = small_llm("llama")
     soft = SoftPrompt(_vectors(llm).detach(), placement="suffix")
     _, tokens = llm.loss(PromptBatch(PROMPTS, soft), ["1", "2", "1"], labels=["1", "2"])
@@ -131,22 +131,22 @@ def test_loss_of_labels_has_end_token_only_if_one_begins_another() -> None:
     _, tokens = llm.loss(PromptBatch(PROMPTS, soft), ["1", "12", "1"], labels=["1", "12"])
     assert tokens.tolist() == [2, 3, 2]
     _, tokens = llm.loss(PromptBatch(PROMPTS, soft), ["1", "3", "1"], labels=["1", "2"])
-    assert tokens.tolist() == [1, 2, 1]  # "3" is not a label, so open text
+    assert tokens.tolist() == [1, 2, 1]  # "3" is not a label, so it is free text
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_suffix_generate_equals_greedy_transformers(family: str) -> None:
+def test_suffix_generation_equals_greedy_decoding_by_transformers(family: str) -> None:
     llm = small_llm(family)
     vectors = _vectors(llm).detach()
     config = GenerationConfig(max_new_tokens=5)
-    found = llm.generate(PromptBatch(PROMPTS, SoftPrompt(vectors, placement="suffix")), config)
+    actual = llm.generate(PromptBatch(PROMPTS, SoftPrompt(vectors, placement="suffix")), config)
     for row, prompt in enumerate(PROMPTS):
         ids: list[int] = []
         while len(ids) < 5 and llm.prompt_tokenizer.tokenizer.eos_token_id not in ids:
             before = llm.embed(torch.tensor([llm.prompt_tokenizer.encode_prompt(prompt).ids]))
             rows = torch.cat([before, vectors[row : row + 1], llm.embed(torch.tensor([ids], dtype=torch.long))], 1)
             ids.append(int(llm.model(inputs_embeds=rows).logits[0, -1].argmax()))
-        assert found[row].text == llm.prompt_tokenizer.decode(ids)
+        assert actual[row].text == llm.prompt_tokenizer.decode(ids)
 
 
 def test_suffix_ignores_soft_at() -> None:
@@ -159,18 +159,18 @@ def test_suffix_ignores_soft_at() -> None:
 def test_cache_prompts_beyond_limit_recomputes_the_rest() -> None:
     llm = small_llm("llama")
     vectors = _vectors(llm)
-    wanted = _one_sequence(llm, vectors)
+    expected = _one_sequence(llm, vectors)
     layout = llm.prompt_layout
     # The longest prompt does not fit, the others do.
     llm.prompt_states.location, llm.prompt_states.limit = "memory", (len(PROMPTS[2]) + 3) * layout.token_bytes
     llm.cache_prompts(PROMPTS)
     assert len(llm.prompt_states.cache.states) == 2
-    _assert_close(_cached(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), expected)
     llm.prompt_states.location = "nowhere"
     llm.clear_cache()
     llm.cache_prompts(PROMPTS)
     assert llm.prompt_states.cache is None
-    _assert_close(_cached(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), expected)
 
 
 def test_cache_prompts_on_disk_equals_in_memory() -> None:
@@ -223,7 +223,7 @@ def test_empty_batch_has_no_scores_and_no_responses() -> None:
     assert llm.generate(PromptBatch([], soft), GenerationConfig()) == []
 
 
-def test_cache_prompts_others_replaces_and_clear_cache_frees() -> None:
+def test_cache_prompts_replaces_earlier_prompts_and_clear_cache_drops_all() -> None:
     llm = small_llm("llama")
     llm.cache_prompts(PROMPTS)
     cache = llm.prompt_states.cache
@@ -247,11 +247,11 @@ def test_seq2seq_suffix_soft_tokens_come_first_in_decoder() -> None:
         logits = llm.model(input_ids=ids, decoder_inputs_embeds=read).logits[0, vectors.shape[1] :]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
     together = torch.stack(losses)
-    wanted = together.detach(), torch.autograd.grad(together.sum(), vectors)[0]
-    _assert_close(_cached(llm, vectors), wanted)
+    expected = together.detach(), torch.autograd.grad(together.sum(), vectors)[0]
+    _assert_close(_cached(llm, vectors), expected)
     llm.cache_prompts(PROMPTS)
     assert len(llm.prompt_states.cache.states) == 3
-    _assert_close(_cached(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), expected)
     soft = SoftPrompt(vectors.detach(), placement="suffix")
     scores = llm.score(PromptBatch(PROMPTS, soft), ["ok", "n"])
     for column, label in enumerate(["ok", "n"]):
@@ -260,19 +260,19 @@ def test_seq2seq_suffix_soft_tokens_come_first_in_decoder() -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_seq2seq_suffix_generate_equals_greedy_transformers(beams: int) -> None:
+def test_seq2seq_suffix_generation_equals_greedy_decoding_by_transformers(beams: int) -> None:
     llm = small_llm("t5")
     config = GenerationConfig(max_new_tokens=6, num_beams=beams)
     seen = set()
     for seed in range(6):
         vectors = 3 * _vectors(llm, seed=seed).detach()
-        found = llm.generate(PromptBatch(PROMPTS, SoftPrompt(vectors, placement="suffix")), config)
+        actual = llm.generate(PromptBatch(PROMPTS, SoftPrompt(vectors, placement="suffix")), config)
         for row, prompt in enumerate(PROMPTS):
             alone = SoftPrompt(vectors[row : row + 1], placement="suffix")
-            assert llm.generate(PromptBatch([prompt], alone), config)[0].text == found[row].text
+            assert llm.generate(PromptBatch([prompt], alone), config)[0].text == actual[row].text
             if beams == 1:
-                assert found[row].text == _greedy(llm, prompt, vectors[row : row + 1])
-            seen.add(found[row].text)
+                assert actual[row].text == _greedy(llm, prompt, vectors[row : row + 1])
+            seen.add(actual[row].text)
     assert len(seen) > 2  # the soft tokens matter
 
 

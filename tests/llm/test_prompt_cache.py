@@ -17,17 +17,17 @@ LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
 @pytest.mark.parametrize(
     ("needed", "settings", "location", "size", "reason"),
     [
-        (3, {}, "memory", 3, "kept in memory: 3.00 GB of at most 4.00 GB, half of what is free"),
+        (3, {}, "memory", 3, "cached in memory: 3.00 GB of at most 4.00 GB, half of the free space"),
         (6, {}, "disk", 6, "the memory offers 4.00 GB"),
-        (1, {"gpu": 2 * GIGA}, "gpu", 1, "kept on the GPU"),
+        (1, {"gpu": 2 * GIGA}, "gpu", 1, "cached on the GPU"),
         (3, {"gpu": 2 * GIGA}, "memory", 3, "the gpu offers 1.00 GB"),
-        (60, {}, "disk", 10, "17% of 60.00 GB kept on disk"),
-        (60, {"disk": 4 * GIGA}, "memory", 4, "the others are read anew without gradients"),
-        (3, {"location": "disk"}, "disk", 3, "kept on disk"),
-        (6, {"location": "memory"}, "memory", 4, "67% of 6.00 GB kept in memory"),
-        (3, {"limit": 2 * GIGA}, "memory", 2, "the limit given"),
-        (6, {"limit": 100 * GIGA}, "disk", 6, "half of what is free"),
-        (3, {"location": "nowhere"}, "nowhere", 0, "as asked"),
+        (60, {}, "disk", 10, "17% of 60.00 GB cached on disk"),
+        (60, {"disk": 4 * GIGA}, "memory", 4, "the rest is recomputed without gradients"),
+        (3, {"location": "disk"}, "disk", 3, "cached on disk"),
+        (6, {"location": "memory"}, "memory", 4, "67% of 6.00 GB cached in memory"),
+        (3, {"limit": 2 * GIGA}, "memory", 2, "the configured limit"),
+        (6, {"limit": 100 * GIGA}, "disk", 6, "half of the free space"),
+        (3, {"location": "nowhere"}, "nowhere", 0, "prompt_cache=nowhere"),
     ],
 )
 def test_plan_cache_chooses_first_location_with_enough_space(
@@ -46,7 +46,7 @@ def test_plan_cache_chooses_first_location_with_enough_space(
 
 
 @pytest.mark.parametrize("location", ["memory", "disk"])
-def test_prompt_cache_returns_what_was_put(location: str) -> None:
+def test_prompt_cache_returns_stored_states(location: str) -> None:
     plan = plan_cache(8 * LAYOUT.token_bytes, location=location, limit=0, free={"memory": GIGA, "disk": GIGA})
     cache = PromptCache(LAYOUT, plan=plan)
     first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 5, 3)

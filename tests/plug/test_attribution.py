@@ -21,7 +21,7 @@ def _history(rng: np.random.Generator, *, items: int = 3) -> EncodedHistory:
     return EncodedHistory(vectors, np.full(items, -1, dtype=np.int16), no_style(items), all_answers(items))
 
 
-def test_drift_does_not_depend_on_the_tokens_of_a_cold_start() -> None:
+def test_drift_does_not_depend_on_the_cold_start_tokens() -> None:
     plug, rng = build_plug(), np.random.default_rng(0)
 
     def make_persona(history: EncodedHistory) -> SoftPrompt:
@@ -37,7 +37,7 @@ def test_drift_does_not_depend_on_the_tokens_of_a_cold_start() -> None:
     assert (again.cosine, from_empty.cosine, math.isnan(again.moved)) == (0.0, 0.0, True)
 
 
-def test_item_weights_sum_to_one_and_are_zero_without_a_persona_of_the_user() -> None:
+def test_item_weights_sum_to_one_and_are_zero_for_a_cold_user() -> None:
     plug, history = build_plug(persona_tokens=2), _history(np.random.default_rng(0))
     weights = item_weights(Personalizer(plug), "x", history)
     assert weights.sum() == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""ColdStart: which users get a soft prompt without anything of their own."""
+"""ColdStart: which users get the cold-start prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personaplug.plug.model import PersonaPlug
 LABELS = ("1", "2", "3")
 
 
-def test_cold_start_tokens_serve_only_users_of_few_items(tmp_path: Path) -> None:
+def test_only_users_with_few_items_get_the_cold_start_tokens(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
     plug, history = build_plug(encoder), build_history(lengths=(4, 2, 0))
     before = plug(QUERIES, history).vectors
@@ -27,12 +27,12 @@ def test_cold_start_tokens_serve_only_users_of_few_items(tmp_path: Path) -> None
     assert torch.equal(plug(QUERIES, history).vectors[0], before[0])
     assert torch.equal(plug(QUERIES, history).vectors[1], tokens * plug.spec.embedding_scale)
     plug.save_pretrained(tmp_path)
-    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
-    assert again.cold_start.max_items == 2
-    assert torch.equal(again(QUERIES, history).vectors, plug(QUERIES, history).vectors)
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert loaded.cold_start.max_items == 2
+    assert torch.equal(loaded(QUERIES, history).vectors, plug(QUERIES, history).vectors)
 
 
-def test_cold_start_tokens_without_max_items_serve_only_users_without_items(tmp_path: Path) -> None:
+def test_without_max_items_only_users_without_items_get_the_cold_start_tokens(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
     plug, history = build_plug(encoder), build_history(lengths=(4, 2, 0))
     before = plug(QUERIES, history).vectors
@@ -44,8 +44,8 @@ def test_cold_start_tokens_without_max_items_serve_only_users_without_items(tmp_
     assert plug(QUERIES, history, persona_scale=0).vectors.shape[1] == 0
     torch.testing.assert_close(plug.population_prompt().vectors[0], before[2])
     plug.save_pretrained(tmp_path)
-    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
-    assert torch.equal(again(QUERIES, history).vectors, after)
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert torch.equal(loaded(QUERIES, history).vectors, after)
 
 
 def test_cold_start_tokens_of_another_shape_are_refused_on_loading(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_cold_start_tokens_of_another_shape_are_refused_on_loading(tmp_path: Pat
         PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
 
 
-def test_cold_start_without_tokens_serves_users_as_if_they_had_no_items(tmp_path: Path) -> None:
+def test_without_cold_start_tokens_cold_users_are_treated_as_users_without_items(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
     settings: dict[str, Any] = {
         "label_prior": "own",
@@ -73,22 +73,22 @@ def test_cold_start_without_tokens_serves_users_as_if_they_had_no_items(tmp_path
             value.normal_()
     options = [Options("which?", ("tea", "coffee", "milk"))] * 3
     empty = build_history(lengths=(0, 0, 0))
-    own, none = plug(QUERIES, history, options=options), plug(QUERIES, empty, options=options)
+    personal, impersonal = plug(QUERIES, history, options=options), plug(QUERIES, empty, options=options)
     plug.cold_start = ColdStart(max_items=2)
     plug.save_pretrained(tmp_path)
-    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
-    for served_by, batch in ((plug, history), (plug, head.precompute(history)), (again, history)):
-        served = served_by(QUERIES, batch, options=options)
-        assert served_by.cold_start.max_items == 2
-        torch.testing.assert_close(served.vectors[0], own.vectors[0])
-        torch.testing.assert_close(served.vectors[1:], none.vectors[1:])
-        torch.testing.assert_close(served.label_bias[0], own.label_bias[0])
-        assert not served.label_bias[1:].any()
-    assert not torch.equal(own.vectors[1], none.vectors[1])
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    for tested_plug, batch in ((plug, history), (plug, head.precompute(history)), (loaded, history)):
+        soft = tested_plug(QUERIES, batch, options=options)
+        assert tested_plug.cold_start.max_items == 2
+        torch.testing.assert_close(soft.vectors[0], personal.vectors[0])
+        torch.testing.assert_close(soft.vectors[1:], impersonal.vectors[1:])
+        torch.testing.assert_close(soft.label_bias[0], personal.label_bias[0])
+        assert not soft.label_bias[1:].any()
+    assert not torch.equal(personal.vectors[1], impersonal.vectors[1])
     halved = plug(QUERIES, history, options=options, persona_scale=0.5).vectors
-    torch.testing.assert_close(halved[1:], none.vectors[1:])
+    torch.testing.assert_close(halved[1:], impersonal.vectors[1:])
     plug.cold_start = ColdStart()
-    assert torch.equal(plug(QUERIES, history, options=options).vectors, own.vectors)
+    assert torch.equal(plug(QUERIES, history, options=options).vectors, personal.vectors)
 
 
 def test_cold_start_removes_the_label_bias_of_cold_users(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_cold_start_removes_the_label_bias_of_cold_users(tmp_path: Path) -> None
     assert plug(QUERIES, history, persona_scale=0).label_bias is None
     assert plug.population_prompt().label_bias is None
     plug.cold_start = ColdStart(torch.zeros_like(plug(QUERIES, history).vectors[0]), max_items=2)
-    served = plug(QUERIES, history).label_bias
-    torch.testing.assert_close(served[0], bias[0])
-    assert not served[1:].any()
+    bias_with_cold_start = plug(QUERIES, history).label_bias
+    torch.testing.assert_close(bias_with_cold_start[0], bias[0])
+    assert not bias_with_cold_start[1:].any()
     plug.save_pretrained(tmp_path)
-    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
-    torch.testing.assert_close(again(QUERIES, history).label_bias, served)
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    torch.testing.assert_close(loaded(QUERIES, history).label_bias, bias_with_cold_start)

@@ -23,7 +23,7 @@ REJECTION_KIND = ITEM_KINDS.index("rejection")
 
 
 def build_trained(**settings: Any) -> PersonaPlug:
-    """Return a plug that tells kinds apart, as a trained one does."""
+    """Return a plug that distinguishes item kinds, like a trained plug."""
     plug = build_plug(kinds=True, **settings)
     kind = head_of(plug).projector.kind
     assert kind is not None
@@ -32,13 +32,13 @@ def build_trained(**settings: Any) -> PersonaPlug:
     return plug
 
 
-def test_untrained_kinds_change_no_persona_of_answers() -> None:
+def test_kinds_do_not_change_a_persona_of_answers_only() -> None:
     history = build_history()
     torch.testing.assert_close(build_trained()(QUERIES, history).vectors, build_plug()(QUERIES, history).vectors)
 
 
 @pytest.mark.parametrize("kind_id", [REJECTION_KIND, PREFERENCE_KIND])
-def test_kind_of_an_item_changes_its_user_alone(kind_id: int) -> None:
+def test_kind_of_an_item_changes_only_the_persona_of_its_user(kind_id: int) -> None:
     plug, history = build_trained(), build_history()
     kind_ids = history.kind_ids.clone()
     kind_ids[0] = kind_id
@@ -82,7 +82,7 @@ def test_latest_items_keep_stated_preferences(kinds: list[int], limit: int, expe
 
 
 @pytest.mark.parametrize("kinds", [True, False])
-def test_kinds_that_training_has_not_seen_are_not_read(kinds: bool) -> None:
+def test_items_of_kinds_without_training_are_ignored(kinds: bool) -> None:
     plug, kind_ids = build_plug(kinds=kinds), np.array([0, 2, 1, 0], dtype=np.int8)
     assert plug.known_items(kind_ids).tolist() == [0, 3]
     assert build_trained().known_items(kind_ids).tolist() == [0, 1, 2, 3]
@@ -91,7 +91,7 @@ def test_kinds_that_training_has_not_seen_are_not_read(kinds: bool) -> None:
     assert len(Personalizer(build_plug(encoder, kinds=kinds)).encode([item_of(CHAT, record)[1]], encoder=encoder)) == 0
 
 
-def test_old_preference_is_among_the_items_that_are_encoded() -> None:
+def test_old_preference_is_encoded_with_the_latest_items() -> None:
     records = [{"id": "p", "preference": "short answers"}]
     records += [{"id": str(n), "question": f"q{n}", "answer": "a"} for n in range(9)]
     items = [item_of(CHAT, record)[1] for record in records]

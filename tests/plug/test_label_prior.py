@@ -22,7 +22,7 @@ BIAS = torch.tensor([[0.5, -2.0, 3.0, 0.0, 1.0], [0.0, 1.5, -4.0, 2.0, -1.0]])
 
 def _prior() -> LabelPrior:
     prior = LabelPrior(3)
-    prior.start_from(torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]))  # with one more of each: shares of 6, 3 and 1 in 10
+    prior.start_from(torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]))  # with add-one smoothing: frequencies 0.6, 0.3 and 0.1
     with torch.no_grad():
         prior.log_doubt.fill_(math.log(2))
         prior.trust.fill_(0.5)
@@ -30,13 +30,13 @@ def _prior() -> LabelPrior:
 
 
 def test_label_prior_equals_formula() -> None:
-    found = _prior()(torch.tensor([2, 2, 0, 1]), (3, 0, 1))
-    for row, counts in zip(found.tolist(), [(1, 0, 2), (0, 0, 0), (0, 1, 0)], strict=True):
+    bias = _prior()(torch.tensor([2, 2, 0, 1]), (3, 0, 1))
+    for row, counts in zip(bias.tolist(), [(1, 0, 2), (0, 0, 0), (0, 1, 0)], strict=True):
         shares, total = (0.6, 0.3, 0.1), sum(counts)
-        wanted = [
+        expected = [
             0.5 * math.log((n + 2 * usual) / ((total + 2) * usual)) for n, usual in zip(counts, shares, strict=True)
         ]
-        assert row == pytest.approx(wanted, abs=1e-6)
+        assert row == pytest.approx(expected, abs=1e-6)
 
 
 def test_label_prior_ignores_unlabeled_items() -> None:
@@ -49,7 +49,7 @@ def test_label_prior_parameters_get_gradients() -> None:
     prior = _prior()
     (-prior(torch.tensor([2, 2]), (2,))[0, 2]).backward()
     assert prior.trust.grad is not None
-    assert prior.trust.grad < 0  # what was given is to become likelier: more trust, less doubt
+    assert prior.trust.grad < 0  # the given label becomes more likely with more trust and less doubt
     assert prior.log_doubt.grad is not None
     assert prior.log_doubt.grad > 0
 
@@ -60,7 +60,7 @@ def _tokens_share_a_beginning(choices: list[tuple[int, ...]]) -> bool:
 
 def test_next_token_bias_along_a_label_sums_to_its_bias(toy: CausalLM) -> None:
     choices = toy.prompt_tokenizer.encode_labels(LABELS)
-    assert _tokens_share_a_beginning(choices)  # else there would be nothing to share out
+    assert _tokens_share_a_beginning(choices)  # otherwise no bias is distributed
     bias = LabelBias(choices, BIAS)
     sums = []
     for choice in choices:
@@ -69,8 +69,8 @@ def test_next_token_bias_along_a_label_sums_to_its_bias(toy: CausalLM) -> None:
             tokens, values = bias.next_token_bias(choice[:count])
             parts.append(values[:, tokens.index(token)] if tokens else torch.zeros(2))
         sums.append(torch.stack(parts).sum(dim=0))
-    less = torch.stack(sums, dim=1) - BIAS
-    torch.testing.assert_close(less, less[:, :1].expand_as(less))  # by what is the same for all labels
+    offset = torch.stack(sums, dim=1) - BIAS
+    torch.testing.assert_close(offset, offset[:, :1].expand_as(offset))  # the same for all labels
 
 
 def test_first_branch_bias_comes_after_common_prefix() -> None:
@@ -81,8 +81,8 @@ def test_first_branch_bias_comes_after_common_prefix() -> None:
 
 def test_add_to_changes_logits_at_branches_only() -> None:
     bias = LabelBias([(5, 1), (5, 2), (6, 3)], torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]))
-    wanted = torch.tensor([[IGNORED, 5, 2], [6, 3, IGNORED]])
-    added = bias.add_to(torch.zeros(2, 3, 8), wanted)
+    targets = torch.tensor([[IGNORED, 5, 2], [6, 3, IGNORED]])
+    added = bias.add_to(torch.zeros(2, 3, 8), targets)
     means = torch.log(torch.tensor([(math.e + math.e**2) / 2, (math.e + math.e**2 + math.e**4) / 3]))
     expected = torch.zeros(2, 3, 8)
     expected[0, 1, 5], expected[0, 1, 6] = means[0] - means[1], 4 - means[1]
@@ -102,15 +102,15 @@ def test_score_and_loss_add_label_bias(toy: CausalLM, placement: str) -> None:
         rtol=1e-4,
         atol=1e-4,
     )
-    one_token = ("1", "2", "3", "4", "5")  # where what the loss normalizes by can be said exactly
+    one_token = ("1", "2", "3", "4", "5")  # the normalizer of the loss is known exactly
     scores = toy.score(PromptBatch(prompts, bare), one_token)
     losses, _ = toy.loss(PromptBatch(prompts, biased), ["3", "1"], labels=one_token)
-    less = torch.stack([BIAS[0].exp().mean().log(), BIAS[1].exp().mean().log()])
-    shares = scores + BIAS - less[:, None]
+    offset = torch.stack([BIAS[0].exp().mean().log(), BIAS[1].exp().mean().log()])
+    shares = scores + BIAS - offset[:, None]
     rest = 1 - scores.exp().sum(dim=1)
-    wanted = -(shares[[0, 1], [2, 0]] - torch.log(rest + shares.exp().sum(dim=1)))
-    torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-3)
-    free, _ = toy.loss(PromptBatch(prompts, biased), ["3", "1"])  # no closed set, nothing to add
+    expected = -(shares[[0, 1], [2, 0]] - torch.log(rest + shares.exp().sum(dim=1)))
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+    free, _ = toy.loss(PromptBatch(prompts, biased), ["3", "1"])  # without a closed set, no bias is added
     torch.testing.assert_close(free, toy.loss(PromptBatch(prompts, bare), ["3", "1"])[0])
 
 
@@ -124,10 +124,8 @@ def test_score_and_loss_of_other_families_add_label_bias(family: str, placement:
     prompts = ["which", "a longer question"]
     scores = llm.score(PromptBatch(prompts, soft), LABELS)
     torch.testing.assert_close(llm.score(PromptBatch(prompts, biased), LABELS), scores + BIAS, rtol=1e-4, atol=1e-4)
-    losses, bare = (
-        llm.loss(PromptBatch(prompts, given), [LABELS[2]] * 2, labels=LABELS)[0] for given in (biased, soft)
-    )
-    assert losses[0] < bare[0]  # what it speaks for becomes likelier
+    losses, bare = (llm.loss(PromptBatch(prompts, one), [LABELS[2]] * 2, labels=LABELS)[0] for one in (biased, soft))
+    assert losses[0] < bare[0]  # a positive bias makes a label more likely
     assert losses[1] > bare[1]
 
 
@@ -143,11 +141,11 @@ def test_continuous_batch_chooses_with_label_bias(toy: CausalLM) -> None:
     choices, vectors = toy.prompt_tokenizer.encode_labels(LABELS), torch.zeros(1, 1, toy.identity.width)
     for sampled in (False, True):
         for place, label in enumerate(LABELS):
-            sure = torch.full((1, len(LABELS)), -60.0).index_fill(1, torch.tensor(place), 0.0)
+            decisive_bias = torch.full((1, len(LABELS)), -60.0).index_fill(1, torch.tensor(place), 0.0)
             config = GenerationConfig(max_new_tokens=20, do_sample=sampled, temperature=1.0, seed=place)
             slot = Slot(
                 toy.prompt_tokenizer.encode_prompt("which"),
-                SoftPrompt(vectors, "suffix", label_bias=sure),
+                SoftPrompt(vectors, "suffix", label_bias=decisive_bias),
                 config,
                 choices,
             )

@@ -1,4 +1,4 @@
-"""The layers by hand: item attention (eq. 3) and its edge cases, option hint, cache of the frozen query encoder."""
+"""Layers against hand-computed values: item attention (eq. 3), option hint, cache of the frozen query encoder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_dot_attention_temperature_divides_the_scores() -> None:
 
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
-def test_aggregator_weighs_each_user_apart(kind: type[Aggregator]) -> None:
+def test_aggregator_weighs_each_user_separately(kind: type[Aggregator]) -> None:
     aggregator = kind()
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     together = aggregator(queries, ITEMS, lengths=[1, 2], kind_ids=ANSWERS)
@@ -44,7 +44,7 @@ def test_aggregator_weighs_each_user_apart(kind: type[Aggregator]) -> None:
 
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
-def test_aggregator_user_without_items_has_no_weights_and_finite_gradients(kind: type[Aggregator]) -> None:
+def test_user_without_items_has_no_weights_and_finite_gradients(kind: type[Aggregator]) -> None:
     query = QUERY.repeat(2, 1).requires_grad_()
     weights = kind()(query, ITEMS, lengths=[0, 3], kind_ids=ANSWERS)
     assert weights.shape == (3,)
@@ -56,7 +56,7 @@ def test_aggregator_user_without_items_has_no_weights_and_finite_gradients(kind:
         assert query.grad[1].abs().sum() > 0
 
 
-def test_mean_pooling_weighs_all_items_alike() -> None:
+def test_mean_pooling_weighs_all_items_equally() -> None:
     assert MeanPooling()(QUERY, ITEMS[:2], lengths=[2], kind_ids=ANSWERS[:2]).tolist() == [0.5, 0.5]
 
 
@@ -67,20 +67,20 @@ def test_aggregator_weights_with_shrinkage_sum_to_less_than_one(kind: type[Aggre
 
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
-def test_preferences_have_half_of_the_weight_among_any_number_of_answers(kind: type[Aggregator]) -> None:
+def test_preferences_get_half_of_the_weight_among_many_answers(kind: type[Aggregator]) -> None:
     items = torch.nn.functional.normalize(torch.randn(402, 2), dim=-1)
     kind_ids = torch.zeros(402, dtype=torch.int64)
     kind_ids[[7, 300]] = PREFERENCE_KIND
     weights = kind(kinds=True)(QUERY, items, lengths=[402], kind_ids=kind_ids)
     assert weights[kind_ids == PREFERENCE_KIND].sum().item() == pytest.approx(0.5)
     assert weights.sum().item() == pytest.approx(1)
-    blind = kind(kinds=False)(QUERY, items, lengths=[402], kind_ids=kind_ids)
-    assert blind[kind_ids == PREFERENCE_KIND].sum() < 0.1
+    without_kinds = kind(kinds=False)(QUERY, items, lengths=[402], kind_ids=kind_ids)
+    assert without_kinds[kind_ids == PREFERENCE_KIND].sum() < 0.1
 
 
 @pytest.mark.parametrize("kind", AGGREGATORS)
 @pytest.mark.parametrize("kind_id", range(len(ITEM_KINDS)))
-def test_history_of_one_kind_is_weighed_as_without_kinds(kind: type[Aggregator], kind_id: int) -> None:
+def test_history_of_one_kind_has_the_same_weights_without_kinds(kind: type[Aggregator], kind_id: int) -> None:
     kind_ids = torch.full((3,), kind_id)
     weights = [
         kind(shrinkage=True, kinds=kinds)(QUERY, ITEMS, lengths=[3], kind_ids=kind_ids) for kinds in (True, False)
@@ -88,7 +88,7 @@ def test_history_of_one_kind_is_weighed_as_without_kinds(kind: type[Aggregator],
     torch.testing.assert_close(*weights)
 
 
-def test_share_of_preferences_gets_a_gradient() -> None:
+def test_preference_share_gets_a_gradient() -> None:
     attention = DotAttention(kinds=True)
     weights = attention(QUERY, ITEMS, lengths=[3], kind_ids=torch.tensor([0, PREFERENCE_KIND, 0]))
     weights[1].backward()
@@ -97,14 +97,14 @@ def test_share_of_preferences_gets_a_gradient() -> None:
     assert attention.preference_share.grad.item() == pytest.approx(0.25)  # of a sigmoid at 0
 
 
-def test_aggregator_vectors_of_two_widths_are_refused() -> None:
+def test_aggregator_refuses_vectors_of_different_widths() -> None:
     with pytest.raises(ShapeMismatch, match="2 values and the items have 3"):
         DotAttention()(QUERY, torch.zeros(1, 3), lengths=[1], kind_ids=ANSWERS)
 
 
 @pytest.mark.parametrize("lengths", [[2], [1, 2], [4]])
-def test_aggregator_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
-    with pytest.raises(ShapeMismatch, match="3 items together"):
+def test_aggregator_refuses_lengths_that_do_not_match(lengths: list[int]) -> None:
+    with pytest.raises(ShapeMismatch, match="lengths with the sum 3"):
         DotAttention()(QUERY, ITEMS, lengths=lengths, kind_ids=ANSWERS)
 
 
@@ -124,7 +124,7 @@ def test_option_hint_equals_its_formula_and_is_zero_for_equal_options() -> None:
     assert torch.isfinite(hint(question, options, items[:0])).all()
 
 
-def test_frozen_query_encoder_cache_is_bounded_and_holds_the_latest_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_frozen_query_encoder_is_bounded_and_keeps_the_latest_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("personaplug.plug.layers._MAX_CACHED_TEXTS", 4)
     encoder = HashEncoder(16)
     frozen, encoded = FrozenQueryEncoder(encoder), list[str]()
@@ -139,6 +139,6 @@ def test_frozen_query_encoder_cache_is_bounded_and_holds_the_latest_texts(monkey
     monkeypatch.setattr(frozen, "_encoder", source)
     for texts in (["a", "b", "c"], ["c", "d", "e"], ["c", "d", "e"], ["f", "g", "h", "i", "j", "k"], ["f", "k"]):
         np.testing.assert_allclose(frozen(texts).numpy(), encoder.encode(texts), atol=1e-6)
-    assert encoded == list("abcdefghijk"), "each is encoded once as long as it is used"
+    assert encoded == list("abcdefghijk"), "a text is encoded once while it stays cached"
     frozen(["a"])
-    assert encoded[-1] == "a", "the bound holds again"
+    assert encoded[-1] == "a", "a dropped text is encoded again"

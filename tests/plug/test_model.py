@@ -29,7 +29,7 @@ def test_plug_soft_prompt_equals_the_papers_equations(tokens: int, temperature: 
     plug = build_plug(persona_tokens=tokens, temperature=temperature)
     encoder, history = HashEncoder(WIDTH), build_history(lengths=(4, 2))
     inner, outer = head_of(plug).projector.inner, head_of(plug).projector.outer
-    got = plug(QUERIES[:2], history).vectors.detach().numpy()
+    actual = plug(QUERIES[:2], history).vectors.detach().numpy()
     for row in range(2):
         x = encoder.encode([QUERIES[row]])[0]  # eq. 2; the trained copy starts as the frozen encoder
         h = split_by_user(history.vectors, (4, 2))[row].numpy()  # eq. 1
@@ -40,10 +40,10 @@ def test_plug_soft_prompt_equals_the_papers_equations(tokens: int, temperature: 
         projected = z @ outer.weight.detach().numpy().T + outer.bias.detach().numpy()
         persona = (w @ projected).reshape(tokens, OUT)  # eq. 4
         expected = 0.25 * np.concatenate([plug.instruction.detach().numpy(), persona])  # [I; P] of eq. 5
-        np.testing.assert_allclose(got[row], expected, atol=1e-5)
+        np.testing.assert_allclose(actual[row], expected, atol=1e-5)
 
 
-def test_plug_before_training_makes_tokens_of_the_models_embedding_scale() -> None:
+def test_untrained_plug_makes_tokens_with_the_models_embedding_scale() -> None:
     encoder = HashEncoder(256)
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_plug_rows_of_a_batch_do_not_depend_on_each_other() -> None:
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
-def test_plug_with_user_without_items_gives_and_trains_the_population_persona() -> None:
+def test_user_without_items_gets_and_trains_the_population_persona() -> None:
     plug = build_plug()
     soft = plug(QUERIES, build_history(lengths=(4, 2, 0))).vectors
     assert torch.isfinite(soft).all()
@@ -71,49 +71,49 @@ def test_plug_with_user_without_items_gives_and_trains_the_population_persona() 
     soft.sum().backward()
     population = head_of(plug).population
     assert population.grad is not None
-    assert population.grad.abs().sum() > 0  # zero at first, and not for long
+    assert population.grad.abs().sum() > 0  # it starts at zero but gets a gradient
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
 
 
-def test_plug_with_users_without_items_only_has_finite_gradients() -> None:
+def test_batch_of_users_without_items_has_finite_gradients() -> None:
     plug = build_plug()
     plug(QUERIES, build_history(lengths=(0, 0, 0))).vectors.sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
 
 
-def test_plug_persona_does_not_depend_on_the_order_of_items() -> None:
+def test_persona_does_not_depend_on_the_order_of_items() -> None:
     plug, history = build_plug(), build_history(lengths=(4, 4, 4))
     reversed_items = torch.cat([own.flip(0) for own in split_by_user(torch.arange(12), history.lengths)])
-    turned = history.select(reversed_items, lengths=history.lengths)
-    torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
+    reversed_history = history.select(reversed_items, lengths=history.lengths)
+    torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, reversed_history).vectors)
 
 
-def test_plug_persona_scale_moves_from_the_population_persona_through_the_own_and_beyond() -> None:
+def test_persona_scale_interpolates_and_extrapolates_from_the_population_persona() -> None:
     plug, history = build_plug(persona_tokens=2), build_history()
     torch.nn.init.normal_(head_of(plug).population)
     with torch.no_grad():
         population, own = head_of(plug).population * plug.spec.embedding_scale, plug(QUERIES, history).vectors
         for persona_scale in (0.25, 0.5, 1.0, 2.0):
             scaled = plug(QUERIES, history, persona_scale=persona_scale).vectors
-            torch.testing.assert_close(scaled[:, :1], own[:, :1])  # the instruction token is nobody's
+            torch.testing.assert_close(scaled[:, :1], own[:, :1])  # the instruction token is the same for all users
             torch.testing.assert_close(scaled[:, 1:], population + persona_scale * (own[:, 1:] - population))
         assert plug(QUERIES, history, persona_scale=0).vectors.shape == (3, 0, OUT)
 
 
-def test_plug_persona_scale_leaves_to_the_hint_what_the_question_says_of_options() -> None:
+def test_persona_scale_changes_only_the_users_part_of_the_option_hint() -> None:
     plug, history = build_plug(options="compare", labels=("[1]", "[2]"), query_encoder="head"), build_history()
     options = [Options("Which is it?", ("red wine", "blue cheese"))] * 3
     with torch.no_grad():
         own = plug(QUERIES, history, options=options).vectors[:, -1]
-        nobodys = plug(QUERIES, build_history(lengths=(0, 0, 0)), options=options).vectors[:, -1]
+        without_items = plug(QUERIES, build_history(lengths=(0, 0, 0)), options=options).vectors[:, -1]
         for persona_scale in (0.5, 2.0):
             scaled = plug(QUERIES, history, options=options, persona_scale=persona_scale).vectors[:, -1]
-            torch.testing.assert_close(scaled, nobodys + persona_scale * (own - nobodys))
-    assert not torch.allclose(own[0], nobodys[0])
-    torch.testing.assert_close(own[2], nobodys[2])  # has no items
+            torch.testing.assert_close(scaled, without_items + persona_scale * (own - without_items))
+    assert not torch.allclose(own[0], without_items[0])
+    torch.testing.assert_close(own[2], without_items[2])  # this user has no items
 
 
-def test_plug_comparing_options_has_one_more_token_and_so_has_its_control() -> None:
+def test_compared_options_add_one_token_to_plug_and_control() -> None:
     plug, history = build_plug(options="compare", labels=("[1]", "[2]"), query_encoder="head"), build_history()
     options = [Options("which film?", ("a long walk", "who likes films")), None, Options("what?", ("tea", "rain"))]
     plug.cache_queries(QUERIES, options)
@@ -132,7 +132,7 @@ def test_plug_comparing_options_has_one_more_token_and_so_has_its_control() -> N
     assert hint.option_vectors.grad is not None
 
 
-def test_plug_without_persona_tokens_is_the_control_without_history() -> None:
+def test_plug_without_persona_tokens_is_the_instruction_only_control() -> None:
     config = INSTRUCTION.plug_config(replace(PAPER, instruction_tokens=2, persona_tokens=3))
     assert (config.instruction_tokens, config.persona_tokens) == (5, 0)
     plug = build_plug(instruction_tokens=5, persona_tokens=0)
@@ -146,7 +146,7 @@ def test_plug_without_persona_tokens_is_the_control_without_history() -> None:
 def test_plug_without_tokens_or_history_is_refused() -> None:
     with pytest.raises(ConfigError, match="both are 0"):
         build_plug(instruction_tokens=0, persona_tokens=0)
-    with pytest.raises(ConfigError, match="one for every query"):
+    with pytest.raises(ConfigError, match="a history for every query"):
         build_plug()(QUERIES, None)
 
 
@@ -164,9 +164,9 @@ def test_plug_with_contradicting_settings_is_refused() -> None:
 
 
 def test_plug_with_auto_settings_is_refused() -> None:
-    with pytest.raises(ConfigError, match="settled by a task"):
+    with pytest.raises(ConfigError, match="must not be auto"):
         build_plug(answer_channel="auto")
-    with pytest.raises(ConfigError, match="settled by a task"):
+    with pytest.raises(ConfigError, match="must not be auto"):
         build_plug(options="auto")
 
 
@@ -229,9 +229,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_plug_parameter_kinds_hold_each_parameter_once_in_order(case: str) -> None:
+def test_parameter_kinds_contain_each_parameter_once_in_order(case: str) -> None:
     settings, expected = KINDS[case]
     plug = build_plug(labels=("1", "2", "3"), **settings)
     names = {id(parameter): name for name, parameter in plug.named_parameters()}
-    assert {kind: [names[id(p)] for p in held] for kind, held in plug.parameter_kinds().items()} == expected
+    assert {kind: [names[id(p)] for p in parameters] for kind, parameters in plug.parameter_kinds().items()} == expected
     assert sum(map(len, expected.values())) == len(names)

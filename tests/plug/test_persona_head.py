@@ -19,13 +19,13 @@ def test_head_items_in_bfloat16_give_nearly_the_same_persona() -> None:
     plug, history = build_plug(), build_history()
     exact = plug(QUERIES, history).vectors
     assert head_of(plug.compute_items_in("float16")).item_dtype == torch.float32
-    rough = plug.compute_items_in("bfloat16")(QUERIES, history).vectors
-    halves = replace(history, vectors=history.vectors.half())  # as a table has them
-    torch.testing.assert_close(plug(QUERIES, halves).vectors, rough, atol=0.01, rtol=0.01)
+    approximate = plug.compute_items_in("bfloat16")(QUERIES, history).vectors
+    halves = replace(history, vectors=history.vectors.half())  # the dtype of a store
+    torch.testing.assert_close(plug(QUERIES, halves).vectors, approximate, atol=0.01, rtol=0.01)
     weights, weights_of_halves = (head_of(plug).item_weights(QUERIES, batch) for batch in (history, halves))
     torch.testing.assert_close(weights_of_halves, weights, atol=1e-3, rtol=1e-3)
-    assert not torch.equal(rough, exact)
-    torch.testing.assert_close(rough, exact, atol=0.02, rtol=0.02)
+    assert not torch.equal(approximate, exact)
+    torch.testing.assert_close(approximate, exact, atol=0.02, rtol=0.02)
 
 
 def test_head_with_repeated_queries_encodes_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_head_with_repeated_queries_encodes_each_once(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["trained", "head"])
 def test_head_with_mean_pooling_only_has_no_query_encoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HashEncoder, "query_encoder", lambda _: pytest.fail("a query encoder was made"))
+    monkeypatch.setattr(HashEncoder, "query_encoder", lambda _: pytest.fail("a query encoder was created"))
     plug, history = build_plug(state_tokens=1, query_encoder=kind), build_history()
     assert head_of(plug).query_encoder is None
     assert not any("query_encoder" in name for name in plug.state_dict())
@@ -72,16 +72,16 @@ def test_head_label_channel_reads_labels_and_text_channel_does_not() -> None:
     plug, history = build_plug(answer_channel="label", labels=("1", "2", "3")), build_history(lengths=(4, 4, 4))
     other = replace(history, label_ids=(history.label_ids + 1) % 3)
     assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
-    deaf = build_plug(answer_channel="text")
-    assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+    text_plug = build_plug(answer_channel="text")
+    assert torch.equal(text_plug(QUERIES, history).vectors, text_plug(QUERIES, other).vectors)
 
 
 def test_head_style_channel_reads_style_and_text_channel_does_not() -> None:
     plug, history = build_plug(answer_channel="style"), build_history(lengths=(4, 4, 4))
     other = replace(history, style=history.style + 1)
     assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
-    deaf = build_plug(answer_channel="text")
-    assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+    text_plug = build_plug(answer_channel="text")
+    assert torch.equal(text_plug(QUERIES, history).vectors, text_plug(QUERIES, other).vectors)
 
 
 def test_head_item_without_label_adds_nothing_to_the_hidden_layer() -> None:
@@ -95,20 +95,20 @@ def test_head_item_without_label_adds_nothing_to_the_hidden_layer() -> None:
 
 
 @pytest.mark.parametrize("state_tokens", [0, 1])
-def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(state_tokens: int) -> None:
+def test_head_with_shrinkage_gives_the_population_less_weight_with_every_item(state_tokens: int) -> None:
     head = head_of(build_plug(shrinkage=True, state_tokens=state_tokens))
     own = build_history(lengths=(12,))
-    left = []
+    population_weights = []
     for items in range(13):
         part = own.select(torch.arange(items), lengths=(items,))
-        left.append(1 - head.item_weights(QUERIES[:1], part).sum().item())
-    assert left[0] == 1
-    assert all(more > less > 0 for more, less in pairwise(left))
-    if state_tokens:  # e^1 against as many e^0 as there are items
-        assert left[5] == pytest.approx(math.e / (math.e + 5))
+        population_weights.append(1 - head.item_weights(QUERIES[:1], part).sum().item())
+    assert population_weights[0] == 1
+    assert all(more > less > 0 for more, less in pairwise(population_weights))
+    if state_tokens:  # the score is 1 for the population and 0 for each item
+        assert population_weights[5] == pytest.approx(math.e / (math.e + 5))
 
 
-def test_head_with_shrinkage_mixes_the_population_persona_into_that_of_the_items() -> None:
+def test_head_with_shrinkage_adds_the_population_persona_to_the_persona_of_the_items() -> None:
     head, history = head_of(build_plug(shrinkage=True)), build_history(lengths=(4, 2, 0))
     torch.nn.init.normal_(head.population)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_head_with_shrinkage_mixes_the_population_persona_into_that_of_the_items
 
 
 @pytest.mark.parametrize("shrinkage", [False, True])
-def test_head_state_tokens_weigh_items_alike_and_the_others_for_the_query(shrinkage: bool) -> None:
+def test_head_state_tokens_weigh_items_equally_and_other_tokens_attend_to_the_query(shrinkage: bool) -> None:
     settings: dict[str, Any] = {"persona_tokens": 3, "temperature": 0.1, "shrinkage": shrinkage}
     head, history = head_of(build_plug(state_tokens=2, **settings)), build_history()
     torch.nn.init.normal_(head.population)

@@ -18,7 +18,7 @@ def _items(*answers: str) -> list[HistoryItem]:
     return [HistoryItem(str(n), (("text", f"a film {n}"), ("score", a)), "score") for n, a in enumerate(answers)]
 
 
-def test_personalizer_ignores_outer_blanks_of_an_answer() -> None:
+def test_personalizer_ignores_outer_white_space_of_an_answer() -> None:
     personalizer = Personalizer(build_plug(ENCODER, labels=("1", "2", "3"), answer_channel="label"))
 
     def persona(answer: str) -> torch.Tensor:

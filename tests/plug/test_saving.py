@@ -49,17 +49,17 @@ def test_saved_plug_loads_as_the_same_plug(tmp_path: Path) -> None:
     plug = build_plug(ENCODER, labels=("a", "b", "c"), answer_channel="label", persona_tokens=2)
     plug.training_facts = {"task": "Tiny", "steps": 3}
     plug.save_pretrained(tmp_path)
-    again = PersonaPlug.from_pretrained(tmp_path, encoder=ENCODER, llm=LLM)
-    assert torch.equal(plug(QUERIES, build_history()).vectors, again(QUERIES, build_history()).vectors)
-    assert (again.config, again.spec, again.training_facts) == (plug.config, plug.spec, plug.training_facts)
-    assert not again.training
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=ENCODER, llm=LLM)
+    assert torch.equal(plug(QUERIES, build_history()).vectors, loaded(QUERIES, build_history()).vectors)
+    assert (loaded.config, loaded.spec, loaded.training_facts) == (plug.config, plug.spec, plug.training_facts)
+    assert not loaded.training
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     card = (tmp_path / "README.md").read_text()
     assert "small (weights 0123456789abcdef" in card
     assert "- steps: 3" in card
 
 
-def test_saved_plug_holds_nothing_of_its_models(tmp_path: Path) -> None:
+def test_saved_plug_has_no_weights_of_its_models(tmp_path: Path) -> None:
     plug = build_plug(query_encoder="head")
     plug.save_pretrained(tmp_path)
     values = sum(p.numel() for p in plug.parameters())
@@ -75,7 +75,7 @@ def test_saved_plug_replaces_an_earlier_one_with_its_card(tmp_path: Path) -> Non
     assert "- steps: 7" in (tmp_path / "README.md").read_text()
 
 
-def test_saving_that_fails_leaves_no_plug_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_no_plug_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_plug(ENCODER).save_pretrained(tmp_path / "plug")
 
     def fail(*_: object, **__: object) -> None:
@@ -105,7 +105,7 @@ def test_loading_for_another_language_model_or_encoder_is_refused(tmp_path: Path
     "damage",
     ["no folder", "no weights", "cut weights", "no json", "newer", "not json", "no llm", "no setting"],
 )
-def test_loading_a_broken_plug_names_it(tmp_path: Path, damage: str) -> None:
+def test_loading_a_broken_plug_raises_missing_data(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "plug"
     if damage != "no folder":
         build_plug(ENCODER).save_pretrained(folder)
@@ -139,14 +139,14 @@ def test_loading_settings_that_are_unknown_or_out_of_range_is_refused(tmp_path: 
 
 
 def _describe_as(folder: Path, **spec: Any) -> None:
-    """Change the description as somebody would who can compute its checksum."""
+    """Change the description and its checksum."""
     values = read_json(folder / "plug.json", remedy="")
     values["spec"] |= spec
     write_checked_json(folder / "plug.json", values)
 
 
 @pytest.mark.parametrize("width", [2_000_000, 2**62, 10**30, -1, "x", None])
-def test_sizes_are_compared_with_the_weights_before_memory_is_taken(tmp_path: Path, width: Any) -> None:
+def test_sizes_are_compared_with_the_weights_before_memory_is_used(tmp_path: Path, width: Any) -> None:
     cases: list[dict[str, Any]] = [{}, {"instruction_tokens": 0}, {"persona_tokens": 0}]
     for number, settings in enumerate(cases):
         folder = tmp_path / f"{number}"
@@ -156,7 +156,7 @@ def test_sizes_are_compared_with_the_weights_before_memory_is_taken(tmp_path: Pa
             PersonaPlug.from_pretrained(folder, encoder=ENCODER, llm=None)
 
 
-def test_a_long_list_of_labels_is_compared_with_the_weights_first(tmp_path: Path) -> None:
+def test_number_of_labels_is_compared_with_the_weights(tmp_path: Path) -> None:
     build_plug(ENCODER, labels=("a", "b"), answer_channel="label").save_pretrained(tmp_path)
     _describe_as(tmp_path, labels=[str(number) for number in range(100_000)])
     with pytest.raises(DamagedFile, match=r"label\.weight should have shape \[100001, 8\]; found \[3, 8\]"):
@@ -233,5 +233,5 @@ def test_from_pretrained_loads_a_hub_name_from_the_hub_cache(tmp_path: Path) -> 
     with pytest.raises(MissingData, match="user/other"):
         PersonaPlug.from_pretrained("user/other", **options)
     shutil.rmtree(tmp_path / "models--user--plug")
-    with pytest.raises(MissingData, match="no local folder"):
+    with pytest.raises(MissingData, match="not a local folder"):
         PersonaPlug.from_pretrained("user/plug", **options)

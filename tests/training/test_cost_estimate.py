@@ -63,12 +63,12 @@ def test_estimate_says_where_prompts_are_cached(tmp_path: Path) -> None:
 
     before, behind = estimated("placement=prefix"), estimated()
     assert before.prompts == ""
-    assert "prompts      kept in memory: " in behind.text()
+    assert "prompts      cached in memory: " in behind.text()
     on_disk = estimated("prompt_cache=disk")
-    assert "kept on disk" in on_disk.prompts
+    assert "cached on disk" in on_disk.prompts
     assert on_disk.disk_bytes > behind.disk_bytes
-    assert "as asked" in estimated("prompt_cache=nowhere").prompts
-    assert "read anew" in estimated("prompt_cache_gigabytes=0.0001").prompts
+    assert "not cached" in estimated("prompt_cache=nowhere").prompts
+    assert "recomputed" in estimated("prompt_cache_gigabytes=0.0001").prompts
 
 
 def test_estimate_steps_follow_limits_and_views(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ _REMEDY = "Save it again with Plug.save_pretrained, or train again in a new fold
 
 
 class Plug(ModelHubMixin):
-    """A frozen language model that answers each user as the user's own history says.
+    """A frozen language model with a trained plug, which answers each user by the user's own history.
 
         from personaplug import Plug
 
@@ -68,7 +68,7 @@ class Plug(ModelHubMixin):
         print(plug.answer("A slow documentary", history=history))
 
     Attributes:
-        run: the trained run below it, for all other functions of this package.
+        run: the trained run, for all other functions of this package.
     """
 
     def __init__(
@@ -194,8 +194,8 @@ class Plug(ModelHubMixin):
         """Answer a question, or the last message of a `Chat`, for one user.
 
         Args:
-            user: one of the training rows, whose history they are.
-            history: instead: the user's items, as mappings with the columns of the training rows, or as HistoryItems;
+            user: a user of the training rows; these rows are the history.
+            history: the items, in place of `user`: mappings with the columns of the training rows, or HistoryItems;
                 [] = a new user.
         """
         items = self._histories.find(user=user, history=history)
@@ -204,10 +204,10 @@ class Plug(ModelHubMixin):
     def probabilities(
         self, question: Prompt, *, user: object = None, history: History | None = None
     ) -> dict[str, float]:
-        """Say how probable each label is as the user's answer; see `answer`."""
+        """Return the probability of each label as the user's answer; see `answer`."""
         distribution = self.answer(question, user=user, history=history).distribution if self.run.task.labels else None
         if distribution is None:
-            raise ConfigError("Probabilities need a fixed list of answers that are scored; these answers are written.")
+            raise ConfigError("Probabilities need a closed set of labels; the answers of this task are texts.")
         return dict(distribution.probabilities)
 
     def explain(
@@ -218,10 +218,10 @@ class Plug(ModelHubMixin):
         history: History | None = None,
         answer: str | None = None,
     ) -> list[ItemInfluence]:
-        """Say which items of the history made the persona for a question, the heaviest first; see `answer`.
+        """Return the items of the history with their weights in the persona, the heaviest first; see `answer`.
 
         Args:
-            answer: also say how much likelier each item makes this answer, and sort by that.
+            answer: also return how much likelier each item makes this answer, and sort by this effect.
         """
         items = self._histories.find(user=user, history=history)
         return inference.explain(
@@ -253,14 +253,14 @@ class Plug(ModelHubMixin):
     # ---- save
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write all that `from_pretrained` needs: settings, task, plug and control; no user's texts, no history.
+        """Write settings, task, plug and control for `from_pretrained`, without any user's texts or history.
 
         The folder is also a run, for `personaplug serve --run` and `personaplug generate --run`.
         """
         folder = Path(save_directory)
         allowed = {CARD, "run.json", "config.yaml", "data.json", _COLUMNS, PLUG.name, INSTRUCTION.name}
-        there = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
-        if folder.resolve() == self.run.folder.resolve() or there - allowed:
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+        if folder.resolve() == self.run.folder.resolve() or names - allowed:
             raise RunConflict(f"{folder} holds more than a saved Plug. Choose a new folder.")
         with storage_errors(folder / CARD):
             return super().save_pretrained(folder, **options)
@@ -338,7 +338,7 @@ class Plug(ModelHubMixin):
 
     @contextmanager
     def _writable(self) -> Iterator[Run]:
-        """Yield a run that takes predictions: the own one, or a copy of a saved one, which stays as it is."""
+        """Yield a run for predictions: the own run, or a copy of a saved run, which must not change."""
         if self._data is not None:
             yield self.run
             return
@@ -365,7 +365,7 @@ def _is_folder(rows: object) -> bool:
 
 
 def _link(data: Path, link: Path) -> None:
-    """Make a link to a data set that is not copied, or check that it is there."""
+    """Link to a data set instead of copying it, or check an earlier call's link."""
     if link.exists() and link.resolve() != data.resolve():
         raise RunConflict(f"{link} is other data than {data}. Give the same folder, or choose another `out`.")
     if not link.exists():

@@ -250,7 +250,7 @@ def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
     for question in ("How are you?", talk):
         expected = generate(plug.run, question, history=items)
         assert plug.answer(question, user="u1") == plug.answer(question, history=items) == expected
-    with pytest.raises(ConfigError, match="these answers are written"):
+    with pytest.raises(ConfigError, match="the answers of this task are texts"):
         plug.probabilities("How are you?", user="u1")
     plug.save_pretrained(tmp_path / "saved")
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]

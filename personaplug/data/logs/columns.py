@@ -152,9 +152,9 @@ class _Finder:
             self.roles.append(Role("date", (), f"{options.option('no-date')}: the rows count as in time order"))
             return None, None
         if options.date:
-            found = learn_dates(self.all[options.date].texts, formats=options.date_formats)
-            self._check_dates(options.date, found)
-            return self._take("date", options.date, f"{options.option('date')}; {found.describe()}"), found
+            dates = learn_dates(self.all[options.date].texts, formats=options.date_formats)
+            self._check_dates(options.date, dates)
+            return self._take("date", options.date, f"{options.option('date')}; {dates.describe()}"), dates
         reserved = {*options.named_columns}
         learned = {
             name: learn_dates(column.texts, formats=options.date_formats)
@@ -163,8 +163,8 @@ class _Finder:
         }
         named = {name for name in learned if _rank(self.free[name].key, DATE_NAMES) is not None}
         readable = {
-            name for name, found in learned.items()
-            if found.readable >= _MIN_DATES and (name in named or not found.is_numeric)
+            name for name, dates in learned.items()
+            if dates.readable >= _MIN_DATES and (name in named or not dates.is_numeric)
         }  # fmt: skip
         for name in sorted(named - readable) if not readable else ():
             if not self.free[name].is_text:
@@ -233,36 +233,36 @@ class _Finder:
         return {name: column for name, column in self.free.items() if name not in names}
 
     def _by_name(
-        self, known: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
+        self, common: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
     ) -> tuple[str, str]:
         columns = self._free_except(self.options.named_columns) if among is None else among
-        names = [name for name, column in columns.items() if _rank(column.key, known) is not None]
+        names = [name for name, column in columns.items() if _rank(column.key, common) is not None]
         if not names:
             raise self._unclear(role)
-        chosen = self._choose(names, known, role=role)
+        chosen = self._choose(names, common, role=role)
         others = [name for name in names if name != chosen and role != "question"]
         also = f", not {self._quoted(others)} ({self.options.option(role)} gives another)" if others else ""
         return chosen, f"by its name{also}"
 
-    def _choose(self, names: Sequence[str], known: Sequence[str], *, role: str) -> str:
-        """Return the column with the earliest known name; refuse a tie."""
-        places = {name: _rank(self.free[name].key, known) for name in names}
-        ranks = {name: 2 * len(known) if place is None else place for name, place in places.items()}
+    def _choose(self, names: Sequence[str], common: Sequence[str], *, role: str) -> str:
+        """Return the column with the earliest common name; refuse a tie."""
+        places = {name: _rank(self.free[name].key, common) for name in names}
+        ranks = {name: 2 * len(common) if place is None else place for name, place in places.items()}
         ranked = sorted(names, key=ranks.__getitem__)
         if len(ranked) > 1 and ranks[ranked[0]] == ranks[ranked[1]]:
             raise self._unclear(role, names)
         return ranked[0]
 
-    def _check_dates(self, name: str, found: DateColumn) -> None:
+    def _check_dates(self, name: str, dates: DateColumn) -> None:
         option = self.options.option
-        if found.unclear:
+        if dates.unclear:
             raise ConfigError(
-                f"The column {name!r} has dates of the form {found.unclear}, and its values do not tell whether the "
-                f"day or the month comes first. Give {option('date-format')}, such as %d/%m/%Y or %m/%d/%Y."
+                f"The column {name!r} has dates of the form {dates.unclear}, and no value shows whether the day or "
+                f"the month comes first. Give {option('date-format')}, such as %d/%m/%Y or %m/%d/%Y."
             )
-        if found.readable < _MIN_DATES:
+        if dates.readable < _MIN_DATES:
             raise ConfigError(
-                f"Of the column {name!r}, {found.readable:.0%} of the values are dates. Give their format by "
+                f"Of the column {name!r}, {dates.readable:.0%} of the values are dates. Give their format by "
                 f"{option('date-format')}, another column by {option('date')}, or {option('no-date')} if the rows are "
                 f"in time order."
             )
@@ -270,7 +270,7 @@ class _Finder:
     def _unclear(self, role: str, names: Sequence[str] = ()) -> ConfigError:
         listed = f" It may be {self._quoted(names)}." if names else ""
         return ConfigError(
-            f"Which column is the {role} is unclear.{listed} Give it by {self.options.option(role, 'COLUMN')}. "
+            f"It is unclear which column is the {role}.{listed} Give it by {self.options.option(role, 'COLUMN')}. "
             f"{self._listed()}"
         )
 
@@ -282,13 +282,13 @@ class _Finder:
         return ", ".join(repr(short_id(name)) for name in names)
 
 
-def _rank(key: str, known: Sequence[str]) -> int | None:
-    """Return the place of a name among known names. A name that contains one, `star_rating_2`, comes after all."""
-    if key in known:
-        return known.index(key)
+def _rank(key: str, common: Sequence[str]) -> int | None:
+    """Return the place of a name among common names. A name that contains one, `star_rating_2`, comes after all."""
+    if key in common:
+        return common.index(key)
     words = key.split("_")
-    places = [known.index(word) for word in words if word in known]
-    return len(known) + min(places) if places else None
+    places = [common.index(word) for word in words if word in common]
+    return len(common) + min(places) if places else None
 
 
 def _has_any(key: str, words: Sequence[str]) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +19,14 @@ from personaplug.analysis.results_file import Results
 from personaplug.config import Config
 from personaplug.config_parsing import with_values
 from personaplug.data import load_task, open_dataset
-from personaplug.data.question_log import QUESTIONS_PER_USER, Columns, open_known_log, open_log, prompt_of
+from personaplug.data.logs.log import Log, read_log, read_rows
+from personaplug.data.logs.options import LogOptions
+from personaplug.data.logs.row_form import RowForm
+from personaplug.data.logs.writing import describe_columns, describe_rows, describe_task, write_user_split
 from personaplug.data.records import Chat, Prompt
 from personaplug.data.task import Reader
 from personaplug.data.user_histories import Histories, History
-from personaplug.errors import ConfigError, MissingData, RunConflict
+from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import Answer, ItemInfluence
 from personaplug.infra.atomic_io import storage_errors, write_checked_json, write_text
@@ -37,6 +40,10 @@ from personaplug.plug.saving import CARD, find_plug, model_card, read_descriptio
 from personaplug.run import Models, Run, open_models
 from personaplug.training.parts import INSTRUCTION, PLUG, train
 
+logger = logging.getLogger(__name__)
+
+QUESTIONS_PER_USER = 8
+
 _DATA, _RUN, _COLUMNS = "data", "run", "columns.json"
 _SAVED = ("*.json", "*.yaml", "plug/*", "instruction-only/*")
 _EXAMPLE = """from personaplug import Plug
@@ -47,7 +54,7 @@ _REMEDY = "Save it again with Plug.save_pretrained, or train again in a new fold
 
 
 class Plug(ModelHubMixin):
-    """A frozen language model that answers each user as the user's own history says.
+    """A frozen language model with a trained plug, which answers each user by the user's own history.
 
         from personaplug import Plug
 
@@ -61,21 +68,21 @@ class Plug(ModelHubMixin):
         print(plug.answer("A slow documentary", history=history))
 
     Attributes:
-        run: the trained run below it, for all other functions of this package.
+        run: the trained run, for all other functions of this package.
     """
 
     def __init__(
-        self, run: Run, *, columns: Columns | None = None, data: Path | None = None, models: Models | None = None
+        self, run: Run, *, form: RowForm | None = None, data: Path | None = None, models: Models | None = None
     ) -> None:
         """Use a run; prefer `train`, `open` and `from_pretrained`.
 
         Args:
-            columns: of the log that the run was trained on; None = a folder in LaMP's layout.
-            data: the folder with the users' histories and the held-out users; None = neither is known.
+            form: of the rows that the run was trained on; None = a folder in LaMP's layout.
+            data: the folder with the users' histories and the held-out users; None = a saved plug without them.
             models: the run's models; None = load them when they are needed.
         """
-        self._hub_mixin_config = None  # config.yaml and columns.json hold all, so the mixin writes no config.json
-        self.run, self._columns, self._data, self._given_models = run, columns, data, models
+        self._hub_mixin_config = None  # config.yaml and columns.json hold all settings, so no config.json is written
+        self.run, self._form, self._data, self._given_models = run, form, data, models
 
     @classmethod
     def train(
@@ -104,19 +111,19 @@ class Plug(ModelHubMixin):
         Args:
             rows: a file (CSV, TSV, JSON lines, JSON, Parquet, also .gz), a DataFrame, a Hugging Face data set, any
                 iterable of mappings, or a folder in LaMP's layout, which has its own users, task and dev split.
-            user: the column that names whose row it is.
-            question: the column of what was asked.
+            user: the column of the user's name or id.
+            question: the column of the question.
             answer: the column of the user's answer.
             date: the column of the time; None = the rows of a user are in time order.
-            date_format: of the dates, as for `datetime.strptime`; None = ISO and forms like it, and epoch times.
-            kind: label, rating, text or chat; None = what the answers show.
-            labels: the answers that there are; none = those that the rows show, if they are few and short.
-            task: of a folder that does not say it, such as LaMP_3.
+            date_format: of the dates, as for `datetime.strptime`; None = the forms that `personaplug import` reads.
+            kind: label, rating, text or chat; None = decide by the answers.
+            labels: the closed set of answers; none = decide by the answers.
+            task: of a folder that does not name it, such as LaMP_3.
             out: folder for the data and the run; None = `runs/` and the name of the file.
             llm: the language model: hub name, local folder or package:NAME; None = the default of `personaplug train`.
             dev_share: share of the users for `evaluate`, at least two users.
             questions_per_user: how many last rows of each user are asked, each with the rows before it as history.
-            skip_bad: pass over at most so many broken rows.
+            skip_bad: leave out at most this many rows that cannot be used.
             settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.
         """
         if (_is_folder(rows) and (kind or labels)) or (task and not _is_folder(rows)):
@@ -124,16 +131,29 @@ class Plug(ModelHubMixin):
         config = with_values(Config(), settings if llm is None else {"llm": llm, **settings})
         folder = Path(out) if out else Path("runs", _name_of(rows))
         connect(choose_device(config.model.device))
-        columns = None if _is_folder(rows) else Columns(user, question, answer, date, date_format)
-        log = None if columns is None else open_log(rows, columns, name=folder.name, kind=kind, labels=labels)
+        log = None
+        if not _is_folder(rows):
+            options = LogOptions(
+                user=user,
+                questions=(question,),
+                answer=answer,
+                date=date,
+                date_formats=(date_format,) if date_format else (),
+                no_date=date is None,
+                kind=kind,
+                labels=tuple(labels),
+                name=None if isinstance(rows, str | Path) else folder.name,
+                in_python=True,
+            )
+            log = read_log([rows], options, max_dropped=skip_bad)
         run = Run.plan(folder / _RUN, config=config, task=log.task if log else load_task(str(rows), task=task))
-        plug = cls(run, columns=columns, data=folder / _DATA, models=open_models(run.config))
+        form, models = log.form if log else None, open_models(run.config)
+        plug = cls(run, form=form, data=folder / _DATA, models=models)
         if log is None:
             on_main(lambda: _link(Path(str(rows)), folder / _DATA))
         else:
-            max_history = run.config.plug.max_history
-            reader = log.reader(questions_per_user=questions_per_user, max_history=max_history, skip_bad=skip_bad)
-            on_main(lambda: log.write(folder / _DATA, dev_share=dev_share, reader=reader))
+            limits = {"dev_queries": questions_per_user, "max_history": run.config.plug.max_history}
+            on_main(lambda: _write_data(log, folder / _DATA, dev_share=dev_share, **limits))
         run.start()
         on_main(lambda: plug._write_columns(run.folder))
         train(run, plug._split("train", skip_bad=skip_bad), models=plug.models)
@@ -141,13 +161,13 @@ class Plug(ModelHubMixin):
 
     @classmethod
     def open(cls, out: str | Path) -> Self:
-        """Open what `train` has made in its folder `out`, with the users' histories."""
+        """Open the folder `out` of a finished `train`, with the users' histories."""
         run = Run.open(Path(out, _RUN))
-        return cls(run, columns=_read_columns(run.folder), data=Path(out, _DATA))
+        return cls(run, form=_read_form(run), data=Path(out, _DATA))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub_options: Any) -> Self:  # type: ignore[override]  # fewer options
-        """Load what `save_pretrained` or `push_to_hub` has written; it knows no user, so give `history=`.
+        """Load a plug from `save_pretrained` or `push_to_hub`. It holds no histories, so give `history=`.
 
         Args:
             hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, …).
@@ -159,10 +179,12 @@ class Plug(ModelHubMixin):
                 f"the folder of a training."
             )
         if folder == Path(name):
-            return cls(Run.open(folder), columns=_read_columns(folder))
-        copy = Path(tempfile.mkdtemp(prefix="personaplug-"))  # the hub's cache is made of links, which runs refuse
+            run = Run.open(folder)
+            return cls(run, form=_read_form(run))
+        copy = Path(tempfile.mkdtemp(prefix="personaplug-"))  # the hub's cache consists of links, which runs refuse
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        plug = cls(Run.open(copy), columns=_read_columns(copy))
+        run = Run.open(copy)
+        plug = cls(run, form=_read_form(run))
         weakref.finalize(plug, shutil.rmtree, copy, ignore_errors=True)
         return plug
 
@@ -172,8 +194,8 @@ class Plug(ModelHubMixin):
         """Answer a question, or the last message of a `Chat`, for one user.
 
         Args:
-            user: one of the training rows, whose history they are.
-            history: instead: the user's items, as mappings with the columns of the training rows, or as HistoryItems;
+            user: a user of the training rows; these rows are the history.
+            history: the items, in place of `user`: mappings with the columns of the training rows, or HistoryItems;
                 [] = a new user.
         """
         items = self._histories.find(user=user, history=history)
@@ -182,10 +204,10 @@ class Plug(ModelHubMixin):
     def probabilities(
         self, question: Prompt, *, user: object = None, history: History | None = None
     ) -> dict[str, float]:
-        """Say how probable each label is as the user's answer; see `answer`."""
+        """Return the probability of each label as the user's answer; see `answer`."""
         distribution = self.answer(question, user=user, history=history).distribution if self.run.task.labels else None
         if distribution is None:
-            raise ConfigError("Probabilities need a fixed list of answers that are scored; these answers are written.")
+            raise ConfigError("Probabilities need a closed set of labels; the answers of this task are texts.")
         return dict(distribution.probabilities)
 
     def explain(
@@ -196,10 +218,10 @@ class Plug(ModelHubMixin):
         history: History | None = None,
         answer: str | None = None,
     ) -> list[ItemInfluence]:
-        """Say which items of the history made the persona for a question, the heaviest first; see `answer`.
+        """Return the items of the history with their weights in the persona, the heaviest first; see `answer`.
 
         Args:
-            answer: also say how much likelier each item makes this answer, and sort by that.
+            answer: also return how much likelier each item makes this answer, and sort by this effect.
         """
         items = self._histories.find(user=user, history=history)
         return inference.explain(
@@ -231,14 +253,14 @@ class Plug(ModelHubMixin):
     # ---- save
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write all that `from_pretrained` needs: settings, task, plug and control; no user's texts, no history.
+        """Write settings, task, plug and control for `from_pretrained`, without any user's texts or history.
 
         The folder is also a run, for `personaplug serve --run` and `personaplug generate --run`.
         """
         folder = Path(save_directory)
         allowed = {CARD, "run.json", "config.yaml", "data.json", _COLUMNS, PLUG.name, INSTRUCTION.name}
-        there = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
-        if folder.resolve() == self.run.folder.resolve() or there - allowed:
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+        if folder.resolve() == self.run.folder.resolve() or names - allowed:
             raise RunConflict(f"{folder} holds more than a saved Plug. Choose a new folder.")
         with storage_errors(folder / CARD):
             return super().save_pretrained(folder, **options)
@@ -248,7 +270,8 @@ class Plug(ModelHubMixin):
         seed = self.run.config.training.seeds[0]
         config, spec, training = read_description(self.run.check_trained(PLUG.name, seed=seed))
         facts = self.run.training_facts(PLUG.name, seed=seed) or {}
-        columns = (self._columns.question, self._columns.answer) if self._columns else self.run.task.field_names
+        form = self._form
+        columns = (*form.questions, form.mapping.answer) if form else self.run.task.field_names
         item = "{" + ", ".join(f'"{column}": "…"' for column in columns) + "}"
         card = model_card(
             config,
@@ -273,14 +296,14 @@ class Plug(ModelHubMixin):
 
     @cached_property
     def _histories(self) -> Histories:
-        return Histories(self._data, self._columns, self.run.task, self.run.config.plug.max_history)
+        return Histories(self._data, self._form, self.run.task, self.run.config.plug.max_history)
 
     def _prompt(self, question: Prompt) -> Prompt:
-        if self._columns is None or isinstance(question, Chat):
+        if self._form is None or isinstance(question, Chat):
             return question
         if not isinstance(question, str) or not question.strip():
-            raise ConfigError("A question is a text that is not blank; found something else.")
-        return prompt_of(question, self._columns, task=self.run.task)
+            raise ConfigError("A question is a text that is not blank; found another value.")
+        return self._form.prompt_of(question)
 
     def _reader(self, rows: object) -> Reader:
         if rows is None:
@@ -290,9 +313,9 @@ class Plug(ModelHubMixin):
         max_history = self.run.config.plug.max_history
         if _is_folder(rows):
             return open_dataset(str(rows), "dev", task=self.run.task, max_history=max_history)
-        if self._columns is None:
+        if self._form is None:
             raise ConfigError("This plug was trained on a folder in LaMP's layout. Give such a folder to evaluate on.")
-        return open_known_log(rows, self._columns, task=self.run.task).reader(max_history=max_history)
+        return read_rows(rows, self._form, split="dev", dev_queries=QUESTIONS_PER_USER, max_history=max_history)
 
     def _split(self, name: str, *, skip_bad: int = 0) -> Reader:
         assert self._data is not None
@@ -300,8 +323,8 @@ class Plug(ModelHubMixin):
         return open_dataset(self._data, name, task=self.run.task, skip_bad=skip_bad, max_history=max_history)
 
     def _write_columns(self, folder: Path) -> None:
-        if self._columns is not None:
-            write_checked_json(folder / _COLUMNS, asdict(self._columns))
+        if self._form is not None:
+            write_checked_json(folder / _COLUMNS, self._form.to_dict())
 
     def _trained_parts(self) -> list[str]:
         seeds = self.run.config.training.seeds
@@ -315,7 +338,7 @@ class Plug(ModelHubMixin):
 
     @contextmanager
     def _writable(self) -> Iterator[Run]:
-        """Yield a run that takes predictions: the own one, or a copy of a saved one, which stays as it is."""
+        """Yield a run for predictions: the own run, or a copy of a saved run, which must not change."""
         if self._data is not None:
             yield self.run
             return
@@ -328,12 +351,21 @@ def _name_of(rows: object) -> str:
     return Path(rows).name.partition(".")[0] or "plug" if isinstance(rows, str | Path) else "plug"
 
 
+def _write_data(log: Log, folder: Path, *, dev_share: float, **limits: int) -> None:
+    logger.info("%s", "\n".join((*describe_columns(log), describe_task(log))))
+    reader = log.reader("dev", **limits)
+    parts = write_user_split(log, reader, folder, dev_share=dev_share)
+    logger.info("%s", "\n".join(describe_rows(log, reader.report)))
+    counts = (parts.train, parts.train_users, parts.dev, parts.dev_users)
+    logger.info("train: %d questions of %d users; held out for evaluation: %d questions of %d users", *counts)
+
+
 def _is_folder(rows: object) -> bool:
     return isinstance(rows, str | Path) and Path(rows).is_dir()
 
 
 def _link(data: Path, link: Path) -> None:
-    """Make a link to a data set that is not copied, or check that it is there."""
+    """Link to a data set instead of copying it, or check an earlier call's link."""
     if link.exists() and link.resolve() != data.resolve():
         raise RunConflict(f"{link} is other data than {data}. Give the same folder, or choose another `out`.")
     if not link.exists():
@@ -341,6 +373,12 @@ def _link(data: Path, link: Path) -> None:
             link.symlink_to(data.resolve(), target_is_directory=True)
 
 
-def _read_columns(folder: Path) -> Columns | None:
-    path = folder / _COLUMNS
-    return Columns(**read_json(path, remedy=_REMEDY)) if path.is_file() else None
+def _read_form(run: Run) -> RowForm | None:
+    path = run.folder / _COLUMNS
+    if not path.is_file():
+        return None
+    values = read_json(path, remedy=_REMEDY)
+    try:
+        return RowForm.from_dict(values, task=run.task)
+    except (KeyError, TypeError):
+        raise DamagedFile(path, reason="it has other entries than expected", remedy=_REMEDY) from None

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import HfApi
 
 from personaplug import Plug
+from personaplug.cli.main import main
 from personaplug.data import open_dataset
-from personaplug.data.question_log import Columns, open_log
 from personaplug.data.records import Chat, HistoryItem
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, UserError
 from personaplug.inference import generate
@@ -126,7 +127,7 @@ def test_answers_are_those_of_the_functions_below(plug: Plug) -> None:
     data = plug.run.folder.parent / "data"
     items = {sample.user_id: sample.history for sample in open_dataset(data, "histories")}["c2"]
     assert [item.answer for item in items] == ["3", "4", "5", "1", "2"]
-    prompt = f"Which of these answers would this user give: 1, 2, 3, 4, 5? question: {QUESTION}"
+    prompt = f"Which stars from 1 to 5 would this user give? Answer with the number alone. product: {QUESTION}"
     assert prompt.removesuffix(QUESTION) == next(iter(plug._split("train"))).prompt.partition(SECRET)[0]
     expected = generate(plug.run, prompt, history=items)
     assert expected.distribution is not None
@@ -249,7 +250,7 @@ def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
     for question in ("How are you?", talk):
         expected = generate(plug.run, question, history=items)
         assert plug.answer(question, user="u1") == plug.answer(question, history=items) == expected
-    with pytest.raises(ConfigError, match="these answers are written"):
+    with pytest.raises(ConfigError, match="the answers of this task are texts"):
         plug.probabilities("How are you?", user="u1")
     plug.save_pretrained(tmp_path / "saved")
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
@@ -260,26 +261,36 @@ def test_a_folder_in_the_layout_of_lamp_has_its_own_prompts_and_fields(plug: Plu
     data = plug.run.folder.parent / "data"
     other = Plug.train(str(data), out=tmp_path / "run", **TOY)
     prompt = next(iter(plug._split("train"))).prompt
-    renamed = [{"question": row["product"], "answer": row["stars"]} for row in history_of("c1")]
-    assert other.answer(prompt, user="c1") == other.answer(prompt, history=renamed)
+    assert other.answer(prompt, user="c1") == other.answer(prompt, history=history_of("c1"))
     assert {row.n for row in other.evaluate(data, methods="plain,plug").rows} == {8}
     with pytest.raises(ConfigError, match="other rows have a `kind`"):
         Plug.train(data, labels=["1"], out=tmp_path / "other", **TOY)
-    with pytest.raises(RecordError, match="its 'question' is missing"):
-        other.answer(prompt, history=history_of("c1"))
+    with pytest.raises(RecordError, match="its 'product' is missing"):
+        other.answer(prompt, history=[{"question": SECRET, "stars": 5}])
 
 
-def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    columns = Columns("u", "q", "a")
-    rows = [{"u": n % 3, "q": f"x {n}", "a": ["yes", "No ", "YES"][n % 3]} for n in range(30)]
+def test_import_and_train_give_the_same_task_and_prompts(plug: Plug, folder: Path, tmp_path: Path) -> None:
+    """Every row of the fixture's file makes the same data as the rows in memory, as another test shows."""
+    done = CliRunner().invoke(main, ["import", str(folder / "films.csv"), "--out", str(tmp_path / "data")])
+    assert done.exit_code == 0, done.output
+    trained = plug.run.folder.parent / "data"
+    Plug.train(ROWS, **COLUMNS, out=tmp_path / "films", **TOY)
+    from_import, *from_train = tmp_path / "data", trained, tmp_path / "films" / "data"
+    prompts = {sample.id: sample.prompt for split in ("train", "dev") for sample in open_dataset(from_import, split)}
+    assert prompts
+    for data in from_train:
+        assert (data / "task.json").read_bytes() == (from_import / "task.json").read_bytes()
+        others = {sample.id: sample.prompt for split in ("train", "dev") for sample in open_dataset(data, split)}
+        assert prompts.items() <= others.items()
+    row = ROWS[-1]
+    assert plug._prompt(row["product"]) in prompts.values()
+
+
+def test_a_log_line_says_how_the_rows_are_read(plug: Plug, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="personaplug"):
-        log = open_log(rows, columns, name="votes")
-    assert (log.task.kind, {label.lower() for label in log.task.labels}) == ("label", {"yes", "no"})
-    assert "the list: an answer is one of 2 labels" in caplog.text
-    answers = {sample.target for sample in log.reader(max_history=9)}
-    assert answers == set(log.task.labels)
-    assert open_log(rows, columns, name="votes", kind="text").task.kind == "text"
-    assert open_log(rows, columns, name="votes", labels=["yes", "no", "maybe"]).task.labels == ("yes", "no", "maybe")
+        Plug.train(ROWS, **COLUMNS, out=plug.run.folder.parent, **TOY)
+    assert "'stars': answer=; rating: numbers from 1 to 5 in steps of 1" in caplog.text
+    assert "30 rows read, 30 kept, 0 dropped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -289,11 +300,12 @@ def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogC
             ROWS,
             {"answer": "star"},
             ConfigError,
-            "0 columns 'star'; did you mean 'stars'.*customer, product, stars, when",
+            "The log has no column 'star' with values; did you mean 'stars'",
         ),
-        ([], {}, MissingData, "holds no rows. Expected rows with the columns customer, product, stars, when"),
-        (ROWS[:5], {}, ConfigError, "Expected 4 or more users with a question.*; found 1"),
-        ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: its 'stars' is null"),
+        ([], {}, MissingData, "the list: it holds no records"),
+        (ROWS[:15], {}, ConfigError, "Expected 4 or more users with a question.*; found 3"),
+        ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: it is a row without an answer"),
+        (ROWS, {"user": "product"}, ConfigError, "no user has two rows.*Give another column by user="),
         ("no.csv", {}, MissingData, "There is no file no.csv"),
         (ROWS, {"kind": "stars"}, ConfigError, "one of label, rating, text, chat; found 'stars'"),
         (ROWS, {"task": "LaMP_3"}, ConfigError, "A folder in LaMP's layout has a `task`"),
@@ -316,8 +328,12 @@ def test_rows_that_cannot_be_trained_on_say_why_and_leave_nothing(
         ({"user": "c1", "history": []}, ConfigError, "found both"),
         ({"user": "c99"}, MissingData, "among the 6 users"),
         ({"user": True}, ConfigError, "A user cannot be found"),
-        ({"history": [{"product": SECRET}]}, ConfigError, "the history has 0 columns 'stars'"),
-        ({"history": [{"product": SECRET, "stars": 9}]}, RecordError, "item 1: its answer is none of the 5 labels"),
+        ({"history": [{"product": SECRET}]}, ConfigError, "The log has no column 'stars' with values"),
+        (
+            {"history": [{"product": SECRET, "stars": 9}]},
+            RecordError,
+            "item 1: it is a row whose answer is none of the labels",
+        ),
         ({"history": [SECRET]}, ConfigError, "a list of mappings, or of HistoryItems"),
         ({"history": [{"product": "x", "stars": 1}, HistoryItem("1", ())]}, ConfigError, "a list of something else"),
     ],

@@ -24,7 +24,7 @@ _COLUMNS = (
     click.option(
         "--date-format", "date_formats", multiple=True, help="Format of the dates, such as %d/%m/%Y; may be repeated."
     ),
-    click.option("--no-date", is_flag=True, help="The rows are in order of time; leave their dates out."),
+    click.option("--no-date", is_flag=True, help="The rows are in time order; ignore their dates."),
     click.option("--encoding", help="Encoding of a file like CSV, such as windows-1251."),
     click.option("--delimiter", help="Delimiter of a file like CSV; tab for a tab."),
 )
@@ -48,7 +48,7 @@ def log_options(*, declares_task: bool) -> Callable[[Command], Command]:
 
 
 def are_conversations(files: Sequence[Path], options: LogOptions, *, format: str | None) -> bool:
-    """Tell conversations from a log; refuse a mixture, and options of a log for conversations."""
+    """Return True for conversations, False for a log; refuse a mixture, and options of a log for conversations."""
     from personaplug.data.conversations import holds_conversations
     from personaplug.data.logs.options import LogOptions
 

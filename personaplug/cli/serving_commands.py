@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import click
 
+from personaplug.cli.histories import histories_to_serve, load_into
 from personaplug.cli.options import FILE, run_option, secret_option, seed_option
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
@@ -34,6 +35,16 @@ class _NumberRange(click.FloatRange):
 @click.command(context_settings={"show_default": True})
 @run_option
 @click.option("--store", default="histories.db", help="Histories: a file, or a postgresql:// URL.")
+@click.option(
+    "--load",
+    "sources",
+    metavar="LOG_OR_DATA",
+    type=FILE,
+    multiple=True,
+    show_default=False,
+    help="Load the histories of a log or a data folder first, as `load` does; stored items are skipped. For a log of "
+    "several files, repeat it.",
+)
 @secret_option
 @click.option("--engine", default="local", help="local, or the address of a vLLM server: http://…")
 @click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
@@ -80,6 +91,7 @@ class _NumberRange(click.FloatRange):
 @click.option("--max-body-mb", default=4.0, type=_NumberRange(0, 1024, min_open=True), help="Longest request.")
 def serve(
     run_folder: Path,
+    sources: tuple[Path, ...],
     host: str,
     port: int,
     keys: Path | None,
@@ -92,7 +104,7 @@ def serve(
 ) -> None:
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
     check_installed()
-    from personaplug.serving.api_keys import ApiKeys
+    from personaplug.serving.api_keys import OPEN_TENANT, ApiKeys
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.listener import bind
@@ -108,9 +120,17 @@ def serve(
     retention = None if max_items is max_days is None else Retention(max_items, max_days)
     config = ServingConfig(retention=retention, **settings)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
+    if sources and keys:
+        raise ConfigError(
+            "With --keys, each history belongs to a tenant. Run `personaplug load --tenant TENANT` before `serve`, and "
+            "leave --load out."
+        )
     run, *others = open_runs(run_folder)
-    with bind(host, port) as listener:  # before the models are loaded
+    with bind(host, port) as listener:  # before the log is read and the models are loaded
+        histories = histories_to_serve(sources, run_folder) if sources else {}
         service = open_service(run, config, others=others)
+        if histories:
+            load_into(service.store, OPEN_TENANT, histories)
         serve_service(
             service,
             api_keys=api_keys,

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from personaplug.cli.log_options import are_conversations, log_options
-from personaplug.cli.options import FILE, check_same_task, secret_option, seed_option
+from personaplug.cli.histories import find_run, histories_of_data, histories_of_log, load_into
+from personaplug.cli.log_options import log_options
+from personaplug.cli.options import FILE, secret_option, seed_option
 from personaplug.cli.serving_commands import check_installed
-from personaplug.errors import ConfigError, MissingData
-
-if TYPE_CHECKING:
-    from personaplug.data.logs.options import LogOptions
-    from personaplug.data.records import HistoryItem
-    from personaplug.run import Run
+from personaplug.errors import ConfigError
 
 _STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL. It may be in use.")
 _TENANT = click.option("--tenant", default="default", show_default=True)
@@ -55,86 +49,24 @@ def load(
 ) -> None:
     """Load the histories of an app's LOG, or of a data folder, into a store. It may be in use by a server.
 
-    LOG is what `import` reads. All its usable rows become items, the last row of each user too. The same command again
-    goes on after an interruption and adds what is new; items that are stored already are skipped.
+    LOG is a file that `import` reads. All its usable rows become items, the last row of each user too. The same command
+    again goes on after an interruption and adds new items; it skips the stored ones.
     """
     check_installed()
     from personaplug.data.logs.options import LogOptions
-    from personaplug.infra.progress import Progress
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.persona_cache import check_fits
     from personaplug.serving.setup import open_parts, open_store
-    from personaplug.store.loading import load_histories
 
     if bool(files) == bool(data):
         raise ConfigError("Give the files of a log, or a data folder by --data: one of them.")
-    run = _run_of(run_folder, data, task_name)
-    histories = _histories_of_data(data, run) if data else _histories_of_log(files, LogOptions(**options), run)
+    run = find_run(run_folder, data=data, task_name=task_name)
+    histories = histories_of_data(data, run) if data else histories_of_log(files, LogOptions(**options), run)
     encoder, load_plug = open_parts(run, seed=seed)
     plug, config = load_plug(None), ServingConfig(store=store, secret=secret, seed=seed, keep_text=keep_text)
-    with (
-        closing(open_store(plug, encoder, config=config)) as opened,
-        Progress("load", total=len(histories), unit="users") as progress,
-    ):
+    with closing(open_store(plug, encoder, config=config)) as opened:
         check_fits(plug, opened)
-        result = load_histories(opened, tenant, histories, include_erased=include_erased, progress=progress.advance)
-    new, replaced, same = result.items
-    click.echo(f"{store}: {result.users:,} users; {new:,} items new, {replaced:,} replaced, {same:,} as before")
-    if result.erased:
-        click.echo(
-            f"{result.erased:,} users were erased from this store and are left out; --include-erased loads them",
-            err=True,
-        )
-
-
-def _run_of(folder: Path, data: Path | None, task_name: str | None) -> Run:
-    """Return the run of a task, of the only one if there is one."""
-    from personaplug.data import load_task
-    from personaplug.shared_run import SharedRun, holds_shared_run, open_runs
-
-    if not holds_shared_run(folder):
-        run = open_runs(folder)[0]
-        if data:
-            check_same_task(data, run.task)
-        return run
-    shared = SharedRun.open(folder)
-    name = load_task(data).name if data else task_name
-    if name is None:
-        raise ConfigError(f"{folder} has several tasks: {', '.join(shared.names)}. Name the log's by --task.")
-    return shared.find(name)
-
-
-def _histories_of_data(folder: Path, run: Run) -> Mapping[str, Sequence[HistoryItem]]:
-    from itertools import chain
-
-    from personaplug.data import open_dataset
-    from personaplug.data.lamp import splits_in
-    from personaplug.store.loading import histories_of
-
-    splits = splits_in(folder)
-    if not splits:
-        raise MissingData(f"{folder} holds no {{train,dev,test}}_questions.json[.gz].")
-    order = sorted(splits, key=lambda split: (split != "train", split))  # histories of train are the earlier ones
-    readers = [open_dataset(folder, split, task=run.task, max_history=sys.maxsize) for split in order]
-    return histories_of(chain.from_iterable(readers))
-
-
-def _histories_of_log(files: Sequence[Path], options: LogOptions, run: Run) -> Mapping[str, Sequence[HistoryItem]]:
-    from personaplug.data.conversations import open_conversations
-    from personaplug.data.logs.log import read_log
-    from personaplug.data.logs.writing import describe_columns, describe_rows
-    from personaplug.data.task_registry import CHAT
-
-    if are_conversations(files, options, format=None):
-        if run.task.kind != "chat" or run.task.field_names != CHAT.field_names:
-            raise ConfigError(f"The files hold conversations, and items of {run.task.name} are of another form.")
-        return dict(open_conversations(files).histories())
-    log = read_log(files, options, task=run.task)
-    click.echo("\n".join(describe_columns(log)), err=True)
-    reader = log.reader()
-    histories = dict(reader.histories())
-    click.echo("\n".join(describe_rows(log, reader.report)), err=True)
-    return histories
+        load_into(opened, tenant, histories, include_erased=include_erased)
 
 
 @click.command()

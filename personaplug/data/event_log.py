@@ -1,7 +1,7 @@
 """Read an app's log as a data set: one row per event, in a file or in memory, with a mapping of columns.
 
-The rows of a user may be anywhere in the file, so all rows are held in memory. Convert a larger log once, piece by
-piece, with `personaplug.data.write_lamp`; the result is streamed.
+A user's rows may be anywhere in the file, so all rows are held in memory. Convert a larger log once, piece by piece,
+with `personaplug.data.write_lamp`, whose files are streamed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from personaplug.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
-_ASKED = {"dev": "each user's last rows", "train": "each user's rows before those of 'dev'"}
+_ASKED = {"dev": "each user's last rows", "train": "each user's rows before the rows of 'dev'"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ColumnMapping:
             brace is doubled.
         id: the column of the event's id, unique in the file; without it, the row's number is the id.
         date: the column of the date or time; without it, the rows are in time order.
-        date_format: the format of the dates for `datetime.strptime`, such as `%d.%m.%Y`; None for ISO and forms like
-            it, and for epoch times (`personaplug.data.dates.as_datetime`).
+        date_format: the format of the dates for `datetime.strptime`, such as `%d.%m.%Y`; None for ISO and similar
+            forms, and for epoch times (`personaplug.data.dates.as_datetime`).
     """
 
     user: str
@@ -65,10 +65,10 @@ class EventLogReader(RecordReader):
 
     The log is a file (*.jsonl, *.json, *.csv, *.tsv, *.dat, *.parquet, all also *.gz), a DataFrame, or any iterable of
     mappings. A user's rows are sorted by time, and copies of an event are left out (`personaplug.data.event_copies`).
-    `dev` holds the last `dev_queries` rows as queries, `train` the last `queries_per_user` rows before them, and both
-    only rows with at least `min_history` earlier rows. A history holds the strictly earlier rows: of dated rows, those
-    at the same time are left out. So no target of dev is in train, and no history holds its own query. Users come in
-    the order of their first row, their queries oldest first.
+    `dev` asks the last `dev_queries` rows, `train` the last `queries_per_user` rows before them. Both ask only rows
+    with at least `min_history` earlier rows. A history holds strictly earlier rows, without dated rows of the same
+    time. So no target of dev is in train, and no history holds its own query. Users come in the order of their first
+    row, their queries oldest first.
     """
 
     def __init__(
@@ -88,30 +88,22 @@ class EventLogReader(RecordReader):
         """Check the settings.
 
         Args:
-            delimiter: of a file like CSV; None for finding it.
-            origin: the name of the log in messages; None = that of the file, or the type of the rows.
+            delimiter: of a file like CSV; None = find it.
+            origin: the name of the log in messages; None = the file's name, or the type of the rows.
         """
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
         counts = {"queries_per_user": queries_per_user, "dev_queries": dev_queries, "min_history": min_history}
         for name, value in counts.items():
-            least = 0 if name == "min_history" else 1
-            if value < least:
-                raise ConfigError(f"{name} should be at least {least}, found {value}.")
+            minimum = 0 if name == "min_history" else 1
+            if value < minimum:
+                raise ConfigError(f"{name} should be at least {minimum}, found {value}.")
         self._source = record_source(source, delimiter=delimiter)
         super().__init__(task, origin=origin or self._source.name, **limits)
         self._mapping, self._template = mapping, _parse_template(mapping, task)
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
         self._has_reported = False
-
-    def history_samples(self) -> Iterator[Sample]:
-        """Yield a sample for each user whose history holds all rows of the user; it asks nothing."""
-        self.report = ReadReport()
-        prompt = _fill(self._template, dict.fromkeys(self._mapping.fields, "history"))
-        for user, rows in self._rows_by_user().items():
-            items = [(row.moment, row.item) for row in rows]
-            yield self._sample_of(user, user, prompt, target=None, items=items)
 
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():
@@ -127,10 +119,16 @@ class EventLogReader(RecordReader):
             logger.info("%s, split %s: %s", self._origin, self._split, self.report.summary())
 
     def histories(self) -> Iterator[tuple[str, list[HistoryItem]]]:
-        """Yield each user with all items, oldest first, those of the last rows too."""
+        """Yield each user with all items, oldest first, items of the asked rows too."""
         self.report = ReadReport()
         for user, rows in self._rows_by_user().items():
             yield user, [row.item for row in rows]
+
+    def history_samples(self) -> Iterator[Sample]:
+        """Yield the histories as samples without a question, to write them as a split."""
+        prompt = _fill(self._template, dict.fromkeys(self._mapping.fields, "history"))
+        for user, items in self.histories():
+            yield self._sample_of(user, user, prompt, target=None, items=[(None, item) for item in items])
 
     def _reason_for_nothing(self) -> str:
         return (
@@ -162,12 +160,12 @@ class EventLogReader(RecordReader):
 
     def _without_copies(self, rows: list[_Row]) -> list[_Row]:
         rows.sort(key=lambda row: row.moment or datetime.min)
-        found = find_copies([row.event for row in rows])
-        self.report.copies += len(found.copies)
+        copies = find_copies([row.event for row in rows])
+        self.report.copies += len(copies.copies)
         return [
-            replace(row, is_unclear=index in found.unclear)
+            replace(row, is_unclear=index in copies.unclear)
             for index, row in enumerate(rows)
-            if index not in found.copies
+            if index not in copies.copies
         ]
 
     def _row(self, values: Mapping[str, object], position: str, number: int) -> tuple[str, _Row]:
@@ -220,7 +218,7 @@ class _Row:
         return event_of(content, self.target, self.moment)
 
     def is_same_event(self, other: _Row) -> bool:
-        """True if two rows with one id differ in the time alone."""
+        """Return True if two rows with one id differ only in the time."""
         return replace(self.event, moment=None) == replace(other.event, moment=None)
 
 
@@ -228,12 +226,12 @@ _Template = tuple[tuple[str, str | None], ...]
 
 
 def as_literal(text: str) -> str:
-    """Return a text for a `ColumnMapping`'s prompt, in which its braces are no placeholders."""
+    """Double the braces of a text, so that a `ColumnMapping`'s prompt shows them."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
 def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
-    """Split the prompt at its placeholders, so that a user's text is never read as a template; check the fields."""
+    """Check the fields, and split the prompt at its placeholders, so that no user's text is read as a template."""
     try:
         parts = list(Formatter().parse(mapping.prompt))
     except ValueError as error:

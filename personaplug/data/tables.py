@@ -51,7 +51,8 @@ class Table:
 
     def _pandas_rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
         frame = self._source
-        levels = [level for level in frame.index.names if level in columns and level not in frame.columns]
+        named = [level for level in frame.index.names if level is not None and level not in frame.columns]
+        levels = [level for level in named if level in columns or not columns]
         frame = frame.reset_index(levels) if levels else frame
         header = [*map(str, frame.columns)]
         check_columns(self.name, header, columns)

@@ -1,16 +1,19 @@
-"""The histories that questions are asked with: of a user of a data set, or given as items or rows."""
+"""Find the history for a question: a user's history in a data set, or items and rows that the caller gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.lamp import open_dataset, read_items, splits_in
-from personaplug.data.question_log import HISTORIES, Columns, items_of
+from personaplug.data.logs.log import read_rows
+from personaplug.data.logs.row_form import RowForm, is_missing, texts_of
+from personaplug.data.logs.writing import HISTORIES
+from personaplug.data.record_files import RecordSource
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw
@@ -19,30 +22,26 @@ from personaplug.errors import ConfigError, MissingData
 History = Sequence[HistoryItem | Mapping[str, Any]]
 """Items of one user, or rows of a log that become items."""
 
+_ONE_USER = "the user"
+
 
 @dataclass(frozen=True)
 class Histories:
     """Finds histories.
 
     Attributes:
-        folder: a data set, whose users are known; None = nobody is known.
-        columns: of the log that the data set was made of; None = rows hold the task's own fields.
-        max_history: the number of latest items that a known user's history keeps.
+        folder: a data set with the histories of users; None = only the caller has histories.
+        form: of the log's rows; None = rows hold the task's own fields.
+        max_history: the number of latest items in the history of a data set's user.
     """
 
     folder: Path | None
-    columns: Columns | None
+    form: RowForm | None
     task: Task
     max_history: int
 
     def find(self, *, user: object = None, history: History | None = None) -> tuple[HistoryItem, ...]:
-        """Return the history of a known user, or the items that are given.
-
-        Raises:
-            ConfigError: if both or neither are given, or no user is known.
-            MissingData: if there is no such user.
-            RecordError: if a row is broken.
-        """
+        """Return the history of a user of the data set, or the caller's items. Raise UserError if none fits."""
         if (user is None) == (history is None):
             found = "neither" if user is None else "both"
             raise ConfigError(
@@ -61,6 +60,7 @@ class Histories:
             name = as_id(user, "the user")
         except Flaw as flaw:
             raise ConfigError(f"A user cannot be found: {flaw}.") from None
+        name = name.strip() if self.form else name
         if name not in self._by_user:
             raise MissingData(
                 f"There is no user {short_id(name)} among the {len(self._by_user):,} users that the training rows "
@@ -75,13 +75,11 @@ class Histories:
             return items
         if len(rows) < len(history):
             raise ConfigError("A history is a list of mappings, or of HistoryItems; found a list of something else.")
-        if self.columns is None:
-            return read_items(rows, task=self.task)
-        return items_of(rows, self.columns, task=self.task)
+        return _read_rows(rows, self.form) if self.form else read_items(rows, task=self.task)
 
     @cached_property
     def _by_user(self) -> dict[str, tuple[HistoryItem, ...]]:
-        """The history of each user that the data set names: the longest one if there are several."""
+        """The longest history of each user in the data set."""
         assert self.folder is not None
         splits = splits_in(self.folder)
         histories: dict[str, tuple[HistoryItem, ...]] = {}
@@ -90,3 +88,16 @@ class Histories:
                 if sample.user_id is not None and len(sample.history) >= len(histories.get(sample.user_id, ())):
                     histories[sample.user_id] = sample.history
         return histories
+
+
+def _read_rows(rows: Sequence[Mapping[str, Any]], form: RowForm) -> tuple[HistoryItem, ...]:
+    """Return the items of one user's rows. The rows need no column of the user, and all or none need a date."""
+    if not rows:
+        return ()
+    date = form.mapping.date
+    if date and all(is_missing(texts_of(row).get(date)) for row in rows):
+        form = replace(form, mapping=replace(form.mapping, date=None), dates=None)
+    records = [(f"item {number}", number, {**row, form.mapping.user: _ONE_USER}) for number, row in enumerate(rows, 1)]
+    source = RecordSource("the history", lambda _: iter(records))
+    ((_, items),) = read_rows(source, form).histories()
+    return tuple(items)

@@ -1,4 +1,4 @@
-"""From a messy CSV file to a served personal answer: import, train, load, users, serve, without Python."""
+"""From a messy CSV file to a served personal answer by three commands: import, train, serve --load."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from fastapi.testclient import TestClient
 from messy_log import Counts, write_messy_log
 
 from personaplug.cli.main import main
+from personaplug.config_parsing import load_config
+from personaplug.data import LAMP_TASKS
+from personaplug.run import Run
+from personaplug.serving.api_keys import create_key
 from personaplug.serving.app import create_app
-from personaplug.serving.config import ServingConfig
-from personaplug.serving.setup import open_service
-from personaplug.shared_run import open_runs
+from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
 TOY = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=8", "epochs=1", "controls=false", "train_limit=16")
@@ -61,16 +63,21 @@ def test_import_says_what_it_took_and_what_it_dropped(imported: str, counts: Cou
     assert json.loads((folder / "data" / "task.json").read_text())["labels"] == ["1", "2", "3", "4", "5"]
 
 
-def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
-    """Train, load twice, serve, and ask as a user of the log and as a stranger."""
+def _go_to_an_answer(folder: Path, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, serve with the log twice, and ask as a user of the log and as a stranger. The server is no process."""
     run, store = folder / "run", folder / "histories.db"
     call("train", "--data", folder / "data", "--out", run, *settings)
-    load = ("load", "--run", run, "--store", store, "--keep-text", folder / "orders.csv")
-    first, second = call(*load).stdout, call(*load).stdout
-    total = sum(user["items"] for user in json.loads(call("users", "--store", store, "--json").stdout))
-    assert f"{total:,} items new, 0 replaced, 0 as before" in first
-    assert f"0 items new, 0 replaced, {total:,} as before" in second
-    service = open_service(open_runs(run)[0], ServingConfig(store=str(store)))
+    monkeypatch.setattr("personaplug.serving.app.serve", lambda service, **_: _ask(service))
+    place = ("--run", run, "--store", store)
+    serve = ("serve", *place, "--keep-text", "--port", 0, "--load", folder / "orders.csv")
+    first, second, third = (call(*words).stdout for words in (serve, serve, ("load", *place, folder / "orders.csv")))
+    users = json.loads(call("users", "--store", store, "--json").stdout)
+    total = sum(user["items"] for user in users)
+    assert first == f"loaded: {len(users)} users; {total:,} items new, 0 replaced, 0 as before\n"
+    assert second == third == f"loaded: {len(users)} users; 0 items new, 0 replaced, {total:,} as before\n"
+
+
+def _ask(service: Service) -> None:
     with TestClient(create_app(service), base_url="http://127.0.0.1") as client:
         for user, applied in (("K001", "user"), ("nobody", "population")):
             body = {"user": user, "messages": [{"role": "user", "content": PROMPT}]}
@@ -79,8 +86,10 @@ def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
             assert reply.headers["X-Personaplug-Persona"] == applied
 
 
-def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Path) -> None:
-    _go_to_an_answer(folder, TOY)
+def test_a_log_becomes_a_served_answer(
+    imported: str, counts: Counts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _go_to_an_answer(folder, TOY, monkeypatch)
     store = folder / "histories.db"
     listed = call("users", "--store", store).stdout.splitlines()
     assert len(listed) == counts.users + 1
@@ -93,13 +102,38 @@ def test_a_log_becomes_a_served_answer(imported: str, counts: Counts, folder: Pa
     assert f"{counts.users - 1} users; 0 items new" in done.stdout
     assert "1 users were erased from this store" in done.stderr
     assert f"{counts.users} users;" in call(*words, "--include-erased").stdout
+    data = ("serve", "--run", folder / "run", "--store", folder / "other.db", "--port", 0, "--load", folder / "data")
+    assert f"loaded: {counts.users} users;" in call(*data).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--load", "DATA", "--load", "LOG"], "found a folder among several paths"),
+        (["--load", "LOG", "--keys", "KEYS"], "personaplug load --tenant TENANT"),
+        (["--load", "LOG"], "run `personaplug load` with them"),
+        (["--load", "nowhere.csv"], "There is no file nowhere.csv"),
+    ],
+)
+def test_serve_refuses_a_log_that_it_cannot_load(
+    words: list[str], message: str, imported: str, folder: Path, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_1"])
+    create_key(tmp_path / "keys.json", "shop")
+    paths = {"DATA": folder / "data", "LOG": folder / "orders.csv", "KEYS": tmp_path / "keys.json"}
+    command = ["serve", "--run", run.folder, "--store", tmp_path / "h.db", "--port", 0]
+    done = CliRunner().invoke(main, [str(paths.get(str(word), word)) for word in (*command, *words)])
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+    assert not (tmp_path / "h.db").exists()
 
 
 @pytest.mark.slow
-def test_a_log_becomes_a_served_answer_of_real_models(imported: str, folder: Path, tmp_path: Path) -> None:
+def test_a_log_becomes_a_served_answer_of_real_models(
+    imported: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("data", "orders.csv"):
         (tmp_path / name).symlink_to(folder / name)
-    _go_to_an_answer(tmp_path, (*REAL, "train_limit=24"))
+    _go_to_an_answer(tmp_path, (*REAL, "train_limit=24"), monkeypatch)
 
 
 def test_few_users_are_warned_of(tmp_path: Path) -> None:

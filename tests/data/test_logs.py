@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import json
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from personaplug.data.logs.answers import decide_answers
 from personaplug.data.logs.date_forms import learn_dates
-from personaplug.data.logs.log import Log, read_log
+from personaplug.data.logs.log import Log, read_log, read_rows
 from personaplug.data.logs.options import LogOptions
-from personaplug.errors import ConfigError, MissingData
+from personaplug.data.logs.row_form import RowForm
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 HEADER = "user_id,created_at,title,stars\n"
 ROWS = [f"{user},2024-01-{day:02},film {day} of {user},{day % 5 + 1}\n" for user in "abc" for day in range(1, 9)]
@@ -60,21 +62,28 @@ def test_day_or_month_first_is_not_guessed() -> None:
     ],
 )
 def test_the_kind_of_answers_is_decided(texts: list[str], kind: str, labels: tuple[str, ...]) -> None:
-    decided = decide_answers(texts, column="answer")
+    decided = decide_answers(texts, column="answer", options=LogOptions())
     assert (decided.kind, decided.labels) == (kind, labels)
 
 
 @pytest.mark.parametrize(
-    ("texts", "options", "said"),
+    ("texts", "options", "message"),
     [
-        ([str(n) for n in range(60)], {}, "60 different numbers"),
-        ([f"tag {n % 60}" for n in range(600)], {}, "--kind label or --kind text"),
-        (["a", "b"], {"kind": "rating"}, "is no rating"),
+        ([str(n) for n in range(60)], LogOptions(), "60 different numbers.*--kind text.*--answer"),
+        ([str(n) for n in range(60)], LogOptions(in_python=True), "60 different numbers.*kind='text'.*answer="),
+        ([f"tag {n % 60}" for n in range(600)], LogOptions(), "--kind label or --kind text"),
+        ([f"tag {n % 60}" for n in range(600)], LogOptions(in_python=True), "kind='label' or kind='text'"),
+        (["a", "b"], LogOptions(kind="rating"), "is no rating.*--label"),
+        (["a", "b"], LogOptions(kind="rating", in_python=True), "is no rating.*labels="),
+        (["a", "b"], LogOptions(kind="stars"), "one of label, rating, text, chat; found 'stars'"),
+        (["a", "b"], LogOptions(labels=(None,)), "The labels are wrong: a label is null"),
     ],
 )
-def test_answers_that_may_be_either_are_refused(texts: list[str], options: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        decide_answers(texts, column="answer", **options)
+def test_ambiguous_answers_are_refused_with_the_name_of_the_option(
+    texts: list[str], options: LogOptions, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decide_answers(texts, column="answer", options=options)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
@@ -87,7 +96,7 @@ def test_encoding_and_delimiter_are_found(tmp_path: Path, encoding: str, delimit
     assert (log.found.questions, log.task.labels) == (("title",), ("1", "2", "3", "4", "5"))
 
 
-def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+def test_an_unclear_encoding_is_asked_for(tmp_path: Path) -> None:
     text = HEADER + "".join(ROWS).replace("film", "длинный фильм")
     with pytest.raises(ConfigError, match="--encoding"):
         _read(tmp_path / "log.csv", text, encoding="cp1251")
@@ -99,7 +108,7 @@ def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ("who,created_at,title,stars\n", "Which column is the user cannot be told.*--user"),
+        ("who,created_at,title,stars\n", "It is unclear which column is the user.*--user"),
         ("user_id,created_at,title,x\n", None),
         ("user_id,birthday,title,stars\n", None),
         ("user_id,when,1,stars\n", "no names of columns"),
@@ -124,7 +133,7 @@ def test_a_file_without_header_has_numbered_columns(tmp_path: Path) -> None:
 
 def test_dates_whose_order_is_unknown_name_the_option(tmp_path: Path) -> None:
     text = HEADER + "".join(row.replace("2024-01-", "01/").replace(",film", "/2024,film") for row in ROWS)
-    with pytest.raises(ConfigError, match=r"day or the month comes first. Give --date-format"):
+    with pytest.raises(ConfigError, match=r"the month comes first. Give --date-format"):
         _read(tmp_path / "log.csv", text)
     log = _read(tmp_path / "log.csv", text, date_formats=("%m/%d/%Y",))
     assert log.rows[7]["created_at"] == datetime(2024, 1, 8)
@@ -133,9 +142,55 @@ def test_dates_whose_order_is_unknown_name_the_option(tmp_path: Path) -> None:
 def test_questions_with_texts_as_answers_are_a_chat(tmp_path: Path) -> None:
     rows = "".join(f"{user},Why {n}?,Because of {n} and {user}.\n" for user in "ab" for n in range(4))
     log = _read(tmp_path / "log.csv", "user,question,answer\n" + rows)
-    assert (log.task.kind, log.declaration.prompt) == ("chat", "{question}")
+    assert (log.task.kind, log.form.mapping.prompt) == ("chat", "{question}")
     (sample, _) = log.reader("dev")
     assert (sample.prompt, sample.target, len(sample.history)) == ("Why 3?", "Because of 3 and a.", 3)
+
+
+def test_the_kind_text_is_no_chat_even_if_the_column_holds_requests(tmp_path: Path) -> None:
+    rows = "".join(f"{user},Why {n}?,Because of {n} and {user}.\n" for user in "ab" for n in range(4))
+    log = _read(tmp_path / "log.csv", "user,question,answer\n" + rows, kind="text")
+    assert log.task.kind == "text"
+    assert log.form.mapping.prompt == "Write the answer as this user would write it. question: {question}"
+
+
+def _in_memory() -> list[dict[str, Any]]:
+    names = HEADER.strip().split(",")
+    return [dict(zip(names, row.strip().split(","), strict=True)) | {"stars": float(row[-2])} for row in ROWS]
+
+
+def test_rows_in_memory_give_the_samples_of_the_file(tmp_path: Path) -> None:
+    log = _read(tmp_path / "log.csv", HEADER + "".join(ROWS))
+    frame = pytest.importorskip("pandas").DataFrame(_in_memory())
+    for rows in (_in_memory(), iter(_in_memory()), frame, frame.set_index(["user_id", "title"])):
+        other = read_log([rows], LogOptions(name="log"))
+        assert other.form == log.form
+        assert list(other.reader("dev")) == list(log.reader("dev"))
+
+
+def test_a_row_beyond_the_allowed_number_of_dropped_rows_is_an_error_with_its_position() -> None:
+    rows = [*_in_memory(), {"user_id": "a", "created_at": "2024-02-01", "title": "secret", "stars": None}, "secret"]
+    log = read_log([rows], LogOptions(), max_dropped=2)
+    assert sorted(log.report.dropped) == ["that are no records", "without an answer"]
+    for number, message in ((1, "row 25: it is a row without an answer"), (0, "row 26: it is no object")):
+        with pytest.raises(RecordError, match=message) as caught:
+            read_log([rows], LogOptions(), max_dropped=number)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_saved_form_reads_other_rows_as_the_log(tmp_path: Path) -> None:
+    days = [f"{day:02}/01/2024" for day in (5, 25)]
+    rows = [{"user": user, "film": f"x {day}", "stars": n % 3, "day": day} for n, day in enumerate(days * 9)
+            for user in "ab"]  # fmt: skip
+    log = read_log([rows], LogOptions())
+    form = RowForm.from_dict(json.loads(json.dumps(log.form.to_dict())), task=log.task)
+    assert form == log.form
+    ((_, items),) = read_rows([rows[0] | {"stars": "2.0"}], form).histories()
+    assert [(item.answer, item.date) for item in items] == [("2", date(2024, 1, 5))]
+    with pytest.raises(RecordError, match="the list, row 1: it is a row whose answer is none of the labels"):
+        read_rows([rows[0] | {"stars": 9}], form)
+    with pytest.raises(ConfigError, match="The log has no column 'film' with values"):
+        read_rows([{"user": "a", "stars": 1, "day": "2024-01-01"}], form)
 
 
 def test_labels_with_the_marker_do_not_hide_the_query(tmp_path: Path) -> None:

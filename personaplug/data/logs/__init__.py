@@ -1,1 +1,1 @@
-"""Logs of apps as people export them: find what each column is, clean the rows, declare the task."""
+"""Logs of apps as people export them: find the meaning of each column, leave out unusable rows, declare the task."""

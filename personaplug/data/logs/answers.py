@@ -7,26 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from personaplug.data.event_copies import comparable
+from personaplug.data.logs.options import LogOptions
 from personaplug.data.numbers import number_or_none
 from personaplug.data.task import Task, TaskKind
+from personaplug.data.values import Flaw, as_text
 from personaplug.errors import ConfigError
 
 _MAX_LABELS = 50
 _MAX_RATINGS = 21  # 0 to 10 in half steps, or 0 to 20
 _MIN_ROWS_PER_LABEL = 5
 _MAX_LABEL_LENGTH = 40
-_MIN_NUMBERS = 0.95  # share of the answers that are numbers, if the answer is a rating
-_MAX_RARE = 0.002  # share of a number that may be a typing error
+_MIN_NUMBERS = 0.95  # share of numbers among the answers of a rating
+_MAX_RARE = 0.002  # share of a number that counts as a typing error
 
 
 @dataclass(frozen=True)
 class AnswerKind:
-    """What the answers of a column are.
+    """The kind of a column's answers.
 
     Attributes:
         labels: the closed set, or the steps of a rating; empty for texts.
-        reason: why, in words and numbers.
-        spellings: labels by what is equal to them but for capitals and blanks.
+        reason: of the decision, in words and numbers.
+        spellings: labels by their spelling without capitals and extra blanks.
     """
 
     kind: TaskKind
@@ -35,7 +37,7 @@ class AnswerKind:
     spellings: Mapping[str, str]
 
     def read(self, text: str) -> str | None:
-        """Return the answer that a value stands for; None if it is none of the labels."""
+        """Return the label that a value means, or a text as it is; None if no label fits."""
         if not self.labels:
             return text
         label = self.spellings.get(comparable(text))
@@ -44,27 +46,26 @@ class AnswerKind:
         return label
 
 
-def decide_answers(
-    texts: Sequence[str], *, column: str, kind: str | None = None, labels: Sequence[str] = ()
-) -> AnswerKind:
-    """Decide the kind of a column's answers; raise ConfigError if it cannot be told.
+def decide_answers(texts: Sequence[str], *, column: str, options: LogOptions) -> AnswerKind:
+    """Decide the kind of a column's answers by its values; `kind` and `labels` of the options override them.
 
-    Args:
-        kind, labels: instead of what the values show.
+    Raise ConfigError if the kind is unclear.
     """
-    counts = Counter(comparable(text) for text in texts)
+    counts, option = Counter(comparable(text) for text in texts), options.option
+    kind, labels = _checked(options.kind), _label_texts(options.labels)
     if labels:
         is_scale = all(number_or_none(label) is not None for label in labels) and len(labels) > 2
-        return _closed(_kind(kind) or ("rating" if is_scale else "label"), labels, f"{len(labels)} labels were given")
+        return _closed(kind or ("rating" if is_scale else "label"), labels, f"{len(labels)} labels were given")
     if kind in ("text", "chat"):
-        return AnswerKind(_kind(kind) or "text", (), f"--kind {kind}", {})
+        return AnswerKind(kind, (), option("kind", kind), {})
     if kind != "label" and (scale := _scale(texts)):
         step = "half steps" if any("." in label for label in scale) else "steps of 1"
         return _closed("rating", scale, f"numbers from {scale[0]} to {scale[-1]} in {step}")
     if kind == "rating":
         raise ConfigError(
             f"The column {column!r} is no rating: expected numbers of a scale with at most {_MAX_RATINGS} steps, found "
-            f"{len(counts):,} different values. Give another --answer, or each step by --label."
+            f"{len(counts):,} different values. Give another column by {option('answer')}, or the steps by "
+            f"{option('label')}."
         )
     if kind == "label" or _is_closed(counts, texts):
         if not 2 <= len(counts) <= 1000:
@@ -72,28 +73,38 @@ def decide_answers(
         return _closed("label", _spelled(texts), f"{len(counts):,} different short values")
     if _number_share(counts) > _MIN_NUMBERS:
         raise ConfigError(
-            f"The column {column!r} has {len(counts):,} different numbers, which are neither a scale of at most "
-            f"{_MAX_RATINGS} steps nor a text. Round them to a few steps, or give --kind text or another --answer."
+            f"The column {column!r} has {len(counts):,} different numbers. Expected a scale of at most {_MAX_RATINGS} "
+            f"steps, or texts. Round the numbers to a few steps, or give {option('kind', 'text')}, or another column "
+            f"by {option('answer')}."
         )
     repeated = len(texts) / max(len(counts), 1)
     if repeated >= _MIN_ROWS_PER_LABEL and max(map(len, counts), default=0) <= _MAX_LABEL_LENGTH:
         raise ConfigError(
             f"The column {column!r} has {len(counts):,} different short values, each in {repeated:.0f} rows on "
-            f"average. It cannot be told whether they are a closed set: give --kind label or --kind text."
+            f"average. They may be a closed set or texts: give {option('kind', 'label')} or {option('kind', 'text')}."
         )
     length = sum(map(len, texts)) / max(len(texts), 1)
     return AnswerKind("text", (), f"{len(counts):,} different texts of {length:.0f} characters on average", {})
 
 
 def labels_of(task: Task) -> AnswerKind:
-    """Return how answers of a task that is known are read."""
+    """Return the kind of a task's answers."""
     closed = _closed(task.kind, task.labels, f"the run's task {task.name}")
     return closed if task.labels else AnswerKind(task.kind, (), closed.reason, {})
 
 
-def _kind(name: str | None) -> TaskKind | None:
+def _checked(name: str | None) -> TaskKind | None:
     kinds: dict[str, TaskKind] = {"label": "label", "rating": "rating", "text": "text", "chat": "chat"}
+    if name is not None and name not in kinds:
+        raise ConfigError(f"The kind of the answers is one of {', '.join(kinds)}; found {name!r}.")
     return kinds[name] if name else None
+
+
+def _label_texts(labels: Sequence[object]) -> list[str]:
+    try:
+        return [as_text(label, "a label") for label in labels]
+    except Flaw as flaw:
+        raise ConfigError(f"The labels are wrong: {flaw}.") from None
 
 
 def _closed(kind: TaskKind, labels: Sequence[str], reason: str) -> AnswerKind:
@@ -114,7 +125,7 @@ def _number_share(counts: Counter[str]) -> float:
 
 
 def _scale(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return the steps of a scale of numbers, without gaps; empty if the texts are none. Two numbers are a choice."""
+    """Return the steps of a scale without gaps; empty if the texts are no scale. Two numbers are labels, no scale."""
     numbers = Counter(number for text in texts if (number := number_or_none(text)) is not None)
     if numbers.total() < _MIN_NUMBERS * len(texts):
         return ()

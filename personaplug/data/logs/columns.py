@@ -1,7 +1,7 @@
-"""Find what each column of a log is: the user, the question, the answer, the date, the id of the event.
+"""Find the meaning of each column of a log: the user, the question, the answer, the date, the id of the event.
 
-A name that people use for such a column decides; the values check it. What is neither named nor the only column of its
-kind is never guessed.
+A well-known name decides, and the values confirm it. A column without such a name is taken only if no other column can
+have its meaning.
 """
 
 from __future__ import annotations
@@ -25,18 +25,15 @@ from personaplug.data.logs.options import LogOptions
 from personaplug.data.numbers import number_or_none
 from personaplug.errors import ConfigError, nearest
 
-MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
-"""Values that programs write for a missing one, in small letters."""
-
 _MIN_DATES = 0.8  # share of a column's values that are dates
-_TEXT_LENGTH = 12  # characters on average, from which on values may be texts
+_MIN_TEXT_LENGTH = 12  # characters on average, if the values are texts
 _MAX_SHOWN = 30
 _ORDER = ("user", "date", "question", "answer", "id")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column and its values as texts, without missing ones."""
+    """A column and its values as texts, without the missing values."""
 
     name: str
     texts: Sequence[str] = field(repr=False)
@@ -63,7 +60,7 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        return self.mean_length >= _TEXT_LENGTH and not self.is_number
+        return self.mean_length >= _MIN_TEXT_LENGTH and not self.is_number
 
     def describe(self) -> str:
         """Name the column and count its values, without showing one."""
@@ -73,7 +70,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Role:
-    """What a column was taken for, and why."""
+    """The meaning of columns, and the reason for it."""
 
     role: str
     columns: tuple[str, ...]
@@ -82,7 +79,12 @@ class Role:
 
 @dataclass(frozen=True)
 class FoundColumns:
-    """The columns of a log by their meaning. `roles` has a line for each, `unused` the other columns."""
+    """The columns of a log by their meaning.
+
+    Attributes:
+        roles: the meanings in the order of a report.
+        unused: all other columns.
+    """
 
     user: str
     questions: tuple[str, ...]
@@ -101,11 +103,12 @@ def find_columns(
     fields: Sequence[str] = (),
     answer_field: str | None = None,
 ) -> FoundColumns:
-    """Find the meaning of each column; raise ConfigError if one cannot be told.
+    """Find the meaning of each column; raise ConfigError if one is unclear.
 
     Args:
-        fields, answer_field: of a task that is known: columns of these names are the questions and the answer.
+        fields, answer_field: of a run's task: columns of these names are the questions and the answer.
     """
+    check_named(columns, options)
     finder = _Finder({column.name: column for column in columns if column.texts or column.is_nested}, options)
     user = finder.user()
     date, dates = finder.date()
@@ -116,37 +119,42 @@ def find_columns(
     return FoundColumns(user, questions, answer, date, event, dates, tuple(roles), tuple(finder.free))
 
 
+def check_named(columns: Sequence[Column], options: LogOptions) -> None:
+    """Raise ConfigError unless the log has a column with values for each name in the options."""
+    names = [column.name for column in columns if column.texts or column.is_nested]
+    for name in options.named_columns:
+        if name not in names:
+            raise ConfigError(f"The log has no column {name!r} with values; {nearest(name, names)}")
+
+
 class _Finder:
-    """Takes one column after the other; `free` holds those that are left."""
+    """Finds one column after the other; `free` holds the columns without a meaning."""
 
     def __init__(self, columns: Mapping[str, Column], options: LogOptions) -> None:
         self.all, self.options, self.roles = columns, options, list[Role]()
-        for name in options.named_columns:
-            if name not in columns:
-                raise ConfigError(f"The log has no column {name!r} with values; {nearest(name, columns)}")
         self.free = {name: column for name, column in columns.items() if not column.is_nested}
 
     def user(self) -> str:
-        name, reason = self.options.user, "--user"
+        name, reason = self.options.user, self.options.option("user")
         if name is None:
             name, reason = self._by_name(USER_NAMES, role="user")
         column = self.all[name]
         if column.distinct == len(column.texts):
             raise ConfigError(
                 f"The column {name!r} was taken for the user, but no user has two rows, so no row has a history. Give "
-                f"another column by --user. {self._listed()}"
+                f"another column by {self.options.option('user')}. {self._listed()}"
             )
         return self._take("user", name, f"{reason}; {len(set(map(str.strip, column.texts))):,} different ones")
 
     def date(self) -> tuple[str | None, DateColumn | None]:
         options = self.options
         if options.no_date:
-            self.roles.append(Role("date", (), "--no-date: the rows count as in order of time"))
+            self.roles.append(Role("date", (), f"{options.option('no-date')}: the rows count as in time order"))
             return None, None
         if options.date:
-            found = learn_dates(self.all[options.date].texts, formats=options.date_formats)
-            self._check_dates(options.date, found)
-            return self._take("date", options.date, f"--date; {found.describe()}"), found
+            dates = learn_dates(self.all[options.date].texts, formats=options.date_formats)
+            self._check_dates(options.date, dates)
+            return self._take("date", options.date, f"{options.option('date')}; {dates.describe()}"), dates
         reserved = {*options.named_columns}
         learned = {
             name: learn_dates(column.texts, formats=options.date_formats)
@@ -155,21 +163,21 @@ class _Finder:
         }
         named = {name for name in learned if _rank(self.free[name].key, DATE_NAMES) is not None}
         readable = {
-            name for name, found in learned.items()
-            if found.readable >= _MIN_DATES and (name in named or not found.is_numeric)
+            name for name, dates in learned.items()
+            if dates.readable >= _MIN_DATES and (name in named or not dates.is_numeric)
         }  # fmt: skip
         for name in sorted(named - readable) if not readable else ():
             if not self.free[name].is_text:
                 self._check_dates(name, learned[name])
         if not readable:
-            self.roles.append(Role("date", (), "no column holds dates: the rows count as in order of time"))
+            self.roles.append(Role("date", (), "no column holds dates: the rows count as in time order"))
             return None, None
         name = self._choose(sorted(readable), DATE_NAMES, role="date")
         return self._take("date", name, learned[name].describe()), learned[name]
 
     def id(self) -> str | None:
         if self.options.id:
-            return self._take("id", self.options.id, "--id")
+            return self._take("id", self.options.id, self.options.option("id"))
         reserved = {*self.options.named_columns}
         named = [name for name in self.free if name not in reserved and self.free[name].key in ID_NAMES]
         named.sort(key=lambda name: ID_NAMES.index(self.free[name].key))
@@ -181,7 +189,7 @@ class _Finder:
 
     def answer(self, field: str | None) -> str:
         if self.options.answer:
-            return self._take("answer", self.options.answer, "--answer")
+            return self._take("answer", self.options.answer, self.options.option("answer"))
         if field in self.free:
             return self._take("answer", field, "the run's task has this field")
         free = self._free_except(self.options.questions)
@@ -195,14 +203,15 @@ class _Finder:
 
     def questions(self, fields: Sequence[str]) -> tuple[str, ...]:
         if self.options.questions:
-            return self._take_questions(self.options.questions, "--question")
+            return self._take_questions(self.options.questions, self.options.option("question"))
         if fields and all(name in self.free for name in fields):
             return self._take_questions(fields, "the run's task has these fields")
         named = [name for name, column in self.free.items() if _rank(column.key, QUESTION_NAMES) is not None]
         if named:
             name, reason = self._by_name(QUESTION_NAMES, role="question")
             others = [other for other in self.free if other != name and self.free[other].is_text]
-            more = f"; {self._quoted(others)} may be given too (--question for each)" if others else ""
+            option = self.options.option("question")
+            more = f"; {self._quoted(others)} may be given too ({option} for each)" if others else ""
             return self._take_questions([name], reason + more)
         texts = [name for name, column in self.free.items() if column.is_text]
         if len(texts) == 1 or len(self.free) == 1:
@@ -224,42 +233,45 @@ class _Finder:
         return {name: column for name, column in self.free.items() if name not in names}
 
     def _by_name(
-        self, known: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
+        self, common: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
     ) -> tuple[str, str]:
         columns = self._free_except(self.options.named_columns) if among is None else among
-        names = [name for name, column in columns.items() if _rank(column.key, known) is not None]
+        names = [name for name, column in columns.items() if _rank(column.key, common) is not None]
         if not names:
             raise self._unclear(role)
-        chosen = self._choose(names, known, role=role)
+        chosen = self._choose(names, common, role=role)
         others = [name for name in names if name != chosen and role != "question"]
-        also = f", not {self._quoted(others)} (--{role} gives another)" if others else ""
+        also = f", not {self._quoted(others)} ({self.options.option(role)} gives another)" if others else ""
         return chosen, f"by its name{also}"
 
-    def _choose(self, names: Sequence[str], known: Sequence[str], *, role: str) -> str:
-        """Return the column with the earliest known name; refuse if two are alike."""
-        places = {name: _rank(self.free[name].key, known) for name in names}
-        ranks = {name: 2 * len(known) if place is None else place for name, place in places.items()}
+    def _choose(self, names: Sequence[str], common: Sequence[str], *, role: str) -> str:
+        """Return the column with the earliest common name; refuse a tie."""
+        places = {name: _rank(self.free[name].key, common) for name in names}
+        ranks = {name: 2 * len(common) if place is None else place for name, place in places.items()}
         ranked = sorted(names, key=ranks.__getitem__)
         if len(ranked) > 1 and ranks[ranked[0]] == ranks[ranked[1]]:
             raise self._unclear(role, names)
         return ranked[0]
 
-    def _check_dates(self, name: str, found: DateColumn) -> None:
-        if found.unclear:
+    def _check_dates(self, name: str, dates: DateColumn) -> None:
+        option = self.options.option
+        if dates.unclear:
             raise ConfigError(
-                f"The column {name!r} has dates of the form {found.unclear}, and its values do not tell whether the "
-                f"day or the month comes first. Give --date-format, such as %d/%m/%Y or %m/%d/%Y."
+                f"The column {name!r} has dates of the form {dates.unclear}, and no value shows whether the day or "
+                f"the month comes first. Give {option('date-format')}, such as %d/%m/%Y or %m/%d/%Y."
             )
-        if found.readable < _MIN_DATES:
+        if dates.readable < _MIN_DATES:
             raise ConfigError(
-                f"Of the column {name!r}, {found.readable:.0%} of the values are dates. Give their format by "
-                f"--date-format (it may be repeated), another column by --date, or --no-date if the rows are in order."
+                f"Of the column {name!r}, {dates.readable:.0%} of the values are dates. Give their format by "
+                f"{option('date-format')}, another column by {option('date')}, or {option('no-date')} if the rows are "
+                f"in time order."
             )
 
     def _unclear(self, role: str, names: Sequence[str] = ()) -> ConfigError:
         listed = f" It may be {self._quoted(names)}." if names else ""
         return ConfigError(
-            f"Which column is the {role} cannot be told.{listed} Give it by --{role} COLUMN. {self._listed()}"
+            f"It is unclear which column is the {role}.{listed} Give it by {self.options.option(role, 'COLUMN')}. "
+            f"{self._listed()}"
         )
 
     def _listed(self) -> str:
@@ -270,13 +282,13 @@ class _Finder:
         return ", ".join(repr(short_id(name)) for name in names)
 
 
-def _rank(key: str, known: Sequence[str]) -> int | None:
-    """Return the place of a name among known ones; behind all, names of which they are a part: `star_rating_2`."""
-    if key in known:
-        return known.index(key)
+def _rank(key: str, common: Sequence[str]) -> int | None:
+    """Return the place of a name among common names. A name that contains one, `star_rating_2`, comes after all."""
+    if key in common:
+        return common.index(key)
     words = key.split("_")
-    places = [known.index(word) for word in words if word in known]
-    return len(known) + min(places) if places else None
+    places = [common.index(word) for word in words if word in common]
+    return len(common) + min(places) if places else None
 
 
 def _has_any(key: str, words: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Read the dates of a column whose forms are mixed: learn from all values whether the day or the month comes first.
+"""Read the dates of a column in mixed forms: learn from all values whether the day or the month comes first.
 
-A date such as 05/01/2024 does not tell, but 25/01/2024 in the same column does. Points are an exception: no country
-writes the month first before a point.
+05/01/2024 is ambiguous, but 25/01/2024 in the same column settles the order. Points need no such date, because no
+country writes the month first before a point.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from personaplug.data.dates import as_datetime, check_date_format, shape_of
 from personaplug.data.values import Flaw
 
 _MAX_LENGTH = 64
-_MAX_CONTRADICTIONS = 0.02  # of the dates that tell the order; they are unreadable
+_MAX_CONTRADICTIONS = 0.02  # share of the unambiguous dates with the rarer order; they stay unreadable
 _MAX_SHOWN_FORMS = 4
 _CLOCK = (
     r"(?:(?:,? +|T)(\d{1,2})[:.](\d\d)(?:[:.](\d\d(?:\.\d+)?))?(?: ?([ap])\.?m\.?)?(?: *(Z|UTC|GMT|[+-]\d\d:?\d\d))?)?"
@@ -35,8 +35,8 @@ class DateForms:
     """How the dates of a column are read.
 
     Attributes:
-        formats: formats of `strptime` that the caller gave; they are tried first.
-        day_first: by separator, whether the day comes before the month. Separators of an unknown order are missing.
+        formats: formats of `strptime`, which are tried first.
+        day_first: by separator, True if the day comes before the month. A separator of unknown order is missing.
     """
 
     formats: tuple[str, ...]
@@ -76,12 +76,12 @@ class DateForms:
 
 @dataclass(frozen=True)
 class DateColumn:
-    """What the values of a column say of its dates.
+    """The dates of a column.
 
     Attributes:
-        readable: the share of the values that are dates.
+        readable: the share of dates among the values.
         shapes: forms of readable values, most frequent first.
-        unclear: the form of a value that has the day and the month in an unknown order; "" if there is none.
+        unclear: the form of a value whose order of day and month is unknown; "" if no value is ambiguous.
         is_numeric: True if all readable values are numbers, such as epoch times or years.
     """
 
@@ -113,21 +113,21 @@ def learn_dates(texts: Sequence[str], *, formats: Sequence[str] = ()) -> DateCol
 
 
 def _shape(text: str) -> str:
-    """The form of a date, in which one digit and two are the same."""
+    """Return the form of a date. One digit and two digits have the same form."""
     return re.sub(r"(?<!9)9(?!9)", "99", shape_of(" ".join(text.split())))
 
 
 def _orders(texts: Iterable[str]) -> dict[str, bool]:
-    """Return for each separator whether the day comes first, if the values tell."""
-    found: dict[str, Counter[bool]] = {}
+    """Return by separator whether the day comes first, if unambiguous dates show the order."""
+    counts: dict[str, Counter[bool]] = {}
     for text in texts:
         if match := _NUMBERS.fullmatch(text.strip()):
             first, second = int(match[1]), int(match[3])
-            evidence = found.setdefault(match[2], Counter())
+            evidence = counts.setdefault(match[2], Counter())
             if (first > 12) != (second > 12):
                 evidence[first > 12] += 1
     orders = {}
-    for separator, evidence in found.items():
+    for separator, evidence in counts.items():
         rarer = min(evidence[True], evidence[False])
         if evidence.total() and rarer <= _MAX_CONTRADICTIONS * evidence.total():
             orders[separator] = evidence[True] > evidence[False]

@@ -33,15 +33,15 @@ def declare(
 ) -> Declaration:
     """Declare the task of a log.
 
-    A column of requests with answers in texts is a chat: the request itself is the prompt. Any other task gets a
-    wording that ends with the fields, so that the first field's name is the marker of the query.
+    In a chat, the request itself is the prompt. Any other task gets a wording that ends with the fields, so the first
+    field's name is the marker of the query.
 
     Args:
         questions, answer: columns.
-        prompt: a wording instead of that of the kind.
+        prompt: a wording in place of the default one.
     """
-    if answers.kind == "chat" or (answers.kind == "text" and _is_request(questions) and not prompt):
-        field, answer_field = CHAT.item_fields
+    if answers.kind == "chat":
+        field, _ = CHAT.item_fields
         task = parse_task({"name": name, "kind": "chat"})
         return Declaration(task, {field: questions[0]}, prompt or f"{{{field}}}")
     fields = {field_name(column): column for column in questions}
@@ -62,35 +62,36 @@ def declare(
 
 
 def declare_for(task: Task, *, questions: Sequence[str]) -> Declaration:
-    """Return the declaration of a task that is known, for the columns that were found.
+    """Declare a run's task for the columns of a log.
 
-    The prompt holds the query alone: it serves to read histories, not to ask.
+    The prompt holds the query alone, because it serves to read histories, not to ask.
     """
     names = [name for name in task.field_names if name != task.answer_field]
     if task.answer_field is None or task.query_pattern or len(names) != len(questions):
         raise ConfigError(
             f"Items of {task.name} have the fields {', '.join(task.field_names)}, and the log gives "
-            f"{len(questions)} columns for them. Name a column for each field by --question, in this order; or make "
-            f"items of another form in Python, and give their data folder by --data."
+            f"{len(questions)} columns for them. Name a column for each field by --question, in this order. For items "
+            f"of another form, write a data folder in Python and give it by --data."
         )
     prompt = f"{as_literal(task.query_after)}{{{names[0]}}}"
     return Declaration(task, dict(zip(names, questions, strict=True)), prompt)
 
 
 def field_name(column: str) -> str:
-    """Return the name of an item's field for a column: placeholders have no braces, colons and brackets."""
+    """Return the name of an item's field for a column, without characters that placeholders cannot hold."""
     name = " ".join(re.sub(r"[{}\[\]:!.]", " ", column).split()) or "field"
     return f"{name} column" if name in _RESERVED else name
 
 
-def _is_request(questions: Sequence[str]) -> bool:
+def is_request(questions: Sequence[str]) -> bool:
+    """Return True if one column holds requests, as its name says."""
     return len(questions) == 1 and bool(_REQUESTS & set(re.findall(r"[^\W_]+", questions[0].casefold())))
 
 
 def _wording(fields: Sequence[str], answer: str, answers: AnswerKind) -> str:
     shown = " ".join(f"{field}: {{{field}}}" for field in fields)
     opening = _request(answer, answers)
-    if f"{fields[0]}: " in opening:  # the marker of the query, which the first occurrence in a prompt decides
+    if f"{fields[0]}: " in opening:  # the query starts after the first occurrence of this marker
         opening = _request(answer, answers, is_listed=False)
     return f"{opening} {shown}"
 
@@ -108,7 +109,7 @@ def _request(answer: str, answers: AnswerKind, *, is_listed: bool = True) -> str
 
 
 def _marker(prompt: str) -> str:
-    """Return the text right before the first placeholder, from its last sentence on if that stands there alone."""
+    """Return the last sentence before the first placeholder, or the whole text before it if that sentence recurs."""
     before = re.split(r"(?<!\{)\{(?!\{)", prompt, maxsplit=1)[0].replace("{{", "{").replace("}}", "}")
     sentence = re.split(r"[.?!\n]", before)[-1].lstrip()
     return sentence if sentence.strip() and before.count(sentence) == 1 else before

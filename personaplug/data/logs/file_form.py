@@ -13,12 +13,14 @@ from pathlib import Path
 from personaplug.data.dates import as_datetime
 from personaplug.data.delimited_files import DELIMITERS
 from personaplug.data.json_stream import open_plain, text_lines
+from personaplug.data.logs.options import LogOptions
 from personaplug.data.numbers import number_or_none
 from personaplug.data.values import Flaw
 from personaplug.errors import ConfigError, MissingData
 
 _CHUNK = 1 << 20
-_LINES = 400  # that tell the delimiter
+_LINES = 400  # enough to find the delimiter
+_IN_PYTHON = "In Python, you can read the file with pandas and give the DataFrame."
 _MAX_NAME = 100  # characters of a column's name
 _MAX_HIGH_SHARE = 0.25  # of the letters of a text in a Western European language that are not ASCII
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -43,27 +45,25 @@ class FileForm:
     reason: str
 
 
-def find_form(
-    path: Path, *, encoding: str | None = None, delimiter: str | None = None, named: Sequence[str] = ()
-) -> FileForm:
-    """Find the form of a file; raise ConfigError if it cannot be told.
+def find_form(path: Path, options: LogOptions) -> FileForm:
+    """Find the form of a file; raise ConfigError if it is unclear.
 
-    Args:
-        encoding, delimiter: instead of what the file shows.
-        named: columns that the caller names. If all are numbers, the file has no header.
+    If the named columns are all numbers, the file has no header.
     """
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
-    encoding, words = (_known(encoding), f"encoding {encoding}") if encoding else _find_encoding(path)
+    given, delimiter = options.encoding, options.delimiter
+    encoding, words = (_codec(given), f"encoding {given}") if given else _find_encoding(path)
     lines = list(islice(_lines(path, encoding), _LINES))
     if not lines:
         raise MissingData(f"{path} holds no rows.")
     chosen = _DELIMITER_NAMES.get(delimiter, delimiter) if delimiter else _find_delimiter(path, lines)
     header = _rows(lines[:1], chosen)[0]
-    return FileForm(encoding, chosen, _columns(path, header, named), f"{words}, split at {chosen!r}")
+    columns = _columns(path, header, options.named_columns)
+    return FileForm(encoding, chosen, columns, f"{words}, split at {chosen!r}")
 
 
-def _known(encoding: str) -> str:
+def _codec(encoding: str) -> str:
     try:
         return codecs.lookup(encoding).name
     except LookupError:
@@ -73,7 +73,7 @@ def _known(encoding: str) -> str:
 
 
 def _find_encoding(path: Path) -> tuple[str | None, str]:
-    """Return an encoding and the words for it. UTF-8 and UTF-16 can be told; of other encodings, some are likely."""
+    """Return an encoding and its description. UTF-8 and UTF-16 are certain; Windows-1252 is a guess by its letters."""
     valid = broken = letters = 0
     has_unassigned = False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -93,13 +93,13 @@ def _find_encoding(path: Path) -> tuple[str | None, str]:
     if not broken:
         return None, "UTF-8"
     if valid >= broken:
-        return None, f"UTF-8, with {broken:,} bytes that are none"
+        return None, f"UTF-8, with {broken:,} other bytes"
     if has_unassigned or broken > _MAX_HIGH_SHARE * (letters + broken):
         raise ConfigError(
-            f"{path} is no UTF-8, and which other encoding it has cannot be told. Give it by --encoding, such as "
-            f"windows-1251 or shift_jis."
+            f"{path} is not UTF-8, and its encoding is unclear. Give it by --encoding, such as windows-1251 or "
+            f"shift_jis. {_IN_PYTHON}"
         )
-    return "cp1252", "Windows-1252 (it is no UTF-8; --encoding gives another)"
+    return "cp1252", "Windows-1252 (it is not UTF-8; --encoding gives another)"
 
 
 def _without_mark(path: Path, chunk: bytes) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def _without_mark(path: Path, chunk: bytes) -> tuple[str, str]:
     if max(even, odd) > len(chunk) // 4 and min(even, odd) < max(even, odd) // 10:
         name = "utf-16-be" if even > odd else "utf-16-le"
         return name, f"{name.upper()} without a mark"
-    raise ConfigError(f"{path} holds zero bytes, so it is no text. Export it as CSV, or give --encoding.")
+    raise ConfigError(f"{path} holds zero bytes, so it is no text. Export it as CSV, or give --encoding. {_IN_PYTHON}")
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[str]:
@@ -127,7 +127,7 @@ def _rows(lines: Sequence[str], delimiter: str) -> list[list[str]]:
 
 
 def _find_delimiter(path: Path, lines: Sequence[str]) -> str:
-    """Return the delimiter that splits most rows into as many values as the header, of several the one with most."""
+    """Return the delimiter that splits most rows into as many values as the header; of equals, into most values."""
     best, chosen = (0.0, 1), ""
     for delimiter in DELIMITERS:
         header, *rows = _rows(lines, delimiter)
@@ -137,7 +137,7 @@ def _find_delimiter(path: Path, lines: Sequence[str]) -> str:
     if not chosen:
         raise ConfigError(
             f"{path}: no delimiter of {', '.join(map(repr, DELIMITERS))} splits its first line into columns. The "
-            f"first line should hold their names. Give another delimiter by --delimiter."
+            f"first line should hold their names. Give another delimiter by --delimiter. {_IN_PYTHON}"
         )
     return chosen
 
@@ -149,13 +149,14 @@ def _columns(path: Path, header: Sequence[str], named: Sequence[str]) -> tuple[s
     if any(map(_is_value, names)):
         raise ConfigError(
             f"{path}: its first line has {len(names)} values, and some are numbers, dates or long texts, so they are "
-            f"no names of columns. If the file has no header, name the columns by their numbers: --user 1 --answer 3."
+            f"no names of columns. If the file has no header, name the columns by their numbers: --user 1 --answer 3, "
+            f"or user='1', answer='3' in Python."
         )
     return tuple(name for name in names if name and names.count(name) == 1)
 
 
 def _is_value(name: str) -> bool:
-    """True for what stands in a row rather than in a header."""
+    """Return True for a value that belongs to a row, not to a header."""
     if len(name) > _MAX_NAME or number_or_none(name) is not None:
         return True
     try:

@@ -1,22 +1,25 @@
-"""What a caller says of a log instead of leaving it to be found."""
+"""Options for reading a log."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+_ARGUMENTS = {"label": "labels=", "no-date": "date=None"}
+
 
 @dataclass(frozen=True)
 class LogOptions:
-    """Each option that is given replaces what the log itself shows.
+    """Options for reading a log. Each one replaces what the log itself shows.
 
     Attributes:
         questions: columns of what was asked, in the order of the prompt.
-        date_formats: formats of `strptime`, tried before the forms that are known.
-        no_date: the rows are in order of time, whatever dates they have.
+        date_formats: formats of `strptime`; they are tried before the known forms.
+        no_date: the rows are in time order, whatever dates they have.
         kind: label, rating, text or chat.
         labels: the closed set of answers.
         prompt: the wording, with the names of `questions` in braces.
         name: of the task.
+        in_python: messages name the arguments of `Plug.train`, not the options of a command.
     """
 
     user: str | None = None
@@ -29,10 +32,18 @@ class LogOptions:
     encoding: str | None = None
     delimiter: str | None = None
     kind: str | None = None
-    labels: tuple[str, ...] = ()
+    labels: tuple[object, ...] = ()
     prompt: str | None = None
     name: str | None = None
+    in_python: bool = False
 
     @property
     def named_columns(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.user, *self.questions, self.answer, self.date, self.id)))
+
+    def option(self, name: str, value: str = "") -> str:
+        """Return an option as its caller writes it: `--date-format` in a command, `date_format=` in Python."""
+        if not self.in_python:
+            return f"--{name} {value}".rstrip()
+        argument = _ARGUMENTS.get(name, f"{name.replace('-', '_')}=")
+        return f"{argument}{value!r}" if value else argument

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
+from personaplug.data.event_log import EventLogReader
 from personaplug.data.ids import short_id
 from personaplug.data.lamp_writer import check_new, write_lamp
 from personaplug.data.logs.log import Log
+from personaplug.data.splits import Split, split_by_user
 from personaplug.data.task import ReadReport
-from personaplug.infra.atomic_io import atomic_folder
+from personaplug.errors import ConfigError, RunConflict
+from personaplug.infra.atomic_io import atomic_folder, storage_errors
 
 MAX_SAMPLES_PER_USER = 4
-"""Train samples of a user: each holds the user's history until then, so many of them make large files."""
+"""Train samples of a user. Each holds the user's history until then, so more samples make much larger files."""
+
+HISTORIES = "histories"
+"""The split of a data set that holds the whole history of each user."""
 
 _MANY_DROPPED = 0.1
 _MAX_UNUSED = 10
+_MIN_USERS = 4
+_MIN_DEV_USERS = 2  # a control shows each user the history of another
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,36 @@ def write_log(log: Log, folder: Path, *, samples_per_user: int = MAX_SAMPLES_PER
     return WrittenLog(readers["train"].report, readers["dev"].report)
 
 
+def write_user_split(log: Log, reader: EventLogReader, folder: Path, *, dev_share: float) -> Split:
+    """Write train and dev, which share no user, and the histories of all users; or check an earlier call's files.
+
+    Raises:
+        ConfigError: if too few users have a question.
+        RunConflict: if the folder holds other data.
+    """
+    with storage_errors(folder), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        draft = Path(place, "draft")
+        users = len({sample.owner for sample in reader})
+        if users < _MIN_USERS:
+            raise ConfigError(
+                f"Expected {_MIN_USERS} or more users with a question and an earlier row, to train and to evaluate on; "
+                f"found {users} in {log.name}."
+            )
+        parts = split_by_user(reader, draft, share=max(dev_share, _MIN_DEV_USERS / users))
+        write_lamp(reader.history_samples(), draft, HISTORIES, task=log.task)
+        if not folder.exists():
+            draft.rename(folder)
+        elif not _holds_same_files(draft, folder):
+            raise RunConflict(f"{folder} holds data of other rows. Give the same rows, or choose another `out`.")
+    return parts
+
+
 def describe_columns(log: Log) -> Iterator[str]:
-    """Yield a line for each file and each column: what it was taken for, and why."""
+    """Yield a line for each file and each column with its meaning and the reason for it."""
     yield from log.report.files
     for role in log.found.roles:
         names = ", ".join(repr(short_id(name)) for name in role.columns) or "none"
-        if role.role == "id" and log.mapping.id is None:
+        if role.role == "id" and log.event_id is None:
             yield f"  {'id':<9}{names}: not used, because rows with other contents have the same id or none"
             continue
         more = f"; {log.answers.kind}: {log.answers.reason}" if role.role == "answer" else ""
@@ -58,14 +92,14 @@ def describe_columns(log: Log) -> Iterator[str]:
 
 
 def describe_task(log: Log) -> str:
-    """Describe the task and its wording in a line."""
+    """Return a line about the task and its wording."""
     task = log.task
     closed = f" with {len(task.labels)} labels" if task.labels else ""
-    return f"task {task.name}: {task.kind}{closed}; the prompt is {log.declaration.prompt!r}"
+    return f"task {task.name}: {task.kind}{closed}; the prompt is {log.form.mapping.prompt!r}"
 
 
 def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
-    """Yield lines about the rows that were read, kept and dropped, and about the users."""
+    """Yield lines about the rows, the dropped rows and the users."""
     report, sizes = log.report, read.rows_of_users
     losses = [f"{count:,} {reason}" for reason, count in report.dropped.most_common()]
     losses += [f"{read.copies:,} copies of earlier rows"] if read.copies else []
@@ -78,3 +112,8 @@ def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
         yield f"warning: {report.dropped.total() / report.rows:.0%} of the rows cannot be used; see the reasons above"
     if sizes:
         yield f"{len(sizes):,} users; rows of a user: median {median(sizes):g}, from {min(sizes):,} to {max(sizes):,}"
+
+
+def _holds_same_files(one: Path, other: Path) -> bool:
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    return names[0] == names[1] and not any(filecmp.cmpfiles(one, other, names[0], shallow=False)[1:])

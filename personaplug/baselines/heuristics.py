@@ -34,7 +34,8 @@ class _UserLabel(Baseline):
         super().check(task)
         if task.answer_field is None:
             raise ConfigError(
-                f"{self.name} needs the answers in a history, and the items of {task.name} hold none (answer_field)."
+                f"{self.name} needs history items with answers; task {task.name} declares no answer_field. Leave "
+                f"out this row."
             )
 
     def fit(self, task: Task, train: Sequence[Sample]) -> FittedUserLabel:
@@ -70,8 +71,8 @@ class UserRating(_UserLabel):
     def check(self, task: Task) -> None:
         if task.kind == "label":
             raise ConfigError(
-                f"{self.name} needs labels that are numbers (kind rating); those of {task.name} are none. "
-                f"user-majority takes any labels."
+                f"{self.name} needs a task of kind rating, whose labels are numbers; task {task.name} is of kind "
+                f"label. Use user-majority."
             )
         super().check(task)
 
@@ -102,7 +103,9 @@ class _WordsOfSample(Baseline):
 
     def check(self, task: Task) -> None:
         if task.labels:
-            raise ConfigError(f"{self.name} predicts words, which are no label of {task.name}; it is for free text.")
+            raise ConfigError(
+                f"{self.name} needs a task with free text; task {task.name} has labels. Leave out this row."
+            )
 
     def fit(self, task: Task, train: Sequence[Sample]) -> Self:
         return self

@@ -128,8 +128,9 @@ class LoraAdapters:
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
-                f"The adapter has {len(parameters)} matrices; of the {len(state)} given, {len(fitting)} fit by name "
-                f"and shape. They belong to another model, lora_rank or lora_targets: train them for this one."
+                f"The adapter needs {len(parameters)} matrices; {len(fitting)} of the {len(state)} given ones fit by "
+                f"name and shape. They belong to another model, lora_rank or lora_targets. Train the adapter for this "
+                f"model."
             )
         for path, value in parameters.items():
             value.copy_(state[path])
@@ -168,9 +169,9 @@ def _checked_name(name: str) -> str:
 def _transformers_model(llm: LanguageModel) -> nn.Module:
     model = getattr(llm, "model", None)
     if not isinstance(model, nn.Module):
-        raise UserError(f"LoRA needs a language model of transformers; found {type(llm).__name__}.")
+        raise UserError(f"LoRA needs a transformers language model; found {type(llm).__name__}.")
     if hasattr(model, "peft_config"):
-        raise UserError("The model has LoRA adapters already. Detach those before attaching others.")
+        raise UserError("The model already has LoRA adapters. Detach them before you attach others.")
     return model
 
 
@@ -184,20 +185,20 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def _target_layers(model: nn.Module, targets: str, *, peft: Any) -> dict[str, nn.Module]:
     layers = _linear_layers(model)
     layer_names = sorted({path.rpartition(".")[2] for path in layers})
-    hint = f"its linear layers are {', '.join(layer_names)}. Name one or more of them."
+    hint = f"the model's linear layers are {', '.join(layer_names)}. Name one or more of them."
     names: str | list[str] | None = [name.strip() for name in targets.split(",") if name.strip()]
     if names == ["auto"]:
         kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
         names = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
         if names is None:
-            raise ConfigError(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {hint}")
+            raise ConfigError(f"lora_targets=auto: PEFT has no default layers for models of type {kind!r}; {hint}")
     if not names:
         raise ConfigError(f"lora_targets names no layer; {hint}")
     # PEFT's choice is a list of names, or one pattern of whole paths.
     patterns = {names: names} if isinstance(names, str) else {name: rf"(.*\.)?{re.escape(name)}" for name in names}
     for name, pattern in patterns.items():
         if not any(re.fullmatch(pattern, path) for path in layers):
-            raise ConfigError(f"lora_targets names {name!r}, which is no linear layer of this model; {hint}")
+            raise ConfigError(f"lora_targets names {name!r}, which is not a linear layer of the model; {hint}")
     return {path: layer for path, layer in layers.items() if any(re.fullmatch(p, path) for p in patterns.values())}
 
 

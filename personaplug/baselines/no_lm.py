@@ -29,8 +29,8 @@ class Baseline(ABC):
         """Raise `ConfigError` if a task lacks what the baseline needs: by default, labels."""
         if not task.labels:
             raise ConfigError(
-                f"{self.name} predicts one of a task's labels, and {task.name} has none: it writes free text. For that "
-                f"there are copy, copy:10 and user-words."
+                f"{self.name} needs a task with labels; task {task.name} has none. For free text, use copy, copy:10 or "
+                f"user-words."
             )
 
     @abstractmethod

@@ -48,15 +48,15 @@ class Regression(Baseline):
         label_set = LabelSet(task.labels)
         train = [sample for sample in train if label_set.index(sample.target) >= 0]
         if not train:
-            raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
+            raise MissingData("No training sample has an answer among the task's labels, so there is nothing to fit.")
         if task.kind == "label":
             finder = OptionFinder([sample.prompt for sample in train], task.labels)
             if finder.everywhere:
                 return OptionModel(label_set, finder, train, part=self.part)
         if self.part != "text" and task.answer_field is None:
             raise ConfigError(
-                f"{self.name} uses the answers in a history, and the items of {task.name} hold none (answer_field); "
-                f"classical:text does without."
+                f"{self.name} needs history items with answers; task {task.name} declares no answer_field. Use "
+                f"classical:text."
             )
         return (RatingModel if task.kind == "rating" else LabelModel)(label_set, train, part=self.part)
 
@@ -203,7 +203,10 @@ def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[s
     """Return the ridge's strength with the least squared error on users that it was not fitted on; rows are (n, F)."""
     users = len(set(owners))
     if users < 2:
-        raise ConfigError(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")
+        raise ConfigError(
+            f"classical needs training samples of 2 or more users, because it cross-validates its ridge regression "
+            f"over users; found {users}."
+        )
     folds = list(GroupKFold(n_splits=min(_FOLDS, users)).split(rows, targets, groups=list(owners)))
 
     def error(strength: float) -> float:

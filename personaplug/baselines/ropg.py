@@ -63,7 +63,9 @@ class RopgRetriever(nn.Module):
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
         """Load trained weights, or raise `MissingData` (`DamagedFile` if the file is damaged)."""
         if not (folder / _WEIGHTS).exists():
-            raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
+            raise MissingData(
+                f"{folder} has no trained retriever. Train one with `personaplug train --methods ropg:4`."
+            )
         retriever = cls(width)
         remedy = f"Restore it, or delete {folder} and train the retriever again."
         weights = load_tensors(folder / _WEIGHTS, remedy=remedy, shapes=shapes_of(retriever))

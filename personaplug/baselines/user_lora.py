@@ -60,7 +60,7 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
         pairs = [(head + content, _allowed_answer(task, item)) for item in items if (content := _content(item))]
     else:
         raise ConfigError(
-            "The prompt must end with its query, which the user's items replace; it does not. Give the prompt and "
+            "The prompt must end with its query, because the user's items replace the query. Give the prompt and the "
             "query of one sample, as its reader returns them."
         )
     return [pair for pair in pairs if pair[1]]
@@ -79,13 +79,13 @@ def user_lora_caveat(task: Task) -> str | None:
     """Return what a report must say beside the row `lora-per-user` of this task, or None."""
     if not has_history_pairs(task):
         return (
-            f"lora-per-user: items of {task.name} are not questions with answers, so users' adapters learn how they "
-            f"write and not the task that is tested."
+            f"lora-per-user: items of {task.name} are not questions with answers, so a user's adapter learns how the "
+            f"user writes, not the tested task."
         )
     if not task.query_after:
         return (
             f"lora-per-user: {task.name} does not declare where a query starts, so users' adapters learn from items "
-            f"without the wording that is tested."
+            f"without the wording of the tested prompts."
         )
     return None
 
@@ -185,8 +185,8 @@ def _train(
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"A user's LoRA adapter: in step {step} the loss is {loss.item()} and the gradient {norm}. "
-                f"Use a lower lora_learning_rate (it is {config.lora_learning_rate:g}) or dtype=float32."
+                f"A user's LoRA adapter diverged in step {step}: loss {loss.item()}, gradient norm {norm}. "
+                f"Use a lower lora_learning_rate (now {config.lora_learning_rate:g}) or dtype=float32."
             )
         optimizer.step()
     optimizer.zero_grad()

@@ -113,7 +113,9 @@ class EvalContext:
             RunConflict: if the run was trained on other data.
         """
         if self.train is None:
-            raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
+            raise MissingData(
+                "Rows without a language model need the training split, because they are fitted on it; none was given."
+            )
         samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
         if self.run.knows_its_data:
             rows = encoded(samples, self.embeddings, plug=self.run.config.plug, labels=self.run.item_labels)

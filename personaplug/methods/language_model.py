@@ -140,7 +140,7 @@ class LanguageModelMethod(Method):
 
     def remark(self, task: Task) -> str | None:
         if self.info.history == SHUFFLED and self.info.control_of == "plug":
-            return "shuffled equals plug here: the plug takes no notice of the items' order."
+            return "shuffled equals plug here, because the plug ignores the order of the items."
         return super().remark(task)
 
     @property

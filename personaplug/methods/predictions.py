@@ -248,7 +248,7 @@ def load_predictions(path: Path, *, key: Sequence[Any]) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        values = read_json(path, remedy="The predictions are made again.")
+        values = read_json(path, remedy="The samples are predicted again.")
         return Predictions(**values) if values.pop("key", None) == _hash(key) else None
     except (DamagedFile, TypeError) as error:
         logger.warning("%s", error)

@@ -78,7 +78,9 @@ def parse_methods(text: str) -> list[Method]:
     """
     methods = [find_method(name.strip()) for name in text.split(",") if name.strip()]
     if not methods or len({method.name for method in methods}) < len(methods):
-        raise ConfigError(f"Rows are different names, comma-separated, such as {_EXAMPLE_LIST}; found {text!r}.")
+        raise ConfigError(
+            f"Rows must be different names, separated by commas, such as {_EXAMPLE_LIST}; found {text!r}."
+        )
     return methods
 
 
@@ -140,8 +142,8 @@ def _control(name: str, method: Method, history: str) -> Method:
     is_personal = method.info.history == "own" and not method.info.is_control
     if not is_personal or not (history == WRONG_USER or (history == SHUFFLED and method.can_be_shuffled)):
         raise ConfigError(
-            f"A control is written ROW@{WRONG_USER} or ROW@{SHUFFLED}, with a row that uses the user's own history "
-            f"(for {SHUFFLED}: in its order); found {name!r}."
+            f"A control must be ROW@{WRONG_USER} or ROW@{SHUFFLED}. ROW must use the user's own history and, for "
+            f"{SHUFFLED}, may depend on its order. Found {name!r}."
         )
     short_names = {target: alias for alias, target in _ALIASES.items()}
     info = replace(

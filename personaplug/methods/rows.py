@@ -87,7 +87,9 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
             rationale="whether persona and texts complete each other, trained together",
         )
     if base not in _TEXTS:
-        raise ConfigError(f"Retrieval goes with instruction, plug, profile or stated (plug+bm25:1); found {name!r}.")
+        raise ConfigError(
+            f"Retrieval must follow instruction, plug, profile or stated, as in plug+bm25:1; found {name!r}."
+        )
     dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
     of_base = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
     return LanguageModelMethod(
@@ -101,12 +103,12 @@ def _with_phrases(name: str, base: str, argument: str) -> Method:
     if not base or argument:
         raise unknown_method(name)
     if base == "instruction-only":
-        raise ConfigError(f"{name} is written {_INSTRUCTION}+phrases.")
+        raise ConfigError(f"Write {_INSTRUCTION}+phrases instead of {name}.")
     method = find_method("instruction-only" if base == _INSTRUCTION else base)
     if not isinstance(method, LanguageModelMethod) or not method.can_take_ngrams:
         raise ConfigError(
-            f"Phrases are mixed into what the frozen model writes beside the user's own history (plug+phrases, "
-            f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."
+            f"+phrases must follow a row that asks the frozen model, as in plug+phrases, instruction+phrases or "
+            f"plug+bm25:1+phrases. A control ends with it: plug+phrases@wrong-user. Found {name!r}."
         )
     family = "counts" if method.info.family == "none" else method.info.family
     return replace(

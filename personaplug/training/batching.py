@@ -41,8 +41,10 @@ def user_split(
     """
     owners = sorted({sample.owner for sample in samples})
     if len(owners) < 2:
-        message = f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
-        raise ConfigError(message)
+        raise ConfigError(
+            f"Training needs samples of 2 or more users, because it holds out whole users for validation; found "
+            f"{len(owners)}."
+        )
     rng = np.random.default_rng([seed, 1])
     validation_owners = held_users(owners, share=share, rng=rng)
     train = [sample for sample in samples if sample.owner not in validation_owners]

@@ -68,7 +68,7 @@ def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimi
         try:
             state, weights, moments = _read_state(path, module=module, optimizer=optimizer, owner=owner)
         except DamagedFile as error:
-            logger.warning("%s Going on with the checkpoint before, if there is one.", error)
+            logger.warning("%s Trying the previous checkpoint, if there is one.", error)
             damage = error
         else:
             module.load_state_dict(weights)
@@ -103,12 +103,16 @@ def _read_state(
     tensors = _load(path, _MOMENTS)
     moments = _moments(tensors, optimizer)
     if moments is None:
-        raise DamagedFile(path / _MOMENTS, reason="it belongs to other weights", remedy=_remedy(path.parent))
+        raise DamagedFile(
+            path / _MOMENTS,
+            reason="its tensors do not fit the parameters of the optimizer",
+            remedy=_remedy(path.parent),
+        )
     if state.best_step:
         _load(_best_folder(path.parent, state.best_step), _WEIGHTS, shapes_of(module))
     for name, file in _tensor_files(path, state).items():
         if stored_checksum(file, remedy=_remedy(path.parent)) != parts.get(name):
-            raise DamagedFile(file, reason="it is of another checkpoint", remedy=_remedy(path.parent))
+            raise DamagedFile(file, reason="it belongs to another checkpoint", remedy=_remedy(path.parent))
     return state, weights, moments
 
 
@@ -127,9 +131,9 @@ def _read_counters(path: Path, *, owner: str) -> tuple[TrainingState, dict[str, 
     parts, found = values.pop("parts", {}), values.pop("owner", "")
     best_loss = math.inf if values.get("best_loss") is None else values["best_loss"]  # JSON has no infinity
     if values.keys() != {field.name for field in fields(TrainingState)} or path.name != f"state-{values['step']:08d}":
-        raise DamagedFile(path / _COUNTERS, reason="it is of another checkpoint", remedy=_remedy(path.parent))
+        raise DamagedFile(path / _COUNTERS, reason="it belongs to another checkpoint", remedy=_remedy(path.parent))
     if found != owner:
-        raise DamagedFile(path / _COUNTERS, reason="it is of another training", remedy=_remedy(path.parent))
+        raise DamagedFile(path / _COUNTERS, reason="it belongs to another training", remedy=_remedy(path.parent))
     return TrainingState(**values | {"best_loss": best_loss}), parts
 
 
@@ -138,7 +142,7 @@ def _load(path: Path, name: str, shapes: Shapes | None = None) -> dict[str, Tens
 
 
 def _remedy(folder: Path) -> str:
-    return f"Restore it, or delete {folder} and run the same command again to train anew."
+    return f"Restore it, or delete {folder} and run the same command again to train from scratch."
 
 
 def _best_folder(folder: Path, step: int) -> Path:

@@ -72,7 +72,9 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table, labels=closed_labels(run))
         data = _count(reader, config)
         if data.users < 2:
-            raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
+            raise MissingData(
+                f"An estimate needs samples of 2 or more users, because it times real steps; found {data.users}."
+            )
         encode_seconds = _time_encoding(data.drawn, models) * data.vectors
         plan, prompt_seconds = _time_prompts(run, data, models)
         step_seconds = _time_steps(run, data, objective, table)

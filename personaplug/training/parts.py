@@ -76,7 +76,7 @@ class Trainings:
         folder = self.run.plug_folder(part.name, seed=seed)
         if on_main(lambda: self.run.trained(part.name, seed=seed)):
             if folder not in self._trained_now:
-                logger.info("%s (seed %d) is trained already", part.name, seed)
+                logger.info("%s (seed %d) is already trained", part.name, seed)
             return folder
         part.prepare(self, seed=seed)
         reset_peak_memory()
@@ -118,7 +118,7 @@ class Trainings:
 
         samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)
         if retrieval is not None and without_text:
-            message = "%s: no item fits into %d of %d training prompts"
+            message = "%s: %d of %d training prompts have no room for an item"
             logger.warning(message, retrieval.name, without_text, len(samples))
         return samples
 
@@ -192,7 +192,8 @@ class SoftPromptPart(TrainedPart):
         config = self.plug_config(run.config.plug)
         if config.label_prior == "own" and run.shared_labels is not None:
             raise ConfigError(
-                f"{self.name} counts the labels of one task; {run.folder} shares a plug with other tasks."
+                f"{self.name} counts the labels of one task, but {run.folder} shares a plug with other tasks. "
+                f"Train it in a run of one task."
             )
         # The main process first: it may have items to encode.
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
@@ -253,7 +254,8 @@ class PlugPart(SoftPromptPart):
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         if self.retrieval is None and trainings.run.shared_labels is not None:
             raise ConfigError(
-                f"The plug of {trainings.run.folder} is shared with other tasks: train it with the data of all of them."
+                f"The plug of {trainings.run.folder} is shared with other tasks. Train it on the data of all "
+                f"these tasks."
             )
         return super().fit(trainings, seed=seed)
 
@@ -263,7 +265,7 @@ class PlugPart(SoftPromptPart):
             try:
                 trainings.train(INSTRUCTION, seed=seed)
             except TrainingDiverged as error:
-                logger.warning("%s; the plug is trained without it", error)
+                logger.warning("The control diverged, so the plug is trained without it. %s", error)
 
     def _has_control(self, run: Run) -> bool:
         return self.retrieval is None and run.config.training.controls
@@ -313,7 +315,7 @@ class LabelCountsPart(InstructionPart):
     def check(self, task: Task) -> None:
         if not task.has_labelled_items:
             raise ConfigError(
-                f"{self.name} counts the labels among a user's own answers; {task.name} has none in its items."
+                f"{self.name} needs history items with labels; task {task.name} has none. Use instruction-only instead."
             )
 
     def plug_config(self, own: PlugConfig) -> PlugConfig:
@@ -391,7 +393,10 @@ def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:
         ConfigError: if answers are written and not scored as labels.
     """
     if not closed_labels(run):
-        raise ConfigError("label_prior=own adds to the scores of labels; it needs train_eos=auto and a closed set.")
+        raise ConfigError(
+            "label_prior=own needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
+            "Otherwise use label_prior=none."
+        )
     label_set = LabelSet(run.task.labels)
     return torch.tensor([label_set.index(sample.target) for sample in samples])
 

@@ -122,23 +122,26 @@ class Synthesizer:
         drafts = [replace(draft, request=self._answer_request(draft)) for draft in map(_draft_of, chosen)]
         drafts = [draft for draft in drafts if draft.request is not None]
         right = [self.task.labels.index(draft.donor.target or "") for draft in drafts]
-        found = self._label_probabilities(drafts)[range(len(drafts)), right].mean() if drafts else 0.0
+        mean = self._label_probabilities(drafts)[range(len(drafts)), right].mean() if drafts else 0.0
         chance = sum(share**2 for share in self._shares.values())
-        return f"the model's labels of {len(drafts):,} real inputs: {found:.0%} right, by chance {chance:.0%}"
+        return f"probability of the right label for {len(drafts):,} real inputs: {mean:.0%} (chance: {chance:.0%})"
 
     def _check(self) -> None:
-        if len(self._pairs) < len(self.real):
-            raise ConfigError("Synthetic samples need real answers; some samples of the train split have none.")
+        if missing := len(self.real) - len(self._pairs):
+            raise ConfigError(
+                f"Every train sample needs an answer, because answers are examples for the model; {missing} of "
+                f"{len(self.real)} have none."
+            )
         different = len({words_key(sample.query) for sample in self.real})
         if different <= self.config.examples:
             raise ConfigError(
-                f"{self.config.examples} examples need more real samples than that with different inputs, found "
-                f"{different}. Give more real samples, or fewer examples."
+                f"examples={self.config.examples} needs more than {self.config.examples} real samples with different "
+                f"inputs; found {different}. Give more real samples, or lower examples."
             )
         if not all(with_query(self.task, sample, sample.query) for sample in self.real):
             raise ConfigError(
-                f"The query of task {self.task.name} is several pieces of a prompt, such as options. Synthetic "
-                f"prompts need a query in one piece."
+                f"Synthetic samples need a query that is one piece of the prompt; a query of task {self.task.name} has "
+                f"several pieces, such as options. Add real samples instead."
             )
 
     def _sampling(self, texts: Sequence[str], temperature: float) -> GenerationConfig:

@@ -51,8 +51,8 @@ class TaskMixture:
         train = [sample for sample in train if sample.owner not in held_out]
         if empty := [task for task, own in enumerate(self.by_task(train), 1) if not own]:
             raise ConfigError(
-                f"All users of task {empty[0]} are held out to choose a checkpoint, in this task or another. Give "
-                f"more users, or a lower validation_share."
+                f"All users of task {empty[0]} are held out for validation, in this task or another. Add users, or "
+                f"lower validation_share."
             )
         return train, validation
 

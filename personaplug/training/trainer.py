@@ -149,7 +149,7 @@ class _Trainer:
         with synchronized():
             log = StepLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
-            logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total_steps)
+            logger.info("%s: resuming after step %d of %d", self.title, self.state.step, self.total_steps)
         with self._timed(), synchronized():
             self.objective.prepare(self.samples)
         with log, Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
@@ -211,9 +211,9 @@ class _Trainer:
     def _diverged(self, reason: str) -> TrainingDiverged:
         return mark_shared(
             TrainingDiverged(
-                f"{self.title}: {reason} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
-                f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
-                f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+                f"{self.title}: {reason} in step {self.state.step + 1}. The last checkpoint is in {self.folder}. Train "
+                f"in a new folder with a lower learning_rate (now {self.config.learning_rate:g}), a lower "
+                f"token_learning_rate (now {self.config.token_learning_rate:g}) or dtype=float32."
             )
         )
 
@@ -237,7 +237,10 @@ class _Trainer:
             self.state.best_step, self.state.best_loss = self.state.step, loss
             on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
         if not self.state.best_step:
-            error = TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+            error = TrainingDiverged(
+                f"{self.title}: the first validation loss is {loss}, in step {self.state.step}. Train in a new folder "
+                f"with a lower learning_rate or dtype=float32."
+            )
             raise mark_shared(error)
 
     def _validation_loss(self) -> float:

@@ -70,15 +70,15 @@ def test_user_words_orders_by_frequency_then_recency() -> None:
 @pytest.mark.parametrize(
     ("name", "task", "said"),
     [
-        ("user-median", TEXTS, "has none: it writes free text.*copy:10"),
+        ("user-median", TEXTS, "has none. For free text.*copy:10"),
         ("user-median", TAGS, "kind rating.*user-majority"),
         ("user-mean@wrong-user", TAGS, "kind rating"),
         ("user-majority", TEXTS, "free text"),
         ("user-majority", PAIRS, "answer_field"),
         ("classical", TEXTS, "free text"),
-        ("copy", STARS, "is for free text"),
-        ("copy:10", TAGS, "is for free text"),
-        ("user-words", TAGS, "is for free text"),
+        ("copy", STARS, "with free text"),
+        ("copy:10", TAGS, "with free text"),
+        ("user-words", TAGS, "with free text"),
     ],
 )
 def test_check_unsuitable_task_says_what_is_needed(name: str, task: Task, said: str) -> None:

@@ -189,7 +189,7 @@ def test_lora_targets_unknown_layer_lists_the_models_layers(llm: Any, layers: st
 
 def test_lora_targets_auto_unknown_model_type_raises(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(llm.model.config), "model_type", "homemade")
-    with pytest.raises(ConfigError, match=r"no choice for models of type 'homemade'.*q_proj"):
+    with pytest.raises(ConfigError, match=r"no default layers for models of type 'homemade'.*q_proj"):
         LoraAdapters.attach(llm, config=CONFIG)
 
 
@@ -203,7 +203,7 @@ def test_lora_second_attach_raises(llm: Any, adapters: LoraAdapters) -> None:
 
 def test_lora_attach_without_transformers_model_raises() -> None:
     nothing: Any = object()
-    with pytest.raises(UserError, match="language model of transformers"):
+    with pytest.raises(UserError, match="transformers language model"):
         LoraAdapters.attach(nothing, config=CONFIG)
 
 
@@ -339,7 +339,7 @@ def test_load_other_models_state_raises_and_changes_nothing(adapters: LoraAdapte
         state["else"] = state[first]
     else:
         state[first] = state[first][:, :-1]
-    with pytest.raises(ShapeMismatch, match="train them for this one"):
+    with pytest.raises(ShapeMismatch, match="Train the adapter for this model"):
         adapters.load("user", state)
     assert same(before, adapters.state("user"))
 

@@ -351,7 +351,7 @@ def test_the_control_that_this_command_trained_is_not_called_trained_already(
     assert _call(*words).exit_code == 0
     assert "trained already" not in caplog.text
     assert _call(*words).exit_code == 0
-    assert caplog.text.count("is trained already") == 2
+    assert caplog.text.count("is already trained") == 2
 
 
 def test_output_is_one_line_of_settings_a_verdict_and_a_narrow_table(
@@ -382,7 +382,7 @@ def test_a_damaged_cache_of_predictions_is_named_and_made_again(
     assert _call(*words, tmp_path / "two.json").exit_code == 0
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["rows"][0]["metrics"] == two["rows"][0]["metrics"]
-    assert "does not match its checksum. The predictions are made again." in caplog.text
+    assert "does not match its checksum. The samples are predicted again." in caplog.text
 
 
 def test_version_is_told() -> None:

@@ -117,7 +117,7 @@ def test_states_that_are_all_damaged_are_refused_and_change_nothing(folder: Path
         path.write_text("{}")
     training = Training()
     before = training.module.weight.clone()
-    with pytest.raises(DamagedFile, match=r"Restore it, or delete .* to train anew"):
+    with pytest.raises(DamagedFile, match=r"Restore it, or delete .* to train from scratch"):
         training.resume(folder)
     assert torch.equal(training.module.weight, before)
     assert not training.optimizer.state

@@ -197,8 +197,8 @@ def test_labels_have_their_real_shares_whatever_the_model_prefers(writer: Writer
 def test_the_models_labels_of_real_inputs_are_set_beside_chance(writer: Writer) -> None:
     real = [replace(sample, history=()) for sample in _real()]
     said = _synthesizer(writer, real).check_labels()
-    assert said.startswith("the model's labels of 24 real inputs: ")
-    assert said.endswith("% right, by chance 50%")
+    assert said.startswith("probability of the right label for 24 real inputs: ")
+    assert said.endswith("% (chance: 50%)")
     for prompt in writer.requests:
         texts = [text.rpartition(". ")[2] for role, text in prompt.turns if role == "user"]
         assert texts[-1] not in texts[:-1], "the right answer is not among the examples"

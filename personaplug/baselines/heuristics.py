@@ -28,7 +28,7 @@ class _UserLabel(Baseline):
 
     @abstractmethod
     def label(self, label_set: LabelSet, answers: Iterable[str | None]) -> str | None:
-        """Derive a label from answers, oldest first; None if none of them counts."""
+        """Derive a label from answers, oldest first; None if no answer is valid."""
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -95,7 +95,7 @@ class UserMajority(_UserLabel):
 
 @dataclass(frozen=True)
 class _WordsOfSample(Baseline):
-    """A text of words of the sample; `words` is their number, 0 = all."""
+    """A text that consists of words of the sample; `words` is their number, 0 = all."""
 
     name: str
     words: int = 0
@@ -130,8 +130,8 @@ class CopyQuery(_WordsOfSample):
 class UserWords(_WordsOfSample):
     """The words that occur in most of the user's own answers, the most frequent first; "" without a history.
 
-    It shows how far a metric of common words rewards the words that a user always writes. An item without an answer
-    counts as a whole.
+    It shows how much a metric of word overlap rewards the words that a user always writes. All words of an item without
+    an answer count.
     """
 
     def text(self, sample: Sample) -> str:

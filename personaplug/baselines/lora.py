@@ -1,7 +1,7 @@
 """LoRA adapters in a frozen language model: one for the task and one for a user, which add up.
 
 LoRA (arXiv 2106.09685) adds scale · B·A to a layer's frozen matrix; OPPU (arXiv 2402.04401) adds a user's adapter to
-the task's. PEFT does the arithmetic. `active` selects the adapters of a forward pass; outside of it none applies.
+the task's. PEFT does the arithmetic. `active` selects the adapters of a forward pass; elsewhere no adapter applies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = (TASK, USER)
 class LoraAdapters:
     """The task's and the user's adapter in one model; `attach` adds them, `detach` removes them.
 
-    Their weights are float32 whatever the model's dtype: the steps of a small learning rate vanish in bfloat16.
+    Their weights are float32 for any dtype of the model, because steps with a small learning rate vanish in bfloat16.
     Gradients reach one adapter, by default the task's, and never the model's own weights.
     """
 
@@ -45,12 +45,7 @@ class LoraAdapters:
 
     @classmethod
     def attach(cls, llm: LanguageModel, *, config: AdapterConfig) -> LoraAdapters:
-        """Add fresh, inactive adapters to a transformers model; torch's global generator does not advance.
-
-        Raises:
-            MissingExtra: if PEFT is not installed.
-            UserError: if the model lacks the layers of `lora_targets`, has adapters already, or is not transformers'.
-        """
+        """Add fresh, inactive adapters to a transformers model; torch's global generator does not advance."""
         peft = _import_peft()
         model = _transformers_model(llm)
         layers = _target_layers(model, config.lora_targets, peft=peft)
@@ -108,7 +103,7 @@ class LoraAdapters:
         self._llm.clear_cache()  # cached prompt states depend on the active adapters
         for layer in self._adapted:
             layer.set_adapter(list(active), inference_mode=True)
-            # Gradients do not depend on what is active: a backward pass may come after an `active` block.
+            # Gradients do not depend on the active adapters, because a backward pass may come after an `active` block.
             layer.set_requires_grad(trainable)
 
     def module(self, name: str) -> nn.Module:
@@ -137,12 +132,12 @@ class LoraAdapters:
 
     @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
-        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero: no effect."""
+        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero."""
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
             parameter.zero_()
-            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that every device has the same
+            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that all devices get the same values
                 drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.copy_(drawn)
 

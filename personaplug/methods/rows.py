@@ -91,11 +91,11 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
             f"Retrieval must follow instruction, plug, profile or stated, as in plug+bm25:1; found {name!r}."
         )
     dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
-    parents = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
+    base_parents = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
     return LanguageModelMethod(
         texts=replace(_TEXTS[base], retrieval=retrieval),
-        info=replace(info, parents=parents[base], is_seeded=retrieval.method in SEEDED_RETRIEVERS),
-        rationale="how much retrieved texts in the prompt gain without training",
+        info=replace(info, parents=base_parents[base], is_seeded=retrieval.method in SEEDED_RETRIEVERS),
+        rationale="how much retrieved texts in the prompt gain",
     )
 
 
@@ -114,13 +114,13 @@ def _with_phrases(name: str, base: str, argument: str) -> Method:
     return replace(
         method,
         info=replace(method.info, name=name, family=family, history="own", parents=_parents_with_phrases(method)),
-        rationale=f"how much n-grams of the user's past answers, mixed into its predictions, add to {method.name}",
+        rationale=f"how much mixing in n-grams of the user's past answers adds to {method.name}",
         ngrams=True,
     )
 
 
 def _parents_with_phrases(method: Method) -> tuple[str, ...]:
-    """Return the row without phrases, then its parents with phrases, except the plug."""
+    """Return the row without phrases, then its parents with phrases; the parent `plug` stays without."""
     parents = [parent if parent == "plug" else f"{parent}+phrases" for parent in method.info.parents]
     is_plug_alone = method.info.family == "plug" and not parents
     return (method.name, *parents, *((f"{_INSTRUCTION}+phrases",) if is_plug_alone else ()))

@@ -44,7 +44,7 @@ class HistoryPrompt:
     """A prompt with history texts in it; soft tokens go after the first `soft_at` characters of its last message.
 
     Attributes:
-        offered, included, shortened: numbers of texts that were given, that are in the prompt, and that are cut.
+        offered, included, shortened: numbers of texts that were offered, are in the prompt, and were shortened.
     """
 
     prompt: Prompt

@@ -123,9 +123,9 @@ class LoraAdapters:
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
-                f"The adapter needs {len(parameters)} matrices; {len(fitting)} of the {len(state)} given ones fit by "
-                f"name and shape. They belong to another model, lora_rank or lora_targets. Train the adapter for this "
-                f"model."
+                f"The adapter needs {len(parameters)} matrices; {len(fitting)} of the {len(state)} in the state fit "
+                f"by name and shape. They belong to another model, lora_rank or lora_targets. Train the adapter for "
+                f"this model."
             )
         for path, value in parameters.items():
             value.copy_(state[path])

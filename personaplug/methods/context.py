@@ -108,7 +108,8 @@ class EvalContext:
         """The training samples of the run with their texts."""
         if self.train is None:
             raise MissingData(
-                "Rows without a language model need the training split, because they are fitted on it; none was given."
+                "Rows without a language model are fitted on the training split, but none was given. Use "
+                "data that has one."
             )
         samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
         if self.run.knows_its_data:

@@ -117,7 +117,7 @@ def unknown_method(name: str) -> ConfigError:
 
 
 def number_after(name: str, argument: str) -> int:
-    """Return the number behind a colon in a row's name.
+    """Return the number after a colon in a row's name.
 
     Raises:
         ConfigError: unless it is a whole number from 1 to 999999999 without leading zeros, so that a row has one name.

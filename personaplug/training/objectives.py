@@ -107,7 +107,7 @@ class PlugObjective:
         """Return the loss of each sample and the number of its terms, both (B,)."""
         soft = self.personalizer.soft_prompt(samples)
         losses, tokens = self._losses(samples, [sample.target or "" for sample in samples], soft=soft)
-        if self.preference is not None and torch.is_grad_enabled():  # validation uses kept answers alone
+        if self.preference is not None and torch.is_grad_enabled():  # validation measures only kept answers
             losses = losses + self._preference_loss(self.preference, samples, soft=soft, losses=losses, tokens=tokens)
         return losses, tokens
 

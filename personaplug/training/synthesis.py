@@ -210,9 +210,9 @@ class Synthesizer:
         return [pair for item in donor.history if (pair := example_of(item))]
 
     def _drawn(self, own: Sequence[Example], *, excluded_input: str = "") -> list[Example]:
-        """Draw the examples of one request: the user's own at the end, after those of others if own ones are too few.
+        """Draw the examples of one request: others' examples first, as far as needed, then the user's own.
 
-        Examples of others never have the excluded input.
+        Others' examples never have the excluded input.
         """
         limit = self.config.examples
         chosen = [own[index] for index in self._rng.permutation(len(own))[:limit]]
@@ -292,9 +292,9 @@ class Synthesizer:
 
     def _keep_listed(self, drafts: list[_Draft], reason: str, indices: Sequence[int] | Iterator[int]) -> list[_Draft]:
         """Keep the drafts at these indices, and count the others under the filter's name."""
-        kept = [drafts[index] for index in indices]
-        self.report.left_out[reason] += len(drafts) - len(kept)
-        return kept
+        passed = [drafts[index] for index in indices]
+        self.report.left_out[reason] += len(drafts) - len(passed)
+        return passed
 
 
 def _draft_of(sample: Sample) -> _Draft:

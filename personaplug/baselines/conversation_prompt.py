@@ -22,18 +22,18 @@ class ConversationFormatter(HistoryFormatter):
     def format(self, prompt: Prompt, items: Sequence[HistoryItem], *, soft_at: int = 0) -> HistoryPrompt:
         """Insert exchanges after the system messages, the best one last, next to the conversation's own messages.
 
-        An exchange that does not fit is dropped, and so is one without an answer.
+        Exchanges that do not fit, or have no answer, are dropped.
         """
-        bare, kept = self._count_tokens((prompt, soft_at)), list[HistoryItem]()
+        bare_tokens, included = self._count_tokens((prompt, soft_at)), list[HistoryItem]()
         draft = prompt
         for item in items:
-            longer = _with_exchanges(prompt, [item, *kept])
-            if item.answer and self._fits(self._count_tokens((longer, soft_at)), bare=bare):
-                draft, kept = longer, [item, *kept]
-        return HistoryPrompt(draft, soft_at, offered=len(items), included=len(kept), shortened=0)
+            longer = _with_exchanges(prompt, [item, *included])
+            if item.answer and self._fits(self._count_tokens((longer, soft_at)), bare_tokens=bare_tokens):
+                draft, included = longer, [item, *included]
+        return HistoryPrompt(draft, soft_at, offered=len(items), included=len(included), shortened=0)
 
-    def _fits(self, tokens: int, *, bare: int) -> bool:
-        is_within_limit = not self.history_tokens or tokens - bare <= self.history_tokens
+    def _fits(self, tokens: int, *, bare_tokens: int) -> bool:
+        is_within_limit = not self.history_tokens or tokens - bare_tokens <= self.history_tokens
         return is_within_limit and tokens <= self.llm.max_text_tokens
 
     def with_note(self, prompt: Prompt, note: str, *, soft_at: int) -> Draft:
@@ -41,19 +41,19 @@ class ConversationFormatter(HistoryFormatter):
 
 
 def open_formatter(task: Task, llm: LanguageModel, *, history_tokens: int = 0) -> HistoryFormatter:
-    """Return the way in which history texts are written into the prompts of a task."""
+    """Return the formatter that writes history texts into the prompts of a task."""
     kind = ConversationFormatter if task.kind == "chat" else HistoryPromptFormatter
     return kind(task, llm, history_tokens=history_tokens)
 
 
 def _with_exchanges(prompt: Prompt, items: Sequence[HistoryItem]) -> Chat:
-    """Return a conversation with items as exchanges before its own, in their order."""
+    """Return a conversation with items as exchanges before its own messages, in order."""
     turns = turns_of(prompt)
     start = count_system_turns(turns)
     return Chat((*turns[:start], *(turn for item in items for turn in _exchange(item)), *turns[start:]))
 
 
 def _exchange(item: HistoryItem) -> tuple[Turn, Turn]:
-    """Return what the user asked and the answer that the user kept."""
+    """Return the user's question and the kept answer, as turns."""
     question = "\n".join(value for name, value in item.fields if name != item.answer_name)
     return ("user", question), ("assistant", item.answer or "")

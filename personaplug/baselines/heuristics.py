@@ -28,13 +28,14 @@ class _UserLabel(Baseline):
 
     @abstractmethod
     def label(self, label_set: LabelSet, answers: Iterable[str | None]) -> str | None:
-        """Derive a label from answers, oldest first; None if none of them counts."""
+        """Derive a label from answers, oldest first; None if no answer is valid."""
 
     def check(self, task: Task) -> None:
         super().check(task)
         if task.answer_field is None:
             raise ConfigError(
-                f"{self.name} needs the answers in a history, and the items of {task.name} hold none (answer_field)."
+                f"{self.name} needs history items with answers; task {task.name} declares no answer_field. Leave "
+                f"out this row."
             )
 
     def fit(self, task: Task, train: Sequence[Sample]) -> FittedUserLabel:
@@ -70,8 +71,8 @@ class UserRating(_UserLabel):
     def check(self, task: Task) -> None:
         if task.kind == "label":
             raise ConfigError(
-                f"{self.name} needs labels that are numbers (kind rating); those of {task.name} are none. "
-                f"user-majority takes any labels."
+                f"{self.name} needs a task of kind rating, whose labels are numbers; task {task.name} is of kind "
+                f"label. Use user-majority."
             )
         super().check(task)
 
@@ -94,7 +95,7 @@ class UserMajority(_UserLabel):
 
 @dataclass(frozen=True)
 class _WordsOfSample(Baseline):
-    """A text of words of the sample; `words` is their number, 0 = all."""
+    """A text that consists of words of the sample; `words` is their number, 0 = all."""
 
     name: str
     words: int = 0
@@ -102,7 +103,9 @@ class _WordsOfSample(Baseline):
 
     def check(self, task: Task) -> None:
         if task.labels:
-            raise ConfigError(f"{self.name} predicts words, which are no label of {task.name}; it is for free text.")
+            raise ConfigError(
+                f"{self.name} needs a task with free text; task {task.name} has labels. Leave out this row."
+            )
 
     def fit(self, task: Task, train: Sequence[Sample]) -> Self:
         return self
@@ -127,8 +130,8 @@ class CopyQuery(_WordsOfSample):
 class UserWords(_WordsOfSample):
     """The words that occur in most of the user's own answers, the most frequent first; "" without a history.
 
-    It shows how far a metric of common words rewards the words that a user always writes. An item without an answer
-    counts as a whole.
+    It shows how much a metric of word overlap rewards the words that a user always writes. All words of an item without
+    an answer count.
     """
 
     def text(self, sample: Sample) -> str:

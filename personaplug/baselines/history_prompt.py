@@ -1,8 +1,8 @@
-"""Prompts with texts of a history in them: retrieved items, stated preferences, a profile, within a budget of tokens.
+"""Formatters write texts of a history into prompts, within a token budget: items, stated preferences, a profile.
 
-A way of writing is a class: the wording of a task (LaMP's for its own tasks), or the turns of a conversation
-(`conversation_prompt.py`). Users' texts are inserted piece by piece and never parsed as templates. The prompt's own
-messages are never cut: if no text fits beside them, the prompt stays bare.
+One formatter uses the wording of a task (LaMP's wording for LaMP's tasks), the other the turns of a conversation
+(`conversation_prompt.py`). Users' texts are inserted as values and never parsed as templates. The prompt's own messages
+are never cut: if no text fits beside them, the prompt is unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from personaplug.data.records import (
 from personaplug.data.task import Task, template_parts
 from personaplug.llm.base import LanguageModel
 
-_MIN_CONTENT_TOKENS = 8  # an item with less content says nothing
+_MIN_CONTENT_TOKENS = 8  # an item with less content is not informative
 _CACHED_ITEMS = 1 << 13
 _NOTE_TEMPLATE = template_parts("About this user: {history}. {input}")
 _STATED = "The user has said: "
@@ -44,7 +44,7 @@ class HistoryPrompt:
     """A prompt with history texts in it; soft tokens go after the first `soft_at` characters of its last message.
 
     Attributes:
-        offered, included, shortened: numbers of texts that were given, that are in the prompt, and that are cut.
+        offered, included, shortened: numbers of texts that were offered, are in the prompt, and were shortened.
     """
 
     prompt: Prompt
@@ -77,10 +77,10 @@ class _MeasuredItem:
 
 
 class HistoryFormatter(ABC):
-    """A way of writing history texts into prompts so that the language model's limit never cuts the prompts' own texts.
+    """Writes history texts into prompts so that the language model's limit never cuts the prompts' own texts.
 
     Args:
-        history_tokens: most tokens of history in a prompt; 0 = all that the prompt leaves.
+        history_tokens: maximum tokens of history in a prompt; 0 = all tokens that the prompt leaves free.
     """
 
     def __init__(self, task: Task, llm: LanguageModel, *, history_tokens: int = 0) -> None:
@@ -100,7 +100,7 @@ class HistoryFormatter(ABC):
         """Return a prompt with a note about the user."""
 
     def add_note(self, prompt: Prompt, note: str, *, soft_at: int = 0) -> HistoryPrompt:
-        """Put a note about the user, cut if it is too long, into a prompt; a blank one changes nothing.
+        """Insert a note about the user into a prompt; a long note is cut, and a blank note changes nothing.
 
         Args:
             soft_at: number of characters of the last message before its soft tokens.
@@ -118,24 +118,24 @@ class HistoryFormatter(ABC):
         return HistoryPrompt(prompt, soft_at, offered=int(note != ""), included=0, shortened=0)
 
     def add_preferences(self, prompt: Prompt, preferences: Sequence[HistoryItem]) -> HistoryPrompt:
-        """Put stated preferences into the system message; if room is short, those that were stated first are dropped.
+        """Insert stated preferences into the system message; if room is short, the earliest ones are dropped.
 
         Args:
             preferences: in the order in which they were stated.
         """
-        draft, kept = (prompt, 0), list[HistoryItem]()
+        draft, included = (prompt, 0), list[HistoryItem]()
         for item in reversed(preferences):
-            text = _STATED + " ".join(map(_sentence, (item, *kept)))
+            text = _STATED + " ".join(map(_sentence, (item, *included)))
             longer = self.with_system_text(prompt, text, soft_at=0)
             if self._excess(longer, text) <= 0:
-                draft, kept = longer, [item, *kept]
-        return HistoryPrompt(*draft, offered=len(preferences), included=len(kept), shortened=0)
+                draft, included = longer, [item, *included]
+        return HistoryPrompt(*draft, offered=len(preferences), included=len(included), shortened=0)
 
     def with_system_text(self, prompt: Prompt, text: str, *, soft_at: int) -> Draft:
         """Return a prompt with a text at the end of its system message.
 
-        The text is a message of its own if there is no other, and stands before the first user message if the chat
-        template refuses system messages.
+        If there is no system message, the text becomes one. If the chat template refuses system messages, the text
+        stands before the first user message.
         """
         turns = turns_of(prompt)
         if systems := count_system_turns(turns):
@@ -150,14 +150,14 @@ class HistoryFormatter(ABC):
         return min(room, self.history_tokens) if self.history_tokens else room
 
     def _excess(self, draft: Draft, history: str) -> int:
-        """Return by how many tokens the prompt or its history is too long."""
+        """Return the number of tokens by which the prompt or its history is too long."""
         excess = self._count_tokens(draft) - self.llm.max_text_tokens
         if not self.history_tokens:
             return excess
         return max(excess, self.llm.count_tokens([history])[0] - self.history_tokens)
 
     def _count_tokens(self, draft: Draft) -> int:
-        """Return the tokens of a prompt, in one piece or split at the soft tokens, whichever is more."""
+        """Return the number of tokens of a prompt, in one piece or split at the soft tokens, whichever is larger."""
         return max(self.llm.count_prompt_tokens(draft[0], soft_at) for soft_at in {0, draft[1]})
 
 
@@ -173,9 +173,9 @@ class HistoryPromptFormatter(HistoryFormatter):
     def format(self, prompt: Prompt, items: Sequence[HistoryItem], *, soft_at: int = 0) -> HistoryPrompt:
         """Insert items into the last message.
 
-        Items share the room equally, and long ones use what short ones leave. Contents are cut at their end; answers
-        and the words around them stay whole. If shares become too small, the last items are dropped. An item that fits
-        no prompt is skipped.
+        Items share the room equally; long items also use the room that short items leave. Contents are cut at their
+        end; answers and the words around them stay whole. If shares become too small, the last items are dropped. An
+        item that never fits is skipped.
         """
         budget = self._budget(self._insert(prompt, "", soft_at=soft_at)) if items else 0
         while budget > 0:
@@ -194,7 +194,7 @@ class HistoryPromptFormatter(HistoryFormatter):
         return _fill(_NOTE_TEMPLATE, history=note, prompt=prompt, soft_at=soft_at)
 
     def _insert(self, prompt: Prompt, history: str, *, soft_at: int) -> Draft:
-        """Return a prompt with items: after a word of the input, if the task names one that is in it, or around it."""
+        """Return a prompt with items: after the word `history_after` if it is in the input, else around the input."""
         text, word = last_message(prompt), self.task.history_after
         start = text.find(word, soft_at) if word else -1
         if start < 0:
@@ -203,7 +203,7 @@ class HistoryPromptFormatter(HistoryFormatter):
         return with_last_message(prompt, text[:position] + self.task.item_joint + history + text[position:]), soft_at
 
     def _fit(self, items: Sequence[HistoryItem], budget: int) -> tuple[list[str], int]:
-        """Return the texts of the items that fit, joints included, and how many of them are shortened."""
+        """Return the texts of the items that fit with their joints, and the number of shortened texts."""
         chosen: list[_MeasuredItem] = []
         needed = 0
         for item in map(self._measured, items):
@@ -249,19 +249,19 @@ class HistoryPromptFormatter(HistoryFormatter):
 
 
 def _allocate(wanted: Sequence[int], *, minimum: Sequence[int], total: int) -> list[int]:
-    """Divide a total into equal shares, each between its minimum and what is wanted, without a rest."""
+    """Divide a total into equal shares, each between its minimum and its wanted size."""
 
     def capped(level: int) -> list[int]:
-        return [min(most, max(level, least)) for most, least in zip(wanted, minimum, strict=True)]
+        return [min(upper, max(level, lower)) for upper, lower in zip(wanted, minimum, strict=True)]
 
     low, high = 0, max(total, 0)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if sum(capped(middle)) <= total else (low, middle - 1)
     shares = capped(low)
-    rest = max(total - sum(shares), 0)  # less than one for each share that wants more: the first ones get it
-    for index, most in enumerate(wanted):
-        extra = min(rest, 1, most - shares[index])
+    rest = max(total - sum(shares), 0)  # fewer than the shares below their wanted size; the first of these get one each
+    for index, upper in enumerate(wanted):
+        extra = min(rest, 1, upper - shares[index])
         shares[index], rest = shares[index] + extra, rest - extra
     return shares
 

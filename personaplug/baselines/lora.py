@@ -1,7 +1,7 @@
 """LoRA adapters in a frozen language model: one for the task and one for a user, which add up.
 
 LoRA (arXiv 2106.09685) adds scale · B·A to a layer's frozen matrix; OPPU (arXiv 2402.04401) adds a user's adapter to
-the task's. PEFT does the arithmetic. `active` selects the adapters of a forward pass; outside of it none applies.
+the task's. PEFT does the arithmetic. `active` selects the adapters of a forward pass; elsewhere no adapter applies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = (TASK, USER)
 class LoraAdapters:
     """The task's and the user's adapter in one model; `attach` adds them, `detach` removes them.
 
-    Their weights are float32 whatever the model's dtype: the steps of a small learning rate vanish in bfloat16.
+    Their weights are float32 for any dtype of the model, because steps with a small learning rate vanish in bfloat16.
     Gradients reach one adapter, by default the task's, and never the model's own weights.
     """
 
@@ -45,12 +45,7 @@ class LoraAdapters:
 
     @classmethod
     def attach(cls, llm: LanguageModel, *, config: AdapterConfig) -> LoraAdapters:
-        """Add fresh, inactive adapters to a transformers model; torch's global generator does not advance.
-
-        Raises:
-            MissingExtra: if PEFT is not installed.
-            UserError: if the model lacks the layers of `lora_targets`, has adapters already, or is not transformers'.
-        """
+        """Add fresh, inactive adapters to a transformers model; torch's global generator does not advance."""
         peft = _import_peft()
         model = _transformers_model(llm)
         layers = _target_layers(model, config.lora_targets, peft=peft)
@@ -108,7 +103,7 @@ class LoraAdapters:
         self._llm.clear_cache()  # cached prompt states depend on the active adapters
         for layer in self._adapted:
             layer.set_adapter(list(active), inference_mode=True)
-            # Gradients do not depend on what is active: a backward pass may come after an `active` block.
+            # Gradients do not depend on the active adapters, because a backward pass may come after an `active` block.
             layer.set_requires_grad(trainable)
 
     def module(self, name: str) -> nn.Module:
@@ -128,20 +123,21 @@ class LoraAdapters:
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
-                f"The adapter has {len(parameters)} matrices; of the {len(state)} given, {len(fitting)} fit by name "
-                f"and shape. They belong to another model, lora_rank or lora_targets: train them for this one."
+                f"The adapter needs {len(parameters)} matrices; {len(fitting)} of the {len(state)} in the state fit "
+                f"by name and shape. They belong to another model, lora_rank or lora_targets. Train the adapter for "
+                f"this model."
             )
         for path, value in parameters.items():
             value.copy_(state[path])
 
     @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
-        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero: no effect."""
+        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero."""
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
             parameter.zero_()
-            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that every device has the same
+            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that all devices get the same values
                 drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.copy_(drawn)
 
@@ -168,9 +164,9 @@ def _checked_name(name: str) -> str:
 def _transformers_model(llm: LanguageModel) -> nn.Module:
     model = getattr(llm, "model", None)
     if not isinstance(model, nn.Module):
-        raise UserError(f"LoRA needs a language model of transformers; found {type(llm).__name__}.")
+        raise UserError(f"LoRA needs a transformers language model; found {type(llm).__name__}.")
     if hasattr(model, "peft_config"):
-        raise UserError("The model has LoRA adapters already. Detach those before attaching others.")
+        raise UserError("The model already has LoRA adapters. Detach them before you attach others.")
     return model
 
 
@@ -184,20 +180,20 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def _target_layers(model: nn.Module, targets: str, *, peft: Any) -> dict[str, nn.Module]:
     layers = _linear_layers(model)
     layer_names = sorted({path.rpartition(".")[2] for path in layers})
-    hint = f"its linear layers are {', '.join(layer_names)}. Name one or more of them."
+    hint = f"the model's linear layers are {', '.join(layer_names)}. Name one or more of them."
     names: str | list[str] | None = [name.strip() for name in targets.split(",") if name.strip()]
     if names == ["auto"]:
         kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
         names = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
         if names is None:
-            raise ConfigError(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {hint}")
+            raise ConfigError(f"lora_targets=auto: PEFT has no default layers for models of type {kind!r}; {hint}")
     if not names:
         raise ConfigError(f"lora_targets names no layer; {hint}")
     # PEFT's choice is a list of names, or one pattern of whole paths.
     patterns = {names: names} if isinstance(names, str) else {name: rf"(.*\.)?{re.escape(name)}" for name in names}
     for name, pattern in patterns.items():
         if not any(re.fullmatch(pattern, path) for path in layers):
-            raise ConfigError(f"lora_targets names {name!r}, which is no linear layer of this model; {hint}")
+            raise ConfigError(f"lora_targets names {name!r}, which is not a linear layer of the model; {hint}")
     return {path: layer for path, layer in layers.items() if any(re.fullmatch(p, path) for p in patterns.values())}
 
 

@@ -20,23 +20,19 @@ class Predictor(Protocol):
 
 
 class Baseline(ABC):
-    """A baseline without a language model; equal ones fit alike, so subclasses are frozen dataclasses."""
+    """A baseline without a language model; subclasses are frozen dataclasses, so that equal ones share one fit."""
 
     name: str
     is_fitted_on_train: ClassVar[bool] = True
 
     def check(self, task: Task) -> None:
-        """Raise `ConfigError` if a task lacks what the baseline needs: by default, labels."""
+        """Raise `ConfigError` if the task lacks what the baseline needs: by default, labels."""
         if not task.labels:
             raise ConfigError(
-                f"{self.name} predicts one of a task's labels, and {task.name} has none: it writes free text. For that "
-                f"there are copy, copy:10 and user-words."
+                f"{self.name} needs a task with labels; task {task.name} has none. For free text, use copy, copy:10 or "
+                f"user-words."
             )
 
     @abstractmethod
     def fit(self, task: Task, train: Sequence[Sample]) -> Predictor:
-        """Fit to training samples; none are given if `is_fitted_on_train` is false.
-
-        Raises:
-            ConfigError, MissingData: if it cannot be fitted to these samples.
-        """
+        """Fit to training samples; `train` is empty if `is_fitted_on_train` is false."""

@@ -59,27 +59,27 @@ class PromptBuilder:
         states: bool = False,
         seed: int,
     ) -> list[HistoryPrompt]:
-        """Return each sample's prompt with the best answers of a history, and what else is known of the user.
+        """Return each sample's prompt with the best items of a history and, if asked for, preferences and a profile.
 
         Args:
             histories: one per sample, the user's own or another user's.
             retrieval: None = no items.
             profiles: one per history.
             states: whether the stated preferences of the history are in the prompt.
-            seed: of random items, and of the training of a learned retriever.
+            seed: seed of random items, and of the training of a learned retriever.
         """
         shares_limit = states and retrieval is not None and self.formatter.history_tokens > 0
         formatter = self.formatter if profiles is None and not shares_limit else self._half_formatter
-        shown = self._best_items(samples, histories, retrieval, seed=seed)
-        stated = [_preferences(items) if states else [] for items in histories]
-        parts = zip(samples, stated, shown, strict=True)
-        prompts = [_build(formatter, s, preferences=said, items=items) for s, said, items in parts]
+        best_items = self._best_items(samples, histories, retrieval, seed=seed)
+        preferences = [_preferences(items) if states else [] for items in histories]
+        parts = zip(samples, preferences, best_items, strict=True)
+        prompts = [_build(formatter, s, preferences=stated, items=items) for s, stated, items in parts]
         if profiles is None:
             return prompts
         return [_with_profile(p, profile, formatter) for p, profile in zip(prompts, profiles, strict=True)]
 
     def retriever(self, method: str, *, seed: int) -> Retriever:
-        """Return the retriever of that name; raise `MissingData` if the one that this seed trains is missing."""
+        """Return the retriever of that name; `ropg` must be trained with this seed."""
         return self._retriever(method, seed if method in SEEDED_RETRIEVERS else 0)
 
     def _open_retriever(self, method: str, seed: int) -> Retriever:
@@ -127,7 +127,7 @@ def _build(
 
 def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryFormatter) -> HistoryPrompt:
     noted = formatter.add_note(prompt.prompt, profile.text, soft_at=prompt.soft_at)
-    # The profile stands for the items it was generated from: without the profile, they are not in the prompt either.
+    # A profile counts as the items that it was generated from, so without it these are not in the prompt.
     included, shortened = (profile.included, profile.shortened) if noted.included else (0, 0)
     of_profile = replace(noted, offered=profile.offered, included=included, shortened=shortened)
     return of_profile.counting(prompt)

@@ -1,8 +1,8 @@
 """Regressions on TF-IDF of texts and features of histories, which predict labels without a language model.
 
-- ratings: ridge regression on the number, its strength by cross-validation over users;
-- options behind markers ([1], [2]) in the prompt: logistic regression on how much more an option resembles the question
-  and the user's items than the other options do;
+- ratings: ridge regression on the number; cross-validation over users chooses its strength;
+- options after markers ([1], [2]) in the prompt: logistic regression on the similarities of an option to the question
+  and to the user's items, minus those of the other options;
 - other labels: logistic regression.
 """
 
@@ -48,15 +48,15 @@ class Regression(Baseline):
         label_set = LabelSet(task.labels)
         train = [sample for sample in train if label_set.index(sample.target) >= 0]
         if not train:
-            raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
+            raise MissingData("No training sample has an answer among the task's labels, so there is nothing to fit.")
         if task.kind == "label":
             finder = OptionFinder([sample.prompt for sample in train], task.labels)
             if finder.everywhere:
                 return OptionModel(label_set, finder, train, part=self.part)
         if self.part != "text" and task.answer_field is None:
             raise ConfigError(
-                f"{self.name} uses the answers in a history, and the items of {task.name} hold none (answer_field); "
-                f"classical:text does without."
+                f"{self.name} needs history items with answers; task {task.name} declares no answer_field. Use "
+                f"classical:text."
             )
         return (RatingModel if task.kind == "rating" else LabelModel)(label_set, train, part=self.part)
 
@@ -78,7 +78,7 @@ class Words:
     def __call__(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Return unit rows, (n, words); zeros for a text without a known word."""
         if self._vectorizer is None:
-            return sparse.csr_matrix((len(texts), 1))  # one column, because no model takes rows without any
+            return sparse.csr_matrix((len(texts), 1))  # one column, because models refuse rows without columns
         if not texts:
             return sparse.csr_matrix((0, len(self._vectorizer.vocabulary_)))
         return self._vectorizer.transform(texts)
@@ -142,9 +142,9 @@ class LabelModel:
 
 
 class OptionModel:
-    """Logistic regression on each option's similarities less the mean of the others'; predicts the likeliest option.
+    """Logistic regression on each option's similarities minus those of the others; predicts the likeliest option.
 
-    The same weights hold for every position and any number of options.
+    All positions share the same weights, for any number of options.
     """
 
     def __init__(self, label_set: LabelSet, finder: OptionFinder, train: Sequence[Sample], *, part: Part) -> None:
@@ -161,9 +161,10 @@ class OptionModel:
         return [self.label_set.labels[label_id] for label_id in scores.argmax(axis=1)]
 
     def advantages(self, samples: Sequence[Sample]) -> Array:
-        """Return each option's cosine with the question, and mean and largest with the items, less the others' mean.
+        """Return the similarities of each option, minus the mean of the other options, (n, labels, 1 to 3).
 
-        The shape is (n, labels, 1 to 3), depending on `part`; values are zeros if a prompt has no options.
+        `part` selects the cosine with the question, the mean and the largest cosine with the items, or all three.
+        Without options in a prompt, values are zero.
         """
         no_options = Options("", ("",) * len(self.label_set.labels))
         options_of_samples = [self.finder.find(sample.prompt) or no_options for sample in samples]
@@ -200,10 +201,13 @@ class OptionModel:
 
 
 def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[str]) -> float:
-    """Return the ridge's strength with the least squared error on users that it was not fitted on; rows are (n, F)."""
+    """Return the ridge strength with the lowest squared error on held-out users; rows are (n, F)."""
     users = len(set(owners))
     if users < 2:
-        raise ConfigError(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")
+        raise ConfigError(
+            f"classical needs training samples of 2 or more users, because it cross-validates its ridge regression "
+            f"over users; found {users}."
+        )
     folds = list(GroupKFold(n_splits=min(_FOLDS, users)).split(rows, targets, groups=list(owners)))
 
     def error(strength: float) -> float:
@@ -215,7 +219,7 @@ def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[s
 
 
 def content(item: HistoryItem) -> str:
-    """Return an item's values without the user's answer; with it if there is no other value."""
+    """Return an item's values without the user's answer, or the answer if there is no other value."""
     values = [value for name, value in item.fields if name != item.answer_name]
     return " ".join(values or (value for _, value in item.fields))
 
@@ -225,15 +229,15 @@ def _targets(label_set: LabelSet, samples: Sequence[Sample]) -> LabelIds:
 
 
 class OptionFinder:
-    """Finds options behind a task's labels: each label once, in order, with a colon, a period or a bracket after it.
+    """Finds options after a task's labels: each label once, in order, with a colon, a period or a bracket after it.
 
     Args:
-        prompts: of the training split; the words with which all their questions begin and end are wording of the task,
-            and are left out of every question.
+        prompts: prompts of the training split. Words that begin or end all their questions are wording of the task, so
+            they are removed from every question.
         labels: the markers.
 
     Attributes:
-        everywhere: whether each of these prompts has a non-empty option behind every marker.
+        everywhere: whether each of these prompts has a non-empty option after every marker.
     """
 
     def __init__(self, prompts: Sequence[str], labels: Sequence[str]) -> None:
@@ -264,5 +268,5 @@ class OptionFinder:
 
 
 def _count_shared(texts: Sequence[Sequence[str]]) -> int:
-    """Return how many first words all texts have in common."""
+    """Return the number of first words that all texts have in common."""
     return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*texts, strict=False)))

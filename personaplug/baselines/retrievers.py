@@ -21,7 +21,7 @@ from personaplug.encoders.embedding_store import EmbeddingStore
 
 @contextmanager
 def _without_jax() -> Iterator[None]:
-    """Hide JAX from an import: bm25s tries it, and JAX then takes most of a GPU's memory."""
+    """Hide JAX from an import: bm25s would load it, and JAX reserves most of a GPU's memory."""
     loaded = sys.modules.get("jax")
     sys.modules["jax"] = None  # type: ignore[assignment]  # None makes an import fail
     try:
@@ -35,16 +35,16 @@ def _without_jax() -> Iterator[None]:
 with _without_jax():
     import bm25s
 
-# It logs every index, and each sample has one.
+# bm25s logs every index, and each sample has an index.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-_RANDOM_ITEMS = 11  # sets these draws apart from others with the same seed
+_RANDOM_ITEMS = 11  # makes these draws differ from others with the same seed
 _CACHED_QUERIES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Which texts of a history stand in the prompt: a retriever's name, and how many of its best items."""
+    """The items of a history for a prompt: a retriever's name and the number of its best items."""
 
     method: str
     items: int
@@ -66,7 +66,7 @@ class Retriever(Protocol):
 def rank_answers(retriever: Retriever, samples: Sequence[Sample]) -> list[list[int]]:
     """Return the indices of the user's own answers in each history, best first.
 
-    A rejected answer is no example, and a stated preference is shown in words.
+    Rejected answers and stated preferences are left out, because neither is an example of a good answer.
     """
     rankings = zip(samples, retriever.rank(samples), strict=True)
     return [[index for index in ranking if sample.history[index].kind == "answer"] for sample, ranking in rankings]
@@ -90,7 +90,7 @@ class BM25Retriever:
         query_words = set(words)
         if not any(map(query_words.intersection, documents)):
             return np.zeros(len(items))
-        # Words that are not in the query count for the length only; as one word they keep the index small.
+        # Words outside the query only add to the length, so one word replaces them and the index stays small.
         corpus = [[word if word in query_words else "" for word in document] for document in documents]
         index: Any = bm25s.BM25(
             method="robertson", k1=1.5, b=0.75, dtype="float64", backend="numpy", csc_backend="numpy"
@@ -107,7 +107,7 @@ class RecencyRetriever:
 
 
 class RandomRetriever:
-    """An order that depends on the seed and the sample's id alone."""
+    """A random order that depends only on the seed and the sample's id."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -35,8 +35,8 @@ from personaplug.llm.base import LanguageModel, PromptBatch
 
 _WEIGHTS = "retriever.safetensors"
 _BATCH_SIZE = 8  # prompts that the model scores at once
-_TEMPERATURE = 0.1  # of the ranking that is compared with the likelihoods
-_CANDIDATES = 8  # sets the draws of candidates apart from others with the same seed
+_TEMPERATURE = 0.1  # of the softmax over the retriever's scores
+_CANDIDATES = 8  # makes the draws of candidates differ from others with the same seed
 
 
 class RopgRetriever(nn.Module):
@@ -61,9 +61,11 @@ class RopgRetriever(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
-        """Load trained weights, or raise `MissingData` (`DamagedFile` if the file is damaged)."""
+        """Load trained weights."""
         if not (folder / _WEIGHTS).exists():
-            raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
+            raise MissingData(
+                f"{folder} has no trained retriever. Train one with `personaplug train --methods ropg:4`."
+            )
         retriever = cls(width)
         remedy = f"Restore it, or delete {folder} and train the retriever again."
         weights = load_tensors(folder / _WEIGHTS, remedy=remedy, shapes=shapes_of(retriever))
@@ -76,7 +78,7 @@ class RankingTarget:
     """The teacher's scores for some items of one sample's history.
 
     Attributes:
-        id: of the sample.
+        id: id of the sample.
         candidates: (C,) indices of the items.
         log_likelihoods: (C,) of the target with that item in the prompt.
     """
@@ -94,7 +96,7 @@ class RopgTeacher:
         path: JSON lines of ranking targets; a stopped command continues after the last whole line.
         retriever: its best items are half of the candidates; the others are drawn.
         candidates: number of scored items per sample.
-        owner: a name of the training; cached scores of another one are left out.
+        owner: name of the training; cached scores of other trainings are ignored.
     """
 
     path: Path
@@ -122,7 +124,7 @@ class RopgTeacher:
 
     def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
         prompts = ((index, self.formatter.format(sample.full_prompt, [sample.history[index]])) for index in candidates)
-        # Without its item, a prompt would give the item the score of no item.
+        # Skip items that do not fit into the prompt, because the score would not depend on the item.
         texts = {index: prompt.prompt for index, prompt in prompts if prompt.included}
         log_likelihoods: list[float] = []
         with torch.no_grad():
@@ -143,7 +145,7 @@ class RopgObjective:
 
     Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / 0.1)
 
-    The samples are those of the targets, with all their items; augmentation drops items later.
+    Each sample needs a target and all its items; augmentation drops items later.
     """
 
     unit = "query"

@@ -1,7 +1,7 @@
 """A user's LoRA adapter: its training data, its training and its storage.
 
-After OPPU (arXiv 2402.04401), without the leak of its code, which trains each user on the users before as well. Here a
-user starts with a fresh adapter, a fresh optimizer and only the user's own items.
+This follows OPPU (arXiv 2402.04401), without the leak in its code, which trains each user also on the users before.
+Here a user starts with a fresh adapter and a fresh optimizer, and trains on the user's own items only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
         pairs = [(head + content, _allowed_answer(task, item)) for item in items if (content := _content(item))]
     else:
         raise ConfigError(
-            "The prompt must end with its query, which the user's items replace; it does not. Give the prompt and "
+            "The prompt must end with its query, because the user's items replace the query. Give the prompt and the "
             "query of one sample, as its reader returns them."
         )
     return [pair for pair in pairs if pair[1]]
@@ -69,29 +69,29 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
 def has_history_pairs(task: Task) -> bool:
     """True if a history item is a question of the task with its answer.
 
-    Items without an answer (LaMP_1) or with nothing else (LaMP_7) are not, nor are those of a task whose query is found
-    by a pattern, which cannot write a prompt.
+    This is false if items have no answer (LaMP_1) or only an answer (LaMP_7). It is also false if a pattern finds the
+    task's query, because a pattern cannot write a prompt.
     """
     return task.answer_field is not None and task.item_fields != (task.answer_field,) and not task.query_pattern
 
 
 def user_lora_caveat(task: Task) -> str | None:
-    """Return what a report must say beside the row `lora-per-user` of this task, or None."""
+    """Return the note that a report on this task must add to the row `lora-per-user`, or None."""
     if not has_history_pairs(task):
         return (
-            f"lora-per-user: items of {task.name} are not questions with answers, so users' adapters learn how they "
-            f"write and not the task that is tested."
+            f"lora-per-user: items of {task.name} are not questions with answers, so a user's adapter learns how the "
+            f"user writes, not the tested task."
         )
     if not task.query_after:
         return (
             f"lora-per-user: {task.name} does not declare where a query starts, so users' adapters learn from items "
-            f"without the wording that is tested."
+            f"without the wording of the tested prompts."
         )
     return None
 
 
 def without_evaluated_items(items: Iterable[HistoryItem], samples: Iterable[Sample]) -> list[HistoryItem]:
-    """Drop the items that hold a question of the user's evaluated samples.
+    """Drop the items that contain a question of the user's evaluated samples.
 
     An item is dropped if its content, or one of its values except the answer, equals the query of a sample. Case,
     spaces and punctuation do not count. An item that is only an answer (LaMP_7) is also compared with the targets.
@@ -138,7 +138,7 @@ def _normalized(text: str) -> str:
 
 @dataclass(frozen=True)
 class UserFit:
-    """Optimizer steps and seconds of one user's training; 0 if the user has no pairs."""
+    """Number of optimizer steps and seconds of one user's training; 0 without pairs."""
 
     steps: int
     seconds: float
@@ -149,8 +149,8 @@ def fit_user(
 ) -> UserFit:
     """Train a fresh user adapter on the latest pairs, on top of the task's, and leave it in `adapters`.
 
-    AdamW without weight decay at a constant rate. The first weights and the order of the pairs depend on the seed
-    alone. The trained weights are rounded to float16, the format on disk, so that loading them changes no prediction.
+    AdamW without weight decay at a constant rate. The initial weights and the order of the pairs depend only on
+    the seed. The trained weights are rounded to float16, the format on disk, so that reloading changes no prediction.
 
     Raises:
         TrainingDiverged: if a loss or a gradient is not finite; the user's adapter is fresh then.
@@ -185,8 +185,8 @@ def _train(
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"A user's LoRA adapter: in step {step} the loss is {loss.item()} and the gradient {norm}. "
-                f"Use a lower lora_learning_rate (it is {config.lora_learning_rate:g}) or dtype=float32."
+                f"A user's LoRA adapter diverged in step {step}: loss {loss.item()}, gradient norm {norm}. "
+                f"Use a lower lora_learning_rate (now {config.lora_learning_rate:g}) or dtype=float32."
             )
         optimizer.step()
     optimizer.zero_grad()
@@ -202,7 +202,7 @@ def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 
 @dataclass(frozen=True)
 class UserCosts:
-    """A number of users, and their mean seconds of training and bytes on disk."""
+    """The number of users, and the mean seconds of training and bytes on disk per user."""
 
     users: int
     seconds: float
@@ -254,7 +254,7 @@ class UserLoraStore:
         name, weights = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
         record = _TrainingRecord(seconds, items, bytes=sum(value.nbytes for value in weights.values()))
         save_tensors(self.folder / f"{name}.safetensors", weights)
-        # The record comes last: `get` takes a user without one for missing.
+        # The record comes last, because `get` ignores weights without a record.
         write_checked_json(self.folder / f"{name}.json", asdict(record))
         self._records[name] = record
 

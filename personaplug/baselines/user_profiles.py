@@ -33,9 +33,9 @@ class UserProfile:
     """A description of one history.
 
     Attributes:
-        key: of the history, the model and the request.
-        seconds: its share of its batch's duration.
-        offered, included, shortened: of the history's items in the request; see `HistoryPrompt`.
+        key: hash of the history, the model and the request.
+        seconds: duration of its batch, divided by the number of profiles in it.
+        offered, included, shortened: numbers of the history's items in the request; see `HistoryPrompt`.
     """
 
     key: str
@@ -54,15 +54,15 @@ class ProfileGenerator:
 
     def __init__(self, path: Path, *, task: Task, llm: LanguageModel, config: RetrievalConfig) -> None:
         self.lines, self.llm, self.config = JsonLines(path), llm, config
-        # The request follows the items, wherever the task's own prompts have them.
+        # The request stands after the items, whatever the task's wording.
         task = replace(task, history_after="", history_template="{history}. {input}")
         if task.kind == "chat":
-            task = replace(task, answer_field=None)  # the answers of conversations are long: they may be cut
+            task = replace(task, answer_field=None)  # answers of conversations are long, so they may be cut
         self.formatter = HistoryPromptFormatter(task, llm)
         self.profiles = {values["key"]: UserProfile(**values) for values in self.lines}
 
     def generate(self, histories: Sequence[Sequence[HistoryItem]]) -> list[UserProfile]:
-        """Return one profile per history, without its rejected answers; an empty history has an empty text."""
+        """Return one profile per history, rejected answers left out; the profile of an empty history has no text."""
         histories = [[item for item in items if item.kind != "rejection"] for items in histories]
         keys = [self._key(items) for items in histories]
         by_key = zip(keys, histories, strict=True)
@@ -72,7 +72,7 @@ class ProfileGenerator:
 
     def _generate_missing(self, histories: Mapping[str, Sequence[HistoryItem]]) -> None:
         config = GenerationConfig(max_new_tokens=self.config.profile_tokens)
-        # Latest items first: the last ones are dropped if room is short.
+        # Latest items first, because the formatter drops the last ones if room is short.
         requests = {key: self.formatter.format(_REQUEST, items[::-1]) for key, items in histories.items()}
         longest_first = sorted(requests, key=lambda key: -characters(requests[key].prompt))
         with Progress("profiles", total=len(requests), unit="profiles") as progress:

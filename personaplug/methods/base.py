@@ -1,7 +1,7 @@
-"""Method: one row of a results table. What it needs trained, what it shows the model, what it predicts, what it costs.
+"""Method: one row of a results table, with its trained parts, model inputs, predictions and costs.
 
-To add a row, write a subclass, a frozen dataclass, and register it: `register_method("my-row", factory)`. Its controls
-`my-row@wrong-user` and `my-row@shuffled` are the same object with other facts in `info`.
+To add a row, write a subclass as a frozen dataclass, and register it: `register_method("my-row", factory)`. Its
+controls `my-row@wrong-user` and `my-row@shuffled` are copies with another `info` and `rationale`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from personaplug.training.parts import TrainedPart
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a row shows for each of n samples.
+    """The inputs of a row for n samples.
 
     Attributes:
-        samples: (n,) with the items that a plug sees and the prompts that the model reads.
-        assignments: (n,) whose history each sample is shown.
+        samples: (n,) samples with the items for the plug and the prompts for the model.
+        assignments: (n,) the history that each sample gets.
         prompt_lengths: (n,) sizes of the prompts; empty for a row without a language model.
-        items_used: (n,) number of items of a history that reach the prediction.
-        cut_items_rate: share of the items meant for prompts or weights that were cut or left out; None if none are.
-        texts: (n,) the samples with the texts of the histories they are shown, for rows that read texts.
-        user_cost: the measured cost of what the row keeps for a user, if it was measured on the way.
+        items_used: (n,) number of history items that a prediction uses.
+        cut_items_rate: share of the items for prompts or weights that were cut or left out; None if not applicable.
+        texts: (n,) the samples with the texts of their histories, for rows that read texts.
+        user_cost: the cost of a user's data, if it was measured while the inputs were built.
     """
 
     samples: Sequence[EncodedSample]
@@ -50,8 +50,8 @@ class Method(ABC):
     """One row.
 
     Attributes:
-        info: its name, family, control and parents.
-        rationale: the claim that this row tests.
+        info: name, family, control and parents of the row.
+        rationale: the question that the row answers.
     """
 
     info: MethodInfo = field(kw_only=True)
@@ -64,26 +64,22 @@ class Method(ABC):
 
     @property
     def requires(self) -> tuple[TrainedPart, ...]:
-        """What must be trained before this row can be filled, in order."""
+        """The parts to train before this row is evaluated, in order."""
         return ()
 
     @property
     def needs_train_split(self) -> bool:
-        """Whether the row is fitted on the training split when the table is filled."""
+        """Whether the evaluation fits the row on the training split."""
         return False
 
     def check(self, task: Task) -> None:
-        """Check that a task has what the row needs.
-
-        Raises:
-            ConfigError: saying what is missing.
-        """
+        """Raise `ConfigError` if the task lacks what the row needs."""
         for part in self.requires:
             part.check(task)
 
     @abstractmethod
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
-        """Return the samples as the row shows them; its random draws come from the seed."""
+        """Return the row's inputs for all samples; `seed` determines random draws."""
 
     @abstractmethod
     def predict(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> Predictions:
@@ -94,15 +90,15 @@ class Method(ABC):
         return None
 
     def reference_nll(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return −log p of the reference answers and their tokens, (n, 2); None if the row has no likelihoods."""
+        """Return −log p of each reference answer and its number of tokens, (n, 2); None without likelihoods."""
         return None
 
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return the sum of KL(plain ‖ row) along each of the plain model's answers and its tokens, (n, 2), or None."""
+        """Return KL(plain ‖ row), summed along each plain answer, and its number of tokens, (n, 2), or None."""
         return None
 
     def user_cost(self, context: EvalContext, inputs: ModelInputs) -> UserCost | None:
-        """Return what a user costs a service with this row; None if unknown."""
+        """Return the cost of one user to a service with this row; None if unknown."""
         return None
 
     def soft_tokens(self, context: EvalContext) -> int:
@@ -110,11 +106,11 @@ class Method(ABC):
         return 0
 
     def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
-        """Return the largest number of items with which a user gets nothing personal."""
+        """Return the largest number of items with which a user still gets the cold start."""
         return 0
 
     def remark(self, task: Task) -> str | None:
-        """Return what a reader of the table must know of this row on a task, if anything."""
+        """Return a note on this row for readers of the table, or None."""
         return None
 
     @property

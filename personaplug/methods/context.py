@@ -1,4 +1,4 @@
-"""What every row of a table works with: one split of a run, its models and whose history each sample is shown."""
+"""The context of an evaluation: one split of a run, its models, and the history that each sample gets."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _KINDS_SHOWN = {"all": ITEM_KINDS, "answers": ("answer", "rejection"), "preferen
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where the history of one sample comes from.
+    """The history that one sample gets.
 
     Attributes:
-        source: index of the sample whose history is shown; None = no history.
-        items: (n,) indices of the source's items, in the order in which they are shown.
+        source: index of the sample whose history it is; None = no history.
+        items: (n,) indices of the source's items, in order.
     """
 
     source: int | None
@@ -62,9 +62,6 @@ class EvalContext:
         Args:
             reader: the split.
             train: the training split; only needed for rows without a language model.
-        Raises:
-            MissingData: if the split holds no samples.
-            ConfigError: if labels are to be scored in a task without labels.
         """
         run.check_models(models)
         self.run, self.reader, self.models, self.config, self.train = run, reader, models, config, train
@@ -73,7 +70,9 @@ class EvalContext:
             max_new_tokens=config.max_new_tokens or run.task.max_new_tokens, num_beams=config.num_beams
         )
         self.embeddings = run.open_vectors(models.encoder)
-        timed = list(islice(reader, _TIMED_SAMPLES))  # before the split is read, so that its report covers it once
+        timed = list(
+            islice(reader, _TIMED_SAMPLES)
+        )  # before the split is read, so that the reader's report counts it once
         truncated = models.encoder.truncated
         self.samples = run.read_samples(reader, self.embeddings, limit=config.limit, seed=config.draw_seed)
         self.truncated_texts = models.encoder.truncated - truncated
@@ -95,25 +94,23 @@ class EvalContext:
 
     @cached_property
     def texts(self) -> list[Sample]:
-        """The samples with the texts of their histories, read when the first row needs them."""
+        """The samples with the texts of their histories, read on first use."""
         return list(drawn(self.reader, limit=self.config.limit, seed=self.config.draw_seed))
 
     @cached_property
     def shown_items(self) -> list[Indices]:
-        """The indices of the items of each sample's history that rows may show."""
+        """The indices of the items of each sample's history that rows may use."""
         kinds, latest = self.config.item_kinds, self.config.max_eval_history
         return [shown_items(sample.kind_ids, kinds, latest=latest) for sample in self.samples]
 
     @cached_property
     def training_texts(self) -> list[Sample]:
-        """The training samples of the run with their texts.
-
-        Raises:
-            MissingData: if the training split was not given.
-            RunConflict: if the run was trained on other data.
-        """
+        """The training samples of the run with their texts."""
         if self.train is None:
-            raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
+            raise MissingData(
+                "Rows without a language model are fitted on the training split, but none was given. Use "
+                "data that has one."
+            )
         samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
         if self.run.knows_its_data:
             rows = encoded(samples, self.embeddings, plug=self.run.config.plug, labels=self.run.item_labels)
@@ -121,7 +118,7 @@ class EvalContext:
         return samples
 
     def samples_for(self, plug: PlugConfig) -> list[EncodedSample]:
-        """Return the samples as a plug reads their items."""
+        """Return the samples encoded for a plug."""
         channel = plug.answer_channel
         if channel not in self._samples_by_channel:
             limit, seed = self.config.limit, self.config.draw_seed
@@ -135,12 +132,12 @@ class EvalContext:
 
     @cached_property
     def shown_texts(self) -> list[Sample]:
-        """The samples with the texts of the items that rows may show."""
+        """The samples with the texts of the items that rows may use."""
         pairs = zip(self.texts, self.shown_items, strict=True)
         return [replace(text, history=tuple(text.history[index] for index in shown)) for text, shown in pairs]
 
     def assigned_items(self, assignments: Sequence[Assignment]) -> list[tuple[HistoryItem, ...]]:
-        """Return the items of the histories that the samples are shown, with their texts."""
+        """Return the items of the histories that the samples get, with their texts."""
         return [
             () if a.source is None else tuple(self.texts[a.source].history[index] for index in a.items)
             for a in assignments
@@ -154,7 +151,7 @@ class EvalContext:
         return self._plug[1]
 
     def once(self, key: object, compute: Callable[[], T]) -> T:
-        """Return a value that several rows and seeds share, computed when it is first asked for."""
+        """Return a value that several rows and seeds share; it is computed on first use."""
         if key not in self._cache:
             self._cache[key] = compute()
         value: T = self._cache[key]
@@ -162,12 +159,12 @@ class EvalContext:
 
 
 def shown_items(kinds: Int8Array, shown: str, *, latest: int) -> Indices:
-    """Return the indices of the items that rows may show of a history, in order.
+    """Return the indices of the items of a history that rows may use, in order.
 
     Args:
-        kinds: (N,) of all items.
+        kinds: (N,) kinds of all items.
         shown: `item_kinds` of the config.
-        latest: most items, as `latest_items` chooses them; -1 = all.
+        latest: maximum number of items, which `latest_items` chooses; -1 = all.
     """
     indices = np.flatnonzero(np.isin(kinds, [ITEM_KINDS.index(kind) for kind in _KINDS_SHOWN[shown]]))
     return indices if latest < 0 else indices[latest_items(kinds[indices], latest)]
@@ -179,12 +176,10 @@ def assign_histories(
     """Assign a history to each of n samples. One assignment serves vectors, texts and weights alike.
 
     Args:
-        history: whose history is shown.
+        history: whose history the samples get.
         owners: (n,) the samples' users.
-        shown: (n,) indices of the items that may be shown of the samples' own histories.
-        seed: draws strangers and orders.
-    Raises:
-        ConfigError: if a wrong user is asked for and there is only one user.
+        shown: (n,) indices of the items of the samples' own histories that rows may use.
+        seed: seed of the drawn users and orders.
     """
     if history == "none":
         return [Assignment(None, np.empty(0, np.int64)) for _ in owners]
@@ -204,7 +199,7 @@ def with_assigned_items(samples: Sequence[EncodedSample], assignments: Sequence[
 
 
 def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:
-    """For each sample, draw one of another user: each other user is equally likely, then each of their samples."""
+    """For each sample, draw another user and one of this user's samples, both uniformly."""
     by_owner: dict[str, list[int]] = {}
     for index, owner in enumerate(owners):
         by_owner.setdefault(owner, []).append(index)

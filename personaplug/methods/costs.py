@@ -1,4 +1,4 @@
-"""What a user costs a service under each row: bytes kept and seconds to add one, as means over the samples."""
+"""The cost of one user to a service: stored bytes and the seconds to add the user, as means over the samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
 
 _TIMED_ITEMS = 128
-_BYTES_PER_VALUE = 2  # item vectors are kept in half precision
+_BYTES_PER_VALUE = 2  # item vectors are stored in half precision
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class UserCost:
     """The cost of one user.
 
     Attributes:
-        bytes: kept for the user.
-        seconds: to add the user, on this machine.
+        bytes: stored for the user.
+        seconds: time to add the user, on this machine.
     """
 
     bytes: float = 0.0
@@ -33,12 +33,11 @@ class UserCost:
 
 
 class CostMeter:
-    """Costs of a mean user of some samples.
+    """Measures the costs of an average user.
 
     Args:
         sizes: number of items in each sample's history.
-        timed: a few samples with their texts, to measure on.
-        encoder: encodes items.
+        timed: a few samples with their texts, whose items are measured.
     """
 
     def __init__(self, sizes: Sequence[int], timed: Sequence[Sample], *, encoder: Encoder) -> None:
@@ -61,7 +60,7 @@ class CostMeter:
 
     @cached_property
     def _seconds_per_item(self) -> float:
-        """The time to encode an item, measured when the first row asks."""
+        """The time to encode an item, measured on first use."""
         if not self._texts:
             return 0.0
         self.encoder.encode(self._texts[:8])  # the first call warms up

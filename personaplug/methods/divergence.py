@@ -1,4 +1,4 @@
-"""How far a row is from the plain model: KL of next tokens along the plain model's own greedy answers."""
+"""Divergence of a row from the plain model: KL of next tokens along the plain model's greedy answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.methods.predictions import answer_batches, prompt_batch, prompt_batches
 from personaplug.plug.personalizer import SoftPrompter
 
-ANSWER_TOKENS = 32  # of the plain model, at most
+ANSWER_TOKENS = 32  # length limit of the plain model's answers
 
 _GREEDY = GenerationConfig(max_new_tokens=ANSWER_TOKENS)
 
@@ -40,17 +40,19 @@ def divergence(
     """Return the sum of KL(plain ‖ row) over the tokens of each answer, in nats, and the number of tokens.
 
     Args:
-        samples: (n,) as the row shows them to the model.
-        plain: (n,) the same with their bare prompts.
-        answers: (n,) to the bare prompts, of `plain_answers`.
-        prompter: makes the row's soft tokens; None = there are none.
-        batch_size: most answers in a pass.
+        samples: (n,) samples with the row's prompts.
+        plain: (n,) the same samples with bare prompts.
+        answers: (n,) answers to the bare prompts, from `plain_answers`.
+        prompter: makes the row's soft tokens; None = no soft tokens.
+        batch_size: maximum number of answers in a pass.
     """
-    found: dict[int, list[float]] = {}
+    divergences: dict[int, list[float]] = {}
     lengths = [*map(len, answers)]
     for indices in answer_batches(lengths, batch_size=batch_size, title=title):
-        bare = prompt_batch(llm, [plain[index] for index in indices], None)
-        shown = prompt_batch(llm, [samples[index] for index in indices], prompter)
-        sums = llm.divergence(bare, shown, [answers[index] for index in indices]).tolist()
-        found.update((index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True))
-    return [found[index] for index in range(len(answers))]
+        plain_batch = prompt_batch(llm, [plain[index] for index in indices], None)
+        row_batch = prompt_batch(llm, [samples[index] for index in indices], prompter)
+        sums = llm.divergence(plain_batch, row_batch, [answers[index] for index in indices]).tolist()
+        divergences.update(
+            (index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True)
+        )
+    return [divergences[index] for index in range(len(answers))]

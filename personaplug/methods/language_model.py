@@ -1,4 +1,4 @@
-"""Rows that ask the frozen language model: bare, behind soft tokens, with texts in the prompt, with an n-gram cache."""
+"""Rows that use the frozen language model: bare, with soft tokens, with texts in the prompt, with n-grams."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from personaplug.training.parts import SoftPromptPart, TrainedPart
 
 @dataclass(frozen=True)
 class LanguageModelMethod(Method):
-    """The frozen language model, with what stands beside the question.
+    """The frozen language model with soft tokens, texts of the history, n-grams, or none of these.
 
     Attributes:
-        soft: what makes soft tokens; None = there are none.
-        texts: what puts texts of the history into the prompt; None = the bare prompt.
-        ngrams: whether the n-grams of the user's past answers are mixed into what the model writes.
+        soft: the trained part that makes soft tokens; None = no soft tokens.
+        texts: the texts of the history in the prompt; None = the bare prompt.
+        ngrams: whether n-grams of the user's past answers are mixed into the model's predictions.
     """
 
     soft: SoftPromptPart | None = None
@@ -41,7 +41,7 @@ class LanguageModelMethod(Method):
 
     @property
     def can_take_ngrams(self) -> bool:
-        """Whether n-grams of the user's past answers may be mixed in."""
+        """Whether the row may be combined with n-grams of the user's past answers."""
         return not self.ngrams and not self.info.is_control
 
     @property
@@ -80,7 +80,7 @@ class LanguageModelMethod(Method):
         return self._reference_nll(context, inputs.samples, prompter=prompter, seed=seed)
 
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return what metrics take; None for a row with n-grams, which are no part of the model's logits."""
+        """Return None for a row with n-grams, because these do not change the model's logits."""
         if self.ngrams:
             return None
         llm, size = context.models.llm, context.config.evaluation_batch_size
@@ -95,7 +95,7 @@ class LanguageModelMethod(Method):
         )
 
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
-        """Return what makes the row's soft tokens; None if it has none."""
+        """Return the source of the row's soft tokens; None if the row has no soft tokens."""
         plug = self._plug(context, seed=seed)
         if plug is None:
             return None
@@ -140,7 +140,7 @@ class LanguageModelMethod(Method):
 
     def remark(self, task: Task) -> str | None:
         if self.info.history == SHUFFLED and self.info.control_of == "plug":
-            return "shuffled equals plug here: the plug takes no notice of the items' order."
+            return "shuffled equals plug here, because the plug ignores the order of the items."
         return super().remark(task)
 
     @property
@@ -181,7 +181,7 @@ class LanguageModelMethod(Method):
 
 @dataclass(frozen=True)
 class RandomVectorsMethod(LanguageModelMethod):
-    """The plug, shown random vectors without answers in place of the user's items."""
+    """The plug with random vectors, and no answers, instead of the user's items."""
 
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
         inputs = super().build_inputs(context, assignments, seed=seed)
@@ -200,7 +200,7 @@ class RandomVectorsMethod(LanguageModelMethod):
 
 @dataclass(frozen=True)
 class MeanPersonaMethod(LanguageModelMethod):
-    """The plug with the mean persona of all samples for everybody."""
+    """The plug with the mean persona of all samples for every user."""
 
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
         personalizer = super().prompter(context, inputs, seed=seed)

@@ -1,7 +1,7 @@
 """Rows with a LoRA in the model: the task's alone (`lora`), and each user's on top of it (`lora-per-user`, OPPU).
 
-Every user is trained once, on the history of the sample of theirs whose history ends earliest: later items are not in
-it. Items that hold what any of the user's evaluated questions asks are left out too.
+Each user's LoRA is trained once, on the history of the user's sample whose history ends earliest, without later items.
+Items that contain the query of an evaluated sample of the user are left out too.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class LoraMethod(LanguageModelMethod):
             return super().reference_nll(context, inputs, seed=seed)
 
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return None: with a LoRA in it, the model is not the plain one."""
+        """Return None, because a model with a LoRA is not the plain model."""
         return None
 
 
 @dataclass(frozen=True)
 class UserLoraMethod(LoraMethod):
-    """The language model with the task's LoRA and, on top of it, one for each user."""
+    """The language model with the task's LoRA and, on top of it, a LoRA for each user."""
 
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
         inputs = super().build_inputs(context, assignments, seed=seed)
@@ -132,12 +132,12 @@ class UserLoraMethod(LoraMethod):
 
 
 class UserLoras:
-    """The LoRAs of the users of some samples, for one seed; trained when they are first needed.
+    """The LoRAs of the users of some samples, for one seed; each is trained on first use.
 
     Args:
-        run: with the task's LoRA trained.
-        texts: the evaluated samples with the texts of the items that may be shown; of them, `user_items` are used.
-        seed: of the task's LoRA and of the users' trainings.
+        run: a run whose task LoRA is trained.
+        texts: the evaluated samples with the texts of the items that rows may use.
+        seed: seed of the task's LoRA and of the users' trainings.
     """
 
     def __init__(self, run: Run, models: Models, texts: Sequence[Sample], *, seed: int) -> None:
@@ -150,7 +150,7 @@ class UserLoras:
         self._pairs_by_owner: dict[str, list[Pair]] = {}
 
     def cost(self) -> UserCost | None:
-        """Return bytes of a user's LoRA and seconds of its training, as means; None if none is stored."""
+        """Return the mean size and training time of a user's LoRA; None if none is stored."""
         for owner in self.by_owner:
             self.store.count_stored(self._key(owner))
         costs = self.store.costs()
@@ -168,7 +168,7 @@ class UserLoras:
 
     @contextmanager
     def loaded(self, owner: str | None, adapters: LoraAdapters) -> Iterator[None]:
-        """Apply a user's LoRA on top of the task's within a block; nobody's changes nothing."""
+        """Apply a user's LoRA on top of the task's within a block; without an owner, apply the task's alone."""
         if owner is None:
             adapters.reset(USER, seed=self.seed)
         else:

@@ -1,6 +1,6 @@
-"""Rows without a language model: a regression on words and history, heuristics on the user's own answers, copying.
+"""Rows without a language model: regressions on words and history, heuristics on the user's past answers, copies.
 
-They say what a data set gives away for nothing. They are fitted on the samples that the run's plug is trained on.
+They show which scores are possible without a language model. They are fitted on the training samples of the run's plug.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from personaplug.methods.predictions import Predictions
 
 @dataclass(frozen=True)
 class BaselineMethod(Method):
-    """A baseline that predicts labels or texts in the language model's place."""
+    """A baseline that predicts labels or texts without a language model."""
 
     baseline: Baseline
 

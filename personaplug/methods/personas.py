@@ -16,11 +16,11 @@ from personaplug.plug.personalizer import Personalizer, Vectors
 
 
 class RandomVectors:
-    """A random unit vector in place of each item vector: as many items, none of their meaning.
+    """Random unit vectors instead of item vectors: the number of items is the same, their meaning is lost.
 
     Args:
-        vectors: the vectors that are replaced; equal ones by equal ones, in whatever row they are.
-        seed: of the draw.
+        vectors: the vectors to replace; equal vectors get equal replacements.
+        seed: seed of the draws.
     """
 
     def __init__(self, vectors: Vectors, *, seed: int) -> None:
@@ -37,18 +37,17 @@ class RandomVectors:
 
 
 class MeanPersona:
-    """The average soft prompt of some samples, for everybody.
+    """The average soft prompt of some samples, for all users.
 
     Args:
         personalizer: makes the soft prompts that are averaged.
-        samples: whose prompts; those with few items, whose tokens may come from another training, count only if there
-            are no others.
-        batch_size: samples in a pass.
+        samples: the samples to average over. A sample with a cold start counts only if all have one, because its
+            tokens may come from another training.
     """
 
     def __init__(self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, batch_size: int = 64) -> None:
-        few = personalizer.plug.cold_start.max_items
-        samples = [sample for sample in samples if len(sample.rows) > few] or samples
+        cold_start_items = personalizer.plug.cold_start.max_items
+        samples = [sample for sample in samples if len(sample.rows) > cold_start_items] or samples
         with torch.no_grad():
             parts = [
                 _weighted_sum(personalizer.soft_prompt(samples[start : start + batch_size]), weight=1 / len(samples))

@@ -1,6 +1,6 @@
-"""What a language model predicts for samples, with or without soft tokens, and the cache file of predictions.
+"""Predict samples with a language model, with or without soft tokens, and cache the predictions in files.
 
-Cached predictions are used again only while everything that they depend on is the same.
+Cached predictions are used only if everything that they depend on is the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from personaplug.training.batching import micro_batches
 
 logger = logging.getLogger(__name__)
 
-_DIGITS = 6  # of a probability: enough for any point estimate, and equal in memory and in a file
+_DIGITS = 6  # decimals of a probability: enough for point estimates, and equal in memory and in files
 MAX_PASS_TOKENS = 1024  # answer tokens in one pass, padding included; each has a logit for every word of the vocabulary
 
 
@@ -45,15 +45,15 @@ class Predictions:
 
     Attributes:
         texts: (n,) the predicted answers.
-        unfinished: (n,) whether each text was cut at its longest length.
+        unfinished: (n,) whether each text was cut at the length limit.
         seconds: the time that the predictions took.
-        peak_memory_bytes: the most memory that was held meanwhile.
+        peak_memory_bytes: the peak memory during the predictions.
         probabilities: (n, C) of the task's labels; None if no labels were scored.
         nll: (n,) −log p of each reference answer and its number of tokens (a label counts as one), then, if texts were
             written, of each rejected answer; None if unknown.
         divergence: (n,) the sum of KL(plain ‖ row) over the tokens of the plain model's answer, and their number; None
             if unknown.
-        fit_seconds: the time of fitting, for a row that is fitted when the table is filled.
+        fit_seconds: the time of fitting, for a row that the evaluation fits.
     """
 
     texts: list[str]
@@ -66,19 +66,15 @@ class Predictions:
     fit_seconds: float | None = None
 
     def likelihoods(self) -> Likelihoods | None:
-        """Return `nll` as metrics take it; None if unknown."""
+        """Return `nll` in the form that metrics need; None if unknown."""
         return _with_infinities(self.nll)
 
     def divergences(self) -> Likelihoods | None:
-        """Return `divergence` as metrics take it; None if unknown."""
+        """Return `divergence` in the form that metrics need; None if unknown."""
         return _with_infinities(self.divergence)
 
     def estimates(self, estimate: str, *, labels: Sequence[str]) -> list[str]:
-        """Return the labels that a point estimate chooses; texts that were not scored stay as they are.
-
-        Raises:
-            ConfigError: if there is no such estimate, or the labels are no scale.
-        """
+        """Return the labels that a point estimate chooses, or the texts if no labels were scored."""
         if estimate == ARGMAX or self.probabilities is None:
             return self.texts
         probabilities = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
@@ -108,17 +104,17 @@ def predict_samples(
 ) -> Predictions:
     """Predict samples, and return the predictions in the samples' order.
 
-    The longest prompts come first, so that memory runs out at once or not at all.
+    The longest prompts come first, so that memory runs out at once or never.
 
     Args:
         prompter: makes the soft tokens; None = the bare model.
         decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
     """
     if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
-        # Most rows of a table share their prompts: the cache is filled before the clock of the first row starts.
+        # Most rows share their prompts, so the prompt cache is filled before the first row is timed.
         llm.cache_prompts([sample.prompt for sample in samples])
     elif decoding == "generate":
-        llm.clear_cache()  # beams read prompts by themselves
+        llm.clear_cache()  # beam search does not use the prompt cache
     reset_peak_memory()
     started = time.monotonic()
     predictions: dict[int, _Prediction] = {}
@@ -152,7 +148,7 @@ def reference_nll(
     Args:
         samples: with targets.
         prompter: makes the soft tokens; None = the bare model.
-        batch_size: most answers in a pass; long ones make it fewer.
+        batch_size: maximum number of answers in a pass; long answers reduce it.
     """
     pairs = [(sample, answer) for sample in samples for answer in (sample.target or "", *sample.rejected)]
     measured = iter(_answer_nll(llm, pairs, prompter=prompter, batch_size=batch_size, title=title))
@@ -179,7 +175,7 @@ def _answer_nll(
 
 
 def prompt_batches(samples: Sequence[EncodedSample], *, batch_size: int, title: str) -> Iterator[list[int]]:
-    """Yield the indices of samples that are answered together, the longest prompts first, saying how far it is."""
+    """Yield the indices of samples in batches, longest prompts first, and report the progress."""
     order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):
@@ -189,7 +185,7 @@ def prompt_batches(samples: Sequence[EncodedSample], *, batch_size: int, title: 
 
 
 def answer_batches(lengths: Sequence[int], *, batch_size: int, title: str) -> Iterator[list[int]]:
-    """Yield the indices of answers of these lengths that are measured in one pass, saying how far it is."""
+    """Yield the indices of answers of these lengths in batches for one pass, and report the progress."""
     with Progress(title, total=len(lengths), unit="answers") as progress:
         for part in micro_batches(range(len(lengths)), lengths=lengths, max_tokens=MAX_PASS_TOKENS):
             for start in range(0, len(part), batch_size):
@@ -199,14 +195,14 @@ def answer_batches(lengths: Sequence[int], *, batch_size: int, title: str) -> It
 
 
 def _with_infinities(rows: list[list[float]] | None) -> Likelihoods | None:
-    """Return rows with infinity in place of null, which a file has, because JSON has no infinity."""
+    """Replace None by infinity: files have null instead, because JSON has no infinity."""
     return None if rows is None else [[math.inf if value is None else value for value in row] for row in rows]
 
 
 def all_or_none(rows: Sequence[list[float] | None]) -> list[list[float]] | None:
     """Return the rows, or None if one of them is unknown."""
-    known = [row for row in rows if row is not None]
-    return known if len(known) == len(rows) else None
+    values = [row for row in rows if row is not None]
+    return values if len(values) == len(rows) else None
 
 
 def joined(parts: Sequence[tuple[list[int], Predictions]], count: int) -> Predictions:
@@ -235,11 +231,7 @@ def joined(parts: Sequence[tuple[list[int], Predictions]], count: int) -> Predic
 
 
 def save_predictions(predictions: Predictions, path: Path, *, key: Sequence[Any]) -> None:
-    """Write predictions beside a hash of everything that they depend on.
-
-    Raises:
-        StorageError: if the disk is full.
-    """
+    """Write predictions, with a hash of everything that they depend on."""
     write_checked_json(path, {"key": _hash(key), **asdict(predictions)})
 
 
@@ -248,7 +240,7 @@ def load_predictions(path: Path, *, key: Sequence[Any]) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        values = read_json(path, remedy="The predictions are made again.")
+        values = read_json(path, remedy="The samples are predicted again.")
         return Predictions(**values) if values.pop("key", None) == _hash(key) else None
     except (DamagedFile, TypeError) as error:
         logger.warning("%s", error)
@@ -286,9 +278,9 @@ def prompt_batch(llm: LanguageModel, samples: Sequence[EncodedSample], prompter:
 
 
 def _probabilities(scores: torch.Tensor) -> list[list[float]]:
-    """Return log-probabilities of a closed set, (B, C), as probabilities within it, rounded."""
+    """Turn log-probabilities of the labels, (B, C), into rounded probabilities that sum to 1."""
     probabilities = torch.softmax(scores.cpu().double(), dim=1)
-    # Scores that overflowed say nothing of the labels but which one is predicted.
+    # Scores that overflowed only tell which label is predicted, so it gets all probability.
     one_hot = torch.nn.functional.one_hot(scores.cpu().argmax(dim=1), num_classes=scores.shape[1]).double()
     rows: list[list[float]] = torch.where(probabilities.isfinite(), probabilities, one_hot).tolist()
     return [[round(probability, _DIGITS) for probability in row] for row in rows]
@@ -297,7 +289,7 @@ def _probabilities(scores: torch.Tensor) -> list[list[float]]:
 def _label_nll(scores: torch.Tensor, samples: Sequence[EncodedSample], task: Task) -> list[list[float] | None]:
     """Return −log p of each sample's label among the labels, and 1 for its token; None for a hidden label."""
     nll = -torch.log_softmax(scores.cpu().double(), dim=1)
-    # A score that overflowed does not tell the right label from any other: it counts as impossible.
+    # A score that overflowed cannot rank labels, so its label counts as impossible.
     nll = nll.nan_to_num(nan=math.inf)
     ids = {label.strip(): index for index, label in enumerate(task.labels)}
     label_ids = [None if sample.target is None else ids.get(sample.target.strip()) for sample in samples]

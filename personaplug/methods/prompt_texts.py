@@ -22,12 +22,12 @@ _DENSE = ("dense", "ropg")
 
 @dataclass(frozen=True)
 class PromptTexts:
-    """What stands in the prompt beside the question.
+    """The texts of a history in the prompt.
 
     Attributes:
-        retrieval: which items; None = none.
-        profile: whether a profile of the user.
-        stated: whether the preferences that the user has stated.
+        retrieval: the retrieved items; None = no items.
+        profile: whether the prompt has a profile of the user.
+        stated: whether the prompt has the user's stated preferences.
     """
 
     retrieval: Retrieval | None = None
@@ -36,17 +36,17 @@ class PromptTexts:
 
     @property
     def requires(self) -> tuple[TrainedPart, ...]:
-        """The trained retriever, if there is one."""
+        """The trained retriever, if `retrieval` needs one."""
         return (ROPG,) if self.retrieval is not None and self.retrieval.method == ROPG.name else ()
 
     @property
     def embeds_items(self) -> bool:
-        """Whether the vectors of a user's items are kept."""
+        """Whether a service must store the vectors of a user's items."""
         return self.retrieval is not None and self.retrieval.method in _DENSE
 
     @property
     def keeps_texts(self) -> bool:
-        """Whether the texts of a user's items are kept."""
+        """Whether a service must store the texts of a user's items."""
         return self.retrieval is not None
 
     def added_to(self, inputs: ModelInputs, context: EvalContext, *, seed: int) -> ModelInputs:
@@ -70,7 +70,7 @@ class PromptTexts:
         )
 
     def _cost_of_preferences(self, histories: Sequence[Sequence[HistoryItem]]) -> UserCost | None:
-        """Return the mean size of the stated preferences, if no other texts of the history are kept."""
+        """Return the mean size of the stated preferences; None if the texts of all items are stored."""
         if not self.stated or self.keeps_texts:
             return None
         sizes = [sum(len(item.text.encode()) for item in items if item.kind == "preference") for items in histories]
@@ -78,7 +78,7 @@ class PromptTexts:
 
 
 def _cut_rate(prompts: list[HistoryPrompt]) -> float:
-    """Return the share of the items meant for prompts that were shortened or left out."""
+    """Return the share of the offered items that were shortened or left out."""
     offered = sum(prompt.offered for prompt in prompts)
     cut = sum(prompt.shortened + prompt.offered - prompt.included for prompt in prompts)
     return cut / offered if offered else 0.0

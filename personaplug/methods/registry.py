@@ -1,7 +1,7 @@
 """The registry of rows, and the grammar of their names.
 
-A name is a base, extensions behind `+`, and a control behind `@`: `plug+bm25:1+phrases@wrong-user`. What stands behind
-a colon goes to the part before it. `rows.py` registers the rows of this package.
+A name is a base, extensions after `+`, and a control after `@`: `plug+bm25:1+phrases@wrong-user`. The text after a
+colon is the argument of the part before it. `rows.py` registers the rows of this package.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from personaplug.methods.base import Method
 from personaplug.training.parts import TrainedPart
 
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
-_FREE_RIVALS = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
+_FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
 
 MethodFactory = Callable[[str], Method]
-"""Makes a row from what stands behind the colon of its name ("" if there is no colon)."""
+"""Makes a row from the argument after the colon of its name ("" without a colon)."""
 
 Extension = Callable[[str, str, str], Method]
-"""Makes a row from its name, the name before the `+` ("" if there is none) and what stands behind the colon."""
+"""Makes a row from its name, the name before the `+` ("" if there is none) and the argument after the colon."""
 
 _METHODS: dict[str, MethodFactory] = {}
 _EXTENSIONS: dict[str, Extension] = {}
 _EXAMPLES: list[str] = []
 _ALIASES = {WRONG_USER: f"plug@{WRONG_USER}", SHUFFLED: f"plug@{SHUFFLED}"}
-_GAIN = "how much of {}'s gain a stranger's history gives too; the distance to it is the personal gain"
+_GAIN = "how much of {}'s gain another user's history gives too; the rest is the personal gain"
 _ORDER = "whether the order of the items matters to {}"
 
 
 def register_method(name: str, factory: MethodFactory) -> None:
-    """Make a row known by its name."""
+    """Register a row under its name."""
     register(_METHODS, name, factory, kind="row")
     _EXAMPLES.append(name)
 
 
 def register_extension(name: str, extension: Extension, *, examples: Sequence[str] = ()) -> None:
-    """Make known a part of names that stands behind a `+`, or first with a number.
+    """Register a part of names that stands after a `+`, or first with a number.
 
     Args:
-        examples: names with it, for error messages.
+        examples: names with the extension, for error messages.
     """
     register(_EXTENSIONS, name, extension, kind="extension of rows")
     _EXAMPLES.extend(examples)
@@ -56,18 +56,18 @@ def known_methods() -> list[str]:
 
 
 def default_rows(task: Task, *, has_train_split: bool = True) -> list[Method]:
-    """Return the rows of a table on a task if none are named: the plug, its controls, and rivals that cost nothing.
+    """Return the default rows for a task: the plug, its controls, and baselines without a language model.
 
-    `shuffled` is not among them, because the plug ignores the order of the items. `instruction+labels` is not, because
-    it needs a training of its own.
+    `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` is left out, because
+    it needs another training.
 
     Args:
         has_train_split: whether rows can be fitted on the training split.
     """
-    rivals = [find_method(name) for name in _FREE_RIVALS]
-    fitting = [row for row in rivals if _fits(row, task) and (has_train_split or not row.needs_train_split)]
+    baselines = [find_method(name) for name in _FREE_BASELINES]
+    suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")
-    return [*map(find_method, first), *fitting, *map(find_method, last)]
+    return [*map(find_method, first), *suitable, *map(find_method, last)]
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -78,7 +78,9 @@ def parse_methods(text: str) -> list[Method]:
     """
     methods = [find_method(name.strip()) for name in text.split(",") if name.strip()]
     if not methods or len({method.name for method in methods}) < len(methods):
-        raise ConfigError(f"Rows are different names, comma-separated, such as {_EXAMPLE_LIST}; found {text!r}.")
+        raise ConfigError(
+            f"Rows must be different names, separated by commas, such as {_EXAMPLE_LIST}; found {text!r}."
+        )
     return methods
 
 
@@ -105,7 +107,7 @@ def find_method(name: str) -> Method:
 
 
 def needed_parts(methods: Sequence[Method]) -> list[TrainedPart]:
-    """Return what has to be trained for some rows, each once, in order."""
+    """Return the parts that must be trained for these rows, each once, in order."""
     return list(dict.fromkeys(part for method in methods for part in method.requires))
 
 
@@ -115,10 +117,10 @@ def unknown_method(name: str) -> ConfigError:
 
 
 def number_after(name: str, argument: str) -> int:
-    """Return the number behind a colon in a row's name.
+    """Return the number after a colon in a row's name.
 
     Raises:
-        ConfigError: if it is no whole number from 1 to 999999999, written without leading zeros: a row has one name.
+        ConfigError: unless it is a whole number from 1 to 999999999 without leading zeros, so that a row has one name.
     """
     if not re.fullmatch("[1-9][0-9]{0,8}", argument):
         raise unknown_method(name)
@@ -126,7 +128,7 @@ def number_after(name: str, argument: str) -> int:
 
 
 def _fits(row: Method, task: Task) -> bool:
-    """Return whether a rival that costs nothing can be filled on a task."""
+    """Return whether a baseline can be evaluated on a task."""
     if task.labels and not (task.has_labelled_items or task.has_options):
         return False  # neither answers to count nor options to compare
     try:
@@ -140,8 +142,8 @@ def _control(name: str, method: Method, history: str) -> Method:
     is_personal = method.info.history == "own" and not method.info.is_control
     if not is_personal or not (history == WRONG_USER or (history == SHUFFLED and method.can_be_shuffled)):
         raise ConfigError(
-            f"A control is written ROW@{WRONG_USER} or ROW@{SHUFFLED}, with a row that uses the user's own history "
-            f"(for {SHUFFLED}: in its order); found {name!r}."
+            f"A control must be ROW@{WRONG_USER} or ROW@{SHUFFLED}. ROW must use the user's own history and, for "
+            f"{SHUFFLED}, may depend on its order. Found {name!r}."
         )
     short_names = {target: alias for alias, target in _ALIASES.items()}
     info = replace(

@@ -5,18 +5,18 @@
     instruction+bm25:4  plug+bm25:1  profile+bm25:4          soft tokens trained on such prompts; a profile before them
     plug+phrases  instruction+phrases  plug+bm25:1+phrases   with the n-grams of the user's past answers mixed in
     instruction+labels                                       soft tokens, and counts of the user's own labels
-    profile                                                  what the model itself wrote of the user
+    profile                                                  a description of the user that the model wrote
     stated  stated+bm25:4                                    the user's stated preferences in the system message
-    lora  lora-per-user                                      weights in the model: the task's, and each user's
+    lora  lora-per-user                                      a LoRA in the model: the task's; each user's on top of it
     classical  classical:text  classical:history             a regression on words and history, on one of them
-    user-median  user-mean  user-majority                    a statistic of the user's own answers
+    user-median  user-mean  user-majority                    a statistic of the user's past answers
     copy  copy:10  user-words:8                              the query, its first words, the user's frequent words
-    ROW@wrong-user  ROW@shuffled                             any of them, shown a stranger's history, or another order
+    ROW@wrong-user  ROW@shuffled                             controls: another user's history, or another item order
     wrong-user  shuffled                                     short for plug@wrong-user and plug@shuffled
     random-vectors  mean-persona  population-persona         further controls of the plug
 
-The personal gain of a row is its distance from its own wrong-user row. Rows without a language model say what a data
-set gives away for nothing.
+The personal gain of a row is its distance from its wrong-user control. Rows without a language model show which scores
+are possible without one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from personaplug.methods.registry import (
 from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, PAPER_PLUG, PLUG
 
 _USER_WORDS = 8
-_INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; alone it is written instruction-only
+_INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; the row without extensions is `instruction-only`
 _TEXTS = {"": PromptTexts(), "profile": PromptTexts(profile=True), "stated": PromptTexts(stated=True)}
 
 
@@ -76,7 +76,7 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
             replace(INSTRUCTION, name=name, retrieval=retrieval),
             PromptTexts(retrieval),
             info=info,
-            rationale="what the texts do once retrieval has seen the same training data as the plug",
+            rationale="how much retrieved texts gain beside soft tokens that are trained on the same data as the plug",
         )
     if base == "plug":
         parents = (retrieval.name, f"{_INSTRUCTION}+{retrieval.name}", "plug")
@@ -84,16 +84,18 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
             replace(PLUG, name=name, retrieval=retrieval),
             PromptTexts(retrieval),
             info=replace(info, family="plug", parents=parents),
-            rationale="whether persona and texts complete each other, trained together",
+            rationale="whether a persona and retrieved texts complement each other if they are trained together",
         )
     if base not in _TEXTS:
-        raise ConfigError(f"Retrieval goes with instruction, plug, profile or stated (plug+bm25:1); found {name!r}.")
+        raise ConfigError(
+            f"Retrieval must follow instruction, plug, profile or stated, as in plug+bm25:1; found {name!r}."
+        )
     dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
-    of_base = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
+    base_parents = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
     return LanguageModelMethod(
         texts=replace(_TEXTS[base], retrieval=retrieval),
-        info=replace(info, parents=of_base[base], is_seeded=retrieval.method in SEEDED_RETRIEVERS),
-        rationale="what the texts themselves do in the prompt",
+        info=replace(info, parents=base_parents[base], is_seeded=retrieval.method in SEEDED_RETRIEVERS),
+        rationale="how much retrieved texts in the prompt gain",
     )
 
 
@@ -101,24 +103,24 @@ def _with_phrases(name: str, base: str, argument: str) -> Method:
     if not base or argument:
         raise unknown_method(name)
     if base == "instruction-only":
-        raise ConfigError(f"{name} is written {_INSTRUCTION}+phrases.")
+        raise ConfigError(f"Write {_INSTRUCTION}+phrases instead of {name}.")
     method = find_method("instruction-only" if base == _INSTRUCTION else base)
     if not isinstance(method, LanguageModelMethod) or not method.can_take_ngrams:
         raise ConfigError(
-            f"Phrases are mixed into what the frozen model writes beside the user's own history (plug+phrases, "
-            f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."
+            f"+phrases must follow a row that asks the frozen model, as in plug+phrases, instruction+phrases or "
+            f"plug+bm25:1+phrases. A control ends with it: plug+phrases@wrong-user. Found {name!r}."
         )
     family = "counts" if method.info.family == "none" else method.info.family
     return replace(
         method,
         info=replace(method.info, name=name, family=family, history="own", parents=_parents_with_phrases(method)),
-        rationale=f"what n-grams of the user's past answers, mixed into what the model writes, add to {method.name}",
+        rationale=f"how much mixing in n-grams of the user's past answers adds to {method.name}",
         ngrams=True,
     )
 
 
 def _parents_with_phrases(method: Method) -> tuple[str, ...]:
-    """Return the row without phrases, and its parents with them; the plug stays as it is."""
+    """Return the row without phrases, then its parents with phrases; the parent `plug` stays without."""
     parents = [parent if parent == "plug" else f"{parent}+phrases" for parent in method.info.parents]
     is_plug_alone = method.info.family == "plug" and not parents
     return (method.name, *parents, *((f"{_INSTRUCTION}+phrases",) if is_plug_alone else ()))
@@ -139,53 +141,53 @@ def _no_lm(
 def _copy(argument: str) -> Method:
     name = f"copy:{argument}" if argument else "copy"
     words = number_after(name, argument) if argument else 0
-    rationale = "whether repeating the question does as well"
+    rationale = "whether a copy of the question does as well"
     return _no_lm(CopyQuery("copy", words), rationale, name=name, history="none")
 
 
 def _user_words(argument: str) -> Method:
     name = f"user-words:{argument}" if argument else "user-words"
     words = number_after(name, argument) if argument else _USER_WORDS
-    rationale = "whether the words that most of the user's own texts hold do as well, in no sentence"
+    rationale = "whether a list of the user's most frequent words does as well"
     return _no_lm(UserWords("user-words", words), rationale, name=name)
 
 
 _FIXED: tuple[Method, ...] = (
-    LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does untouched"),
+    LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does without personalization"),
     LanguageModelMethod(
         INSTRUCTION,
         info=MethodInfo("instruction-only", is_seeded=True),
-        rationale="how much any trained tokens gain: same data, steps and number of tokens, no history",
+        rationale="how much soft tokens gain without a history, with the same data, steps and number of tokens",
     ),
     LanguageModelMethod(
         PLUG,
         info=MethodInfo("plug", "plug", "own", is_seeded=True),
-        rationale="what the user's own history gives through the plug",
+        rationale="how much the user's own history gains through the plug",
     ),
     LanguageModelMethod(
         PAPER_PLUG,
         info=MethodInfo("paper-plug", "plug", "own", is_seeded=True),
-        rationale="what the plug of the paper (PPlug, eq. 1 to 5) makes of the same history at the same place",
+        rationale="how much the plug of the paper (PPlug, eq. 1 to 5) gains with the same history and placement",
     ),
     LanguageModelMethod(
         LABEL_COUNTS,
         info=MethodInfo("instruction+labels", "counts", "own", is_seeded=True),
-        rationale="whether counts of the user's own labels, beside tokens that know nobody, do as well as a persona",
+        rationale="whether counts of the user's past labels, beside tokens without a history, do as well as a persona",
     ),
     RandomVectorsMethod(
         PLUG,
         info=MethodInfo("random-vectors", "plug", "own", control_of="plug", is_seeded=True),
-        rationale="whether the persona carries anything of the items, or only their number",
+        rationale="whether the persona depends on the items, or only on their number",
     ),
     MeanPersonaMethod(
         PLUG,
         info=MethodInfo("mean-persona", "plug", "own", control_of="plug", is_seeded=True),
-        rationale="whether one persona for everybody does as well",
+        rationale="whether one persona for all users does as well",
     ),
     LanguageModelMethod(
         PLUG,
         info=MethodInfo("population-persona", "plug", control_of="plug", is_seeded=True),
-        rationale="what the plug does for a user without any history",
+        rationale="how much the plug gains for a user without a history",
     ),
     LanguageModelMethod(
         texts=_TEXTS["profile"],
@@ -195,26 +197,26 @@ _FIXED: tuple[Method, ...] = (
     LanguageModelMethod(
         texts=_TEXTS["stated"],
         info=MethodInfo("stated", "prompt", "own"),
-        rationale="what the preferences that the user has stated do in words, in the system message",
+        rationale="how much the user's stated preferences gain as text in the system message",
     ),
     LoraMethod(
         info=MethodInfo("lora", "weights", is_seeded=True),
-        rationale="how much weights trained on everybody's questions gain: the task, with more parameters",
+        rationale="how much the task alone gains with more trained parameters",
     ),
     UserLoraMethod(
         info=MethodInfo("lora-per-user", "weights", "own", parents=("lora",), is_seeded=True),
-        rationale="whether training for each user does better",
+        rationale="whether a LoRA for each user does better",
     ),
     _no_lm(
         Regression(),
         "whether a regression on words and history, which needs no language model, does as well",
         parents=("classical:text", "classical:history"),
     ),
-    _no_lm(Regression("text"), "what a regression learns of the task alone", history="none"),
-    _no_lm(Regression("history"), "what a regression makes of the history without reading the question"),
-    _no_lm(UserRating("user-median", user_median), "whether the median of the user's own answers does as well"),
-    _no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's own answers does as well"),
-    _no_lm(UserMajority(), "whether the most frequent of the user's own answers does as well"),
+    _no_lm(Regression("text"), "what a regression predicts from the question alone", history="none"),
+    _no_lm(Regression("history"), "what a regression predicts from the history alone"),
+    _no_lm(UserRating("user-median", user_median), "whether the median of the user's past answers does as well"),
+    _no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's past answers does as well"),
+    _no_lm(UserMajority(), "whether the most frequent of the user's past answers does as well"),
 )
 
 for _method in _FIXED:

@@ -1,4 +1,4 @@
-"""What baselines need trained once for each seed, for all users: the task's LoRA, a retriever."""
+"""Parts that baselines train once per seed for all users: the task's LoRA and the ROPG retriever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER = "adapter.safetensors"
 
 @dataclass(frozen=True)
 class LoraPart(TrainedPart):
-    """A LoRA in the language model, for the task."""
+    """The task's LoRA in the language model."""
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         run, settings = trainings.run, trainings.run.config.adapter
@@ -36,7 +36,7 @@ class LoraPart(TrainedPart):
 
 @dataclass(frozen=True)
 class RopgPart(TrainedPart):
-    """A ranking of items, taught by the language model (ROPG-KD)."""
+    """A retriever that the language model teaches to rank items (ROPG-KD)."""
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
         trainings.models.llm.clear_cache()
@@ -74,11 +74,7 @@ ROPG = RopgPart("ropg")
 
 @contextmanager
 def task_lora(run: Run, models: Models, *, seed: int) -> Iterator[LoraAdapters]:
-    """Load the task's LoRA into the language model, and apply it within a block.
-
-    Raises:
-        MissingData: if its training has not ended.
-    """
+    """Load the task's LoRA into the language model, and apply it within a block."""
     folder = run.check_trained(LORA.name, seed=seed)
     remedy = f"Restore it, or delete {folder} and train the LoRA again."
     with LoraAdapters.attach(models.llm, config=run.config.adapter) as adapters:

@@ -1,6 +1,6 @@
-"""Validation split, batches of an epoch, micro-batches, and augmentation by random sub-histories.
+"""Validation split, epoch batches, micro-batches, and augmentation by random sub-histories.
 
-All draws depend on seeds and counts alone, so that a resumed run repeats those of an unbroken one.
+Random draws depend only on seeds and positions, so a resumed training repeats the draws of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BATCHES_PER_BUCKET = 50  # samples are sorted by length within a bucket; smalle
 class Augmentation:
     """One appearance of a sample in an epoch: with its whole history, or with its v-th random sub-history."""
 
-    index: int  # of the sample
+    index: int  # index of the sample
     variant: int  # v; 0 = the whole history
 
 
@@ -36,13 +36,15 @@ def user_split(
     """Split samples into (train, validation) with disjoint users.
 
     Args:
-        share: of the users in validation, at least one user.
+        share: share of the users in validation; at least one user.
         limit: maximum number of validation samples.
     """
     owners = sorted({sample.owner for sample in samples})
     if len(owners) < 2:
-        message = f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
-        raise ConfigError(message)
+        raise ConfigError(
+            f"Training needs samples of 2 or more users, because it holds out whole users for validation; found "
+            f"{len(owners)}."
+        )
     rng = np.random.default_rng([seed, 1])
     validation_owners = held_users(owners, share=share, rng=rng)
     train = [sample for sample in samples if sample.owner not in validation_owners]
@@ -60,13 +62,15 @@ def epoch_batches(
     epoch: int,
     shares: Sequence[float] | None = None,
 ) -> list[list[Augmentation]]:
-    """Return an epoch's batches in random order; each holds samples of similar length, and sizes differ by at most one.
+    """Return an epoch's batches in random order.
+
+    Samples of a batch have similar lengths. Batch sizes differ by at most one.
 
     Args:
         lengths: tokens of each sample.
         views: sub-histories per sample, beside its whole history.
-        shares: of the appearances of each sample, those that an epoch has; samples of equal shares are drawn together,
-            so that all epochs have the same size. None = all.
+        shares: share of each sample's appearances that an epoch contains; None = all. Samples with equal shares are
+            drawn as one group, so all epochs have the same size.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
@@ -82,7 +86,7 @@ def epoch_batches(
 
 
 def _thinned(order: npt.NDArray[np.intp], shares: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
-    """Keep a share of the entries of a random order: of each group with the same share, the first ones."""
+    """Keep a share of each group of entries with the same share: the first entries of the group in `order`."""
     is_kept = np.zeros(len(order), dtype=bool)
     for share in np.unique(shares):
         members = np.flatnonzero(shares == share)
@@ -91,12 +95,15 @@ def _thinned(order: npt.NDArray[np.intp], shares: npt.NDArray[np.float64]) -> np
 
 
 def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:
-    """Split a batch into parts of at most `max_tokens`, rows × longest, or a single longer sample; 0 = one part."""
+    """Split a batch into parts of at most `max_tokens` tokens, padding included; 0 = one part.
+
+    A sample with more tokens is a part by itself.
+    """
     if not max_tokens:
         return [list(batch)] if batch else []
     parts: list[list[T]] = []
     max_rows = 0
-    # Longest first: the first sample of a part alone decides how many rows fit.
+    # Longest first, so that the first sample of a part decides how many rows fit.
     for index in sorted(range(len(batch)), key=lambda i: -lengths[i]):
         if not parts or len(parts[-1]) == max_rows:
             parts.append([])
@@ -116,7 +123,7 @@ def augment_history(
 ) -> EncodedSample:
     """Return the sample with a random part of its history, in order.
 
-    Variants above 0 lack between one item and half of them, as in the paper's released code (not in the paper).
+    Variants above 0 drop between one item and half of the items, as in the paper's released code (not in the paper).
 
     Args:
         drop_history_prob: probability of hiding the whole history, which trains the plug for users without one.
@@ -134,5 +141,5 @@ def augment_history(
     rng = np.random.default_rng([seed, 8, *position])
     if rng.random() >= subsample_history_prob:
         return sample
-    shown = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
-    return sample.with_items_of(sample, np.sort(shown))
+    indices = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
+    return sample.with_items_of(sample, np.sort(indices))

@@ -1,8 +1,8 @@
-"""Checkpoints, each written completely or not at all.
+"""Atomic checkpoints.
 
-A folder holds `state-<step>` (the weights, the optimizer's moments, the counters) and `best-<step>` (the weights with
-the best validation loss so far, which a state names). A training resumes from the newest state that is whole; the one
-before is kept for the case that the newest is damaged.
+A folder holds `state-<step>` (weights, optimizer moments, counters) and `best-<step>` (the weights with the lowest
+validation loss so far; a state names their step). A training resumes from the newest undamaged state. The state before
+the newest stays as a fallback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from personaplug.infra.tensor_files import Shapes, load_tensors, save_tensors, s
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _MOMENTS, _COUNTERS = "weights.safetensors", "optimizer.safetensors", "state.json"
-_KEPT = 2
+_STATES_TO_KEEP = 2
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrainingState:
     """The counters of a training."""
 
     step: int = 0  # optimizer steps done
-    best_step: int = 0  # of the lowest validation loss; 0 before the first validation
+    best_step: int = 0  # step with the lowest validation loss; 0 before the first validation
     best_loss: float = float("inf")  # that loss, per token
     seconds: float = 0.0  # over all resumptions
     samples: int = 0  # augmented samples trained on
@@ -41,25 +41,27 @@ class TrainingState:
 def save_state(
     folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str = ""
 ) -> None:
-    """Write a state, then remove all but the latest two states and best weights, which these states name.
+    """Write a state, then remove all but the latest two states and the latest two best weights.
 
     Args:
-        owner: a name of the training; `load_state` refuses the states of another one.
+        owner: name of the training; `load_state` refuses states of other trainings.
     """
     with atomic_folder(folder / f"state-{state.step:08d}") as target:
         save_tensors(target / _WEIGHTS, module.state_dict())
         save_tensors(target / _MOMENTS, _optimizer_tensors(optimizer))
         parts = {name: stored_checksum(path, remedy="") for name, path in _tensor_files(target, state).items()}
         write_checked_json(target / _COUNTERS, {**asdict(state), "owner": owner, "parts": parts})
-    for old in _folders(folder, "state-")[:-_KEPT] + _folders(folder, "best-")[:-_KEPT]:
+    for old in _folders(folder, "state-")[:-_STATES_TO_KEEP] + _folders(folder, "best-")[:-_STATES_TO_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str = "") -> TrainingState:
-    """Restore the newest whole state, if there are any, into `module` and `optimizer`, and return its counters.
+    """Restore the newest undamaged state into `module` and `optimizer`, and return its counters.
+
+    Without any state, return fresh counters.
 
     Raises:
-        DamagedFile: if there are states and none of them is whole and of this training.
+        DamagedFile: if all states are damaged or belong to another training.
     """
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,7 +70,7 @@ def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimi
         try:
             state, weights, moments = _read_state(path, module=module, optimizer=optimizer, owner=owner)
         except DamagedFile as error:
-            logger.warning("%s Going on with the checkpoint before, if there is one.", error)
+            logger.warning("%s Trying the previous checkpoint, if there is one.", error)
             damage = error
         else:
             module.load_state_dict(weights)
@@ -97,23 +99,27 @@ def drop_states(folder: Path) -> None:
 def _read_state(
     path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str
 ) -> tuple[TrainingState, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
-    """Return counters, weights and moments of a state, if they and its best weights are whole."""
+    """Return counters, weights and moments of a state; check these and its best weights for damage."""
     state, parts = _read_counters(path, owner=owner)
     weights = _load(path, _WEIGHTS, shapes_of(module))
     tensors = _load(path, _MOMENTS)
     moments = _moments(tensors, optimizer)
     if moments is None:
-        raise DamagedFile(path / _MOMENTS, reason="it belongs to other weights", remedy=_remedy(path.parent))
+        raise DamagedFile(
+            path / _MOMENTS,
+            reason="its tensors do not fit the parameters of the optimizer",
+            remedy=_remedy(path.parent),
+        )
     if state.best_step:
         _load(_best_folder(path.parent, state.best_step), _WEIGHTS, shapes_of(module))
     for name, file in _tensor_files(path, state).items():
         if stored_checksum(file, remedy=_remedy(path.parent)) != parts.get(name):
-            raise DamagedFile(file, reason="it is of another checkpoint", remedy=_remedy(path.parent))
+            raise DamagedFile(file, reason="it belongs to another checkpoint", remedy=_remedy(path.parent))
     return state, weights, moments
 
 
 def _tensor_files(path: Path, state: TrainingState) -> dict[str, Path]:
-    """Return the files that belong to a state: its own and the best weights that it names."""
+    """Return the tensor files of a state and of the best weights that it names."""
     files = {"weights": path / _WEIGHTS, "moments": path / _MOMENTS}
     return files | ({"best": _best_folder(path.parent, state.best_step) / _WEIGHTS} if state.best_step else {})
 
@@ -124,12 +130,12 @@ def _read_counters(path: Path, *, owner: str) -> tuple[TrainingState, dict[str, 
         values = read_json(path / _COUNTERS, remedy=_remedy(path.parent))
     except FileNotFoundError:
         raise DamagedFile(path, reason=f"{_COUNTERS} is missing", remedy=_remedy(path.parent)) from None
-    parts, found = values.pop("parts", {}), values.pop("owner", "")
+    parts, state_owner = values.pop("parts", {}), values.pop("owner", "")
     best_loss = math.inf if values.get("best_loss") is None else values["best_loss"]  # JSON has no infinity
     if values.keys() != {field.name for field in fields(TrainingState)} or path.name != f"state-{values['step']:08d}":
-        raise DamagedFile(path / _COUNTERS, reason="it is of another checkpoint", remedy=_remedy(path.parent))
-    if found != owner:
-        raise DamagedFile(path / _COUNTERS, reason="it is of another training", remedy=_remedy(path.parent))
+        raise DamagedFile(path / _COUNTERS, reason="it belongs to another checkpoint", remedy=_remedy(path.parent))
+    if state_owner != owner:
+        raise DamagedFile(path / _COUNTERS, reason="it belongs to another training", remedy=_remedy(path.parent))
     return TrainingState(**values | {"best_loss": best_loss}), parts
 
 
@@ -138,7 +144,7 @@ def _load(path: Path, name: str, shapes: Shapes | None = None) -> dict[str, Tens
 
 
 def _remedy(folder: Path) -> str:
-    return f"Restore it, or delete {folder} and run the same command again to train anew."
+    return f"Restore it, or delete {folder} and run the same command again to train from scratch."
 
 
 def _best_folder(folder: Path, step: int) -> Path:

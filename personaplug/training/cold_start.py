@@ -1,7 +1,7 @@
-"""Cold start: choose what serves users with few history items, by the loss of held-out users.
+"""Cold start: choose the soft tokens of users with few history items, by the loss of held-out users.
 
-Users without items get the tokens of the control (instruction-only) or the plug's own tokens for no items. Users with
-1, 2, … items get the same tokens as long as held-out users lose less with them than with a persona of so few items.
+Users without items get the tokens of the control (instruction-only), or those of the plug for an empty history. Users
+with 1, 2, … items get the same tokens while these have a lower held-out loss than a persona from that many items.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_ITEMS = 5
 PERSONA, CONTROL, NO_ITEMS = "plug", "instruction-only", "plug without items"
 
 Loss = Callable[[int, str], float | None]
-"""(items shown, what serves these users) → mean held-out loss; None if no held-out user has that many items."""
+"""(number of items, source of the tokens) → mean held-out loss; None if no held-out user has that many items."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class ColdStartChoice:
     """The outcome of the search.
 
     Attributes:
-        source: whose tokens serve users with few items: `CONTROL` or `NO_ITEMS`.
-        max_items: users with at most this many items get them.
-        losses: mean held-out loss by number of items, then by what serves.
+        source: origin of the tokens for users with few items: `CONTROL` or `NO_ITEMS`.
+        max_items: users with at most this many items get these tokens.
+        losses: mean held-out loss by number of items, then by source.
     """
 
     source: str
@@ -40,16 +40,16 @@ class ColdStartChoice:
 
 
 def choose_cold_start(loss: Loss, *, max_items: int = MAX_ITEMS) -> ColdStartChoice:
-    """Search from no items upward; stop at the first number of items where a persona loses less."""
+    """Search upward from 0 items; stop at the first number of items for which a persona is at least as good."""
     source, chosen = CONTROL, 0
     losses: dict[int, dict[str, float]] = {}
     for items in range(max_items + 1):
         persona = loss(items, PERSONA)
-        served = loss(items, source)
-        if persona is None or served is None:
+        fallback = loss(items, source)
+        if persona is None or fallback is None:
             break
-        losses[items] = {PERSONA: persona, source: served}
-        if served < persona:
+        losses[items] = {PERSONA: persona, source: fallback}
+        if fallback < persona:
             chosen = items
         elif items == 0:
             source = NO_ITEMS
@@ -65,29 +65,29 @@ def set_best_cold_start(
     *,
     mean_loss: Callable[[Sequence[EncodedSample]], float],
 ) -> dict[int, dict[str, float]]:
-    """Set the plug's cold start to what held-out users lose least with.
+    """Search the cold start with the lowest held-out loss, and set it in the plug.
 
     Args:
-        control: (S, D) tokens of the trained control, not scaled.
-        held_out: samples of held-out users with all items.
-        mean_loss: mean loss of samples with the plug as it is set.
+        control: (S, D) unscaled tokens of the trained control.
+        held_out: samples of held-out users with their whole histories.
+        mean_loss: returns the mean loss of samples with the plug's current cold start.
     Returns:
-        Mean losses by the number of items shown, then by what serves.
+        Mean losses by number of items, then by source.
     """
     tokens = {CONTROL: control, NO_ITEMS: None}
     without_preferences = [sample.without_preferences() for sample in held_out]
 
     def loss(items: int, source: str) -> float | None:
-        shown = [sample.latest(items) for sample in without_preferences if len(sample.rows) >= items]
-        if not shown:
+        subset = [sample.latest(items) for sample in without_preferences if len(sample.rows) >= items]
+        if not subset:
             return None
         if source == PERSONA:
             plug.cold_start = ColdStart()
         else:
             plug.cold_start = ColdStart(tokens[source], max_items=items)
-        return mean_loss(shown)
+        return mean_loss(subset)
 
-    # At least one item of a full history must give a persona, or nobody would ever have one.
+    # Users with a full history must get a persona, so the search ends below `max_history`.
     choice = choose_cold_start(loss, max_items=min(MAX_ITEMS, plug.config.max_history - 1))
     plug.cold_start = ColdStart(tokens[choice.source], max_items=choice.max_items)
     return choice.losses

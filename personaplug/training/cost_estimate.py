@@ -1,4 +1,4 @@
-"""Estimate time, memory and disk of a training, from the data and a few timed steps."""
+"""Estimate the time, memory and disk space of a training, from the data and a few timed steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from personaplug.training.trainer import fit
 _INDEX_BYTES = 40  # per row of the embedding store's index, measured
 _TIMED_STEPS = 4
 _TIMED_ITEMS = 256
-_FORWARD_SHARE = 0.4  # of a training step: a validation needs no backward pass
+_FORWARD_SHARE = 0.4  # forward pass as a share of a training step; validation has no backward pass
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Estimate:
     items: int
     vectors: int  # distinct items, each encoded once
     disk_bytes: int  # vectors, finished plugs, states of one unfinished training, prompts cached on disk
-    memory_bytes: int  # peak of this process, which did real steps, and prompts cached in memory
+    memory_bytes: int  # peak of this process with real steps, and prompts cached in memory
     encode_seconds: float
     step_seconds: float
     train_seconds: float  # all trainings, validations included
@@ -49,7 +49,7 @@ class Estimate:
     prompts: str = ""  # where prompts are cached, and why; empty for placement=prefix
 
     def text(self) -> str:
-        """Return the estimate as lines for people."""
+        """Return the estimate as lines of text."""
         steps = f"{self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s"
         lines = {
             "samples": f"{self.samples:,} with {self.items:,} items of history",
@@ -72,7 +72,9 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table, labels=closed_labels(run))
         data = _count(reader, config)
         if data.users < 2:
-            raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
+            raise MissingData(
+                f"An estimate needs samples of 2 or more users, because it times real steps; found {data.users}."
+            )
         encode_seconds = _time_encoding(data.drawn, models) * data.vectors
         plan, prompt_seconds = _time_prompts(run, data, models)
         step_seconds = _time_steps(run, data, objective, table)
@@ -103,22 +105,22 @@ class _TrainData:
     items: int
     vectors: int
     users: int
-    drawn: list[Sample]  # at random
-    longest: list[Sample]  # those with the longest prompts
+    drawn: list[Sample]  # random samples
+    longest: list[Sample]  # samples with the longest prompts
 
 
 def _count(reader: Reader, config: Config) -> _TrainData:
-    """Read the training data once; only the keys of distinct items, 100 bytes each, grow with it."""
+    """Read the training data once. Memory grows only with distinct items, by 100 bytes for each key."""
     batch_size, with_answer = config.training.batch_size, config.plug.encodes_answers
     rng, number, items = random.Random(0), 0, 0
     keys, owners = set[bytes](), set[str]()
     reservoir, longest = list[Sample](), list[Sample]()
     for number, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
-        # Eight bytes of a key: a collision among millions of items makes the count one too small.
+        # Eight bytes of a key are enough: a collision only makes the count one too small.
         keys.update(content_key(item.encoded(with_answer=with_answer))[:8] for item in sample.history)
         owners.add(sample.owner)
-        # Reservoir sampling: all samples so far are in it with the same probability.
+        # Reservoir sampling: each sample so far is in the reservoir with the same probability.
         index = rng.randrange(number)
         if len(reservoir) < _TIMED_STEPS * batch_size + 1:
             reservoir.append(sample)
@@ -129,7 +131,7 @@ def _count(reader: Reader, config: Config) -> _TrainData:
 
 
 def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan, float]:
-    """Return where prompts are cached, and the seconds for one; 0 if the timed steps include them."""
+    """Return the plan of the prompt cache, and the seconds per prompt; 0 if the timed steps include prompts."""
     if run.config.plug.placement != "suffix":
         return CachePlan("nowhere", 0, ""), 0.0
     prompts = list(dict.fromkeys(sample.full_prompt for sample in data.drawn))
@@ -161,7 +163,10 @@ def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
 
 
 def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:
-    """Return the seconds of a step after the first, which warms up; then do a step on the longest, for peak memory."""
+    """Return the seconds per step, without the first step, which warms up.
+
+    Then run a step on the longest samples, so that it counts for peak memory.
+    """
     # One epoch of full batches, with a validation of one sample at its end.
     settings = replace(run.config.training, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
     settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)
@@ -173,7 +178,7 @@ def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: Emb
 
     for samples, steps in ((data.drawn, _TIMED_STEPS), (data.longest, 1)):
         embedded = encoded(samples, table, plug=run.config.plug, labels=run.item_labels)
-        # Each sample as another user's: validation then holds out just one.
+        # Each sample gets a different user, so that validation holds out only one sample.
         count, folder = steps * settings.batch_size + 1, run.folder / f"fit-{steps}"
         repeated = [replace(embedded[i % len(embedded)], id=str(i), owner=str(i)) for i in range(count)]
         fit(objective, samples=repeated, config=settings, seed=0, folder=folder, title="timing", on_step=stamp)

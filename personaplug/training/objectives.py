@@ -1,6 +1,6 @@
-"""Training objectives: a module, the loss of a batch, the learning rates of its parameters.
+"""Training objectives: a module, its loss on a batch, and the learning rates of its parameters.
 
-The language model stays frozen and only passes gradients on.
+The language model is frozen; gradients only pass through it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.training.preference_loss import PreferenceLoss
 
-_CACHED_PER_LIVE_TOKEN = 16  # cached tokens that take about the memory of one with a backward pass
+_CACHED_PER_LIVE_TOKEN = 16  # this many cached tokens take the memory of one token with a backward pass
 
 
 class Objective(Protocol):
@@ -43,25 +43,25 @@ class Objective(Protocol):
         """Return the summed loss of a batch, and the number of its terms."""
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Do the work that all steps of a training share, for all its samples."""
+        """Precompute what all steps of a training use, for all its samples."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """Return the tokens of each sample."""
+        """Return the number of tokens of each sample."""
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """Return the tokens of each sample that a backward pass goes through; they decide the memory needed."""
+        """Return the number of each sample's tokens with a backward pass; it determines the memory needed."""
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         """Return parameters with each group's peak learning rate."""
 
 
 class PlugObjective:
-    """Cross-entropy of the answer behind the plug's soft tokens (PPlug, eq. 6).
+    """Cross-entropy of the answer after the plug's soft tokens (PPlug, eq. 6).
 
     Args:
         table: holds the samples' item vectors.
-        labels: the closed set of answers, if they are trained without the end of text; see `LanguageModel.loss`.
-        preference: added for samples with rejected answers.
+        labels: the closed set of answers, if these are trained without the end of text; see `LanguageModel.loss`.
+        preference: loss term of samples with rejected answers.
     """
 
     unit = "token"
@@ -83,17 +83,17 @@ class PlugObjective:
         self._is_suffix = plug.config.placement == "suffix"
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Cache prompts and frozen queries; in a fixed order, so that rounding does not depend on resumptions."""
+        """Cache prompts and frozen queries, in a fixed order, so that rounding does not depend on resumptions."""
         self.cache_prompts(samples)
         self.prepare_task(samples)
 
     def cache_prompts(self, samples: Sequence[EncodedSample]) -> None:
-        """Cache the states of all prompts of a training, in place of others."""
+        """Fill the prompt cache with these samples' prompts, if prompts do not depend on the soft tokens."""
         if self._is_suffix:
             self.llm.cache_prompts([sample.prompt for sample in samples])
 
     def prepare_task(self, samples: Sequence[EncodedSample]) -> None:
-        """Cache what only the samples of this plug's task need."""
+        """Cache query vectors and preference terms of samples of this plug's task."""
         queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
         self.personalizer.plug.cache_queries(queries, options=options)
         if self.preference is not None:
@@ -107,7 +107,7 @@ class PlugObjective:
         """Return the loss of each sample and the number of its terms, both (B,)."""
         soft = self.personalizer.soft_prompt(samples)
         losses, tokens = self._losses(samples, [sample.target or "" for sample in samples], soft=soft)
-        if self.preference is not None and torch.is_grad_enabled():  # checkpoints are chosen by the kept answers alone
+        if self.preference is not None and torch.is_grad_enabled():  # validation measures only kept answers
             losses = losses + self._preference_loss(self.preference, samples, soft=soft, losses=losses, tokens=tokens)
         return losses, tokens
 
@@ -143,7 +143,7 @@ class PlugObjective:
         return _token_counts(samples, self.llm)
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """Behind a cached prompt: soft tokens and answer, and a share for the prompt's keys and values."""
+        """Count soft tokens, answer and, for the keys and values of a cached prompt, a share of its tokens."""
         lengths = self.lengths(samples)
         if not self._is_suffix or not self.llm.supports_prompt_cache:
             return lengths
@@ -159,7 +159,7 @@ class PlugObjective:
 
 
 class LoraObjective:
-    """Cross-entropy of the answer with the task's LoRA in the model, and no soft tokens."""
+    """Cross-entropy of the answer with the task's LoRA in the model and without soft tokens."""
 
     unit = "token"
     reads_histories = False
@@ -173,7 +173,7 @@ class LoraObjective:
         self._learning_rate = config.lora_learning_rate
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Do nothing: no prompt can be cached, since the LoRA changes its states."""
+        """Do nothing: prompts cannot be cached, because the LoRA changes their states."""
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = _texts(samples)
@@ -192,10 +192,11 @@ class LoraObjective:
 
 
 def plug_parameter_groups(plugs: Sequence[PersonaPlug], config: TrainingConfig) -> list[dict[str, Any]]:
-    """Group tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
+    """Group parameters by learning rate: tokens, single numbers, the trained copy of the encoder, other layers.
 
-    A token moves by about its rate in a step, so it needs a far higher one than the projector's layers; with one rate
-    for all, the control without history would hardly be trained. A parameter that plugs share is in one group once.
+    A step moves a token by about its learning rate, so tokens need a far higher rate than the projector's layers. With
+    one rate for all, the control without history would hardly be trained. A shared parameter of several plugs occurs
+    once.
     """
     rates = {
         "tokens": config.token_learning_rate,

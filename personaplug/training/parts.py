@@ -1,7 +1,7 @@
-"""What is trained once for each seed, for all users: soft tokens here, a LoRA and a retriever in `baseline_parts.py`.
+"""Trained parts of a run: modules that are trained once per seed and serve all users.
 
-`Trainings` trains the parts of one run, which share models, item vectors and samples. A part that is trained is left
-as it is; a stopped training resumes.
+This file has the soft tokens; `baseline_parts.py` has a LoRA and a retriever. `Trainings` trains the parts of one run,
+which share models, item vectors and samples. It skips finished parts and resumes stopped ones.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from personaplug.training.trainer import FitReport, fit, mean_loss
 logger = logging.getLogger(__name__)
 
 MAX_START_ANSWERS = 1024
-"""Training answers whose tokens the initial instruction tokens are drawn from, at most."""
+"""Upper bound of the training answers whose tokens initialize the instruction tokens."""
 
 
 class Trainings:
     """The trainings of one run.
 
-    The run notes its training data at once, so that an evaluation can count users that were trained on.
+    The constructor records the training data in the run, so that an evaluation can count users seen in training.
 
     Args:
         reader: the training split.
@@ -68,15 +68,11 @@ class Trainings:
         self.prompts = PromptBuilder(run, models, table=self.embeddings)
 
     def train(self, part: TrainedPart, *, seed: int) -> Path:
-        """Train one part with one seed, unless that is done, and return its folder.
-
-        Raises:
-            ConfigError, TrainingDiverged, StorageError: see `fit`.
-        """
+        """Train one part with one seed, unless it is already trained, and return its folder."""
         folder = self.run.plug_folder(part.name, seed=seed)
         if on_main(lambda: self.run.trained(part.name, seed=seed)):
             if folder not in self._trained_now:
-                logger.info("%s (seed %d) is trained already", part.name, seed)
+                logger.info("%s (seed %d) is already trained", part.name, seed)
             return folder
         part.prepare(self, seed=seed)
         reset_peak_memory()
@@ -89,7 +85,7 @@ class Trainings:
     def fit(
         self, part: TrainedPart, objective: Objective, samples: Sequence[EncodedSample], *, seed: int
     ) -> dict[str, object]:
-        """Run the training loop, and return what the training was."""
+        """Run the training loop, and return the facts about it."""
         report: FitReport = fit(
             objective,
             samples=samples,
@@ -103,7 +99,7 @@ class Trainings:
         return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
 
     def samples_for(self, plug: PlugConfig, *, retrieval: Retrieval | None, seed: int) -> list[EncodedSample]:
-        """Return the training samples as a plug reads their items, with retrieved texts in the prompts if asked for."""
+        """Return the training samples encoded for a plug; with `retrieval`, their prompts contain retrieved texts."""
         if retrieval is None and plug.answer_channel == self.run.config.plug.answer_channel:
             return self.samples
         limit, without_text = self.run.config.training.train_limit, 0
@@ -118,12 +114,12 @@ class Trainings:
 
         samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)
         if retrieval is not None and without_text:
-            message = "%s: no item fits into %d of %d training prompts"
+            message = "%s: %d of %d training prompts have no room for an item"
             logger.warning(message, retrieval.name, without_text, len(samples))
         return samples
 
     def texts(self, count: int) -> list[Sample]:
-        """Return this many of the training samples with their texts, spread evenly over them; 0 = all."""
+        """Return `count` evenly spaced training samples with their texts; 0 = all."""
         total = len(self.samples)
         indices = set(np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist())
         samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
@@ -138,27 +134,23 @@ class Trainings:
 
 @dataclass(frozen=True)
 class TrainedPart(ABC):
-    """Something that is trained once for each seed; several rows of a table may share it.
+    """A module that is trained once per seed; several rows of a table may share it.
 
     Attributes:
-        name: of its folder in the run, and in messages.
+        name: name of the folder in the run, also used in messages.
     """
 
     name: str
 
-    def check(self, task: Task) -> None:  # noqa: B027  # a hook that most parts do without
-        """Check that a task has what the training needs.
+    def check(self, task: Task) -> None:  # noqa: B027  # an optional hook
+        """Raise `ConfigError` if the task lacks what the training needs."""
 
-        Raises:
-            ConfigError: saying what is missing.
-        """
-
-    def prepare(self, trainings: Trainings, *, seed: int) -> None:  # noqa: B027  # a hook, too
-        """Train what must be trained before, and free what is not needed."""
+    def prepare(self, trainings: Trainings, *, seed: int) -> None:  # noqa: B027  # an optional hook
+        """Train the parts that this one depends on, and free memory."""
 
     @abstractmethod
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
-        """Train with one seed, save, and return the facts for `fit.json`, which says that the training has ended."""
+        """Train with one seed, save, and return the facts for `fit.json`, which marks the training as finished."""
 
 
 @dataclass(frozen=True)
@@ -166,19 +158,19 @@ class SoftPromptPart(TrainedPart):
     """Soft tokens from a plug.
 
     Attributes:
-        retrieval: the texts in the prompts that it is trained on; None = the bare prompts.
+        retrieval: adds retrieved texts to the training prompts; None = bare prompts.
     """
 
     retrieval: Retrieval | None = None
 
     reads_items: ClassVar[bool] = True
-    """Whether its tokens depend on the vectors of a user's items."""
+    """Whether the soft tokens depend on the vectors of a user's items."""
 
     counts_labels: ClassVar[bool] = False
-    """Whether it counts the labels among a user's own answers."""
+    """Whether the plug counts the labels in a user's past answers."""
 
     def plug_config(self, own: PlugConfig) -> PlugConfig:
-        """Return how its plug is built in a run whose own plug is built as `own`."""
+        """Return the config of this part's plug; `own` is the config of the run's plug."""
         return own
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
@@ -187,14 +179,15 @@ class SoftPromptPart(TrainedPart):
         return self.save(objective, samples, trainings, facts=facts, seed=seed)
 
     def start(self, trainings: Trainings, *, seed: int) -> tuple[PlugObjective, list[EncodedSample]]:
-        """Return the objective of an untrained plug, and the samples that it is trained on."""
+        """Return the objective of an untrained plug, and its training samples."""
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
         if config.label_prior == "own" and run.shared_labels is not None:
             raise ConfigError(
-                f"{self.name} counts the labels of one task; {run.folder} shares a plug with other tasks."
+                f"{self.name} counts the labels of one task, but {run.folder} shares a plug with other tasks. "
+                f"Train it in a run of one task."
             )
-        # The main process first: it may have items to encode.
+        # The main process goes first, because it may have to encode items.
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
         with synchronized():
             plug = build_plug(run, models, part=self, seed=seed)
@@ -217,7 +210,7 @@ class SoftPromptPart(TrainedPart):
         facts: dict[str, object],
         seed: int,
     ) -> dict[str, object]:
-        """Finish and save the plug of a training that has ended, and return all facts about it."""
+        """Complete and save the trained plug, and return all facts about its training."""
         run, plug = trainings.run, objective.personalizer.plug
         facts = facts | self._finish(plug, objective, samples, trainings, seed=seed)
         plug.training_facts = {key: value for key, value in facts.items() if key != "parameters"}
@@ -227,7 +220,7 @@ class SoftPromptPart(TrainedPart):
     def _initialize(
         self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
     ) -> None:
-        """Set parameters that start from the training samples."""
+        """Initialize parameters from the training samples."""
         if plug.config.instruction_start == "words":
             _start_from_words(plug, samples, trainings.models, seed=seed)
         if plug.label_prior is not None:
@@ -242,7 +235,7 @@ class SoftPromptPart(TrainedPart):
         *,
         seed: int,
     ) -> dict[str, object]:
-        """Do what follows the training loop, and return facts about it."""
+        """Run the steps after the training loop, and return facts about them."""
         return {}
 
 
@@ -253,17 +246,18 @@ class PlugPart(SoftPromptPart):
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         if self.retrieval is None and trainings.run.shared_labels is not None:
             raise ConfigError(
-                f"The plug of {trainings.run.folder} is shared with other tasks: train it with the data of all of them."
+                f"The plug of {trainings.run.folder} is shared with other tasks. Train it on the data of all "
+                f"these tasks."
             )
         return super().fit(trainings, seed=seed)
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
-        """Train the control, which may serve users with few items; the plug can do without."""
+        """Train the control, whose tokens may serve users with few items; the plug does not require it."""
         if self._has_control(trainings.run):
             try:
                 trainings.train(INSTRUCTION, seed=seed)
             except TrainingDiverged as error:
-                logger.warning("%s; the plug is trained without it", error)
+                logger.warning("The control diverged, so the plug is trained without it. %s", error)
 
     def _has_control(self, run: Run) -> bool:
         return self.retrieval is None and run.config.training.controls
@@ -277,7 +271,7 @@ class PlugPart(SoftPromptPart):
         *,
         seed: int,
     ) -> dict[str, object]:
-        """Choose what serves users with few items."""
+        """Choose the cold start: the soft tokens of users with few items."""
         run = trainings.run
         if not self._has_control(run) or not on_main(lambda: run.trained(INSTRUCTION.name, seed=seed)):
             return {}
@@ -289,14 +283,14 @@ class PlugPart(SoftPromptPart):
             plug,
             control,
             held_out,
-            mean_loss=lambda shown: mean_loss(objective, shown, max_tokens=config.max_tokens_per_microbatch),
+            mean_loss=lambda subset: mean_loss(objective, subset, max_tokens=config.max_tokens_per_microbatch),
         )
         return {"loss_of_few_items": losses}
 
 
 @dataclass(frozen=True)
 class InstructionPart(SoftPromptPart):
-    """As many soft tokens as the plug has, trained on the same samples without any history."""
+    """Soft tokens without a history: the same number as the plug's, trained on the same samples."""
 
     reads_items: ClassVar[bool] = False
 
@@ -306,14 +300,14 @@ class InstructionPart(SoftPromptPart):
 
 @dataclass(frozen=True)
 class LabelCountsPart(InstructionPart):
-    """The same, with a trained weight of how often each label stands among the user's own answers."""
+    """`InstructionPart` with a trained weight for how often each label occurs in the user's past answers."""
 
     counts_labels: ClassVar[bool] = True
 
     def check(self, task: Task) -> None:
         if not task.has_labelled_items:
             raise ConfigError(
-                f"{self.name} counts the labels among a user's own answers; {task.name} has none in its items."
+                f"{self.name} needs history items with labels; task {task.name} has none. Use instruction-only instead."
             )
 
     def plug_config(self, own: PlugConfig) -> PlugConfig:
@@ -322,7 +316,7 @@ class LabelCountsPart(InstructionPart):
 
 @dataclass(frozen=True)
 class PaperPlugPart(SoftPromptPart):
-    """The plug of the paper, at the same place in the prompt as the run's own."""
+    """The plug of the paper, with the placement of the run's plug."""
 
     def plug_config(self, own: PlugConfig) -> PlugConfig:
         return replace(PAPER, placement=own.placement, max_history=own.max_history)
@@ -335,11 +329,11 @@ PAPER_PLUG = PaperPlugPart("paper-plug")
 
 
 def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPart] | None = None) -> list[Path]:
-    """Train parts of a run, and return their folders, seed by seed; what is trained is left as it is.
+    """Train parts of a run, skip finished ones, and return all folders, seed by seed.
 
     Args:
         reader: the training split.
-        parts: what to train; None = the plug, and its control unless the config does without.
+        parts: None = the plug and, with `training.controls`, its control.
     Raises:
         ConfigError, TrainingDiverged, StorageError: see `fit`.
         RunConflict: if another process trains in the run's folder.
@@ -353,7 +347,7 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
 
 
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:
-    """Return an untrained plug for the run's models, its initial weights drawn by `seed`."""
+    """Return an untrained plug for the run's models; `seed` determines its initial weights."""
     identity = models.llm.identity
     options = None if run.shared_labels is None else len(run.task.labels)
     spec = PlugSpec(identity, models.llm.embedding_scale, models.encoder.identity, run.item_labels, options)
@@ -364,12 +358,12 @@ def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: i
 
 
 def closed_labels(run: Run) -> tuple[str, ...]:
-    """Return the labels that are trained without an end-of-text token; none if answers are written."""
+    """Return the labels that are trained without an end-of-text token; empty if answers are generated as text."""
     return run.task.labels if run.config.training.train_eos == "auto" else ()
 
 
 def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], models: Models, *, seed: int) -> None:
-    """Set a plug's instruction tokens to embedded tokens of training answers."""
+    """Initialize a plug's instruction tokens with token embeddings of training answers."""
     rng, count = np.random.default_rng([seed, 9]), len(plug.instruction)
     answers = [samples[index].target or "" for index in rng.permutation(len(samples))[:MAX_START_ANSWERS]]
     tokens = models.llm.embed_texts(answers)
@@ -385,13 +379,12 @@ def _preference_loss(run: Run, llm: LanguageModel) -> PreferenceLoss | None:
 
 
 def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:
-    """Return the label ids of the samples' answers, (n,).
-
-    Raises:
-        ConfigError: if answers are written and not scored as labels.
-    """
+    """Return the label ids of the samples' answers, (n,)."""
     if not closed_labels(run):
-        raise ConfigError("label_prior=own adds to the scores of labels; it needs train_eos=auto and a closed set.")
+        raise ConfigError(
+            "label_prior=own needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
+            "Otherwise use label_prior=none."
+        )
     label_set = LabelSet(run.task.labels)
     return torch.tensor([label_set.index(sample.target) for sample in samples])
 

@@ -1,7 +1,7 @@
-"""Preference terms: make a kept answer likelier than a rejected one, behind the plug's soft tokens.
+"""Preference losses: make the kept answer likelier than a rejected one, given the plug's soft tokens.
 
-DPO (Rafailov et al. 2023, arXiv 2305.18290): −log σ(β · (Δ − Δ_plain)), where Δ = log p(kept) − log p(rejected), and
-Δ_plain is the same of the plain model, which is frozen and at hand.
+DPO (Rafailov et al. 2023, arXiv 2305.18290): −log σ(β · (Δ − Δ_plain)) with Δ = log p(kept) − log p(rejected).
+Δ_plain is the same difference under the plain model, the reference.
 SimPO (Meng et al. 2024, arXiv 2405.14734): −log σ(β · (Δ per token) − γ), without a reference.
 """
 
@@ -29,7 +29,7 @@ class PreferenceLoss:
     """The preference term of a training.
 
     Attributes:
-        weight: of the mean term beside the mean loss of a token.
+        weight: factor of the mean preference term, which is added to the mean loss of a token.
     """
 
     kind: PreferenceKind
@@ -38,7 +38,7 @@ class PreferenceLoss:
     _plain: dict[tuple[str, str], float] = field(default_factory=dict)  # log p of answers by sample id and text
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Measure the answers of samples with the plain model, which DPO compares with."""
+        """For DPO, compute log p of all answers under the plain model."""
         if self.kind == "dpo":
             pairs = [(s, text) for s in samples if s.rejected for text in (s.target or "", *s.rejected)]
             for start in range(0, len(pairs), _BATCH_SIZE):
@@ -61,11 +61,11 @@ class PreferenceLoss:
         losses: tuple[Tensor, Tensor],
         tokens: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Return the term of each of B samples, (B,); a pair counts as often as its kept answer has tokens.
+        """Return the preference terms of B samples, (B,), each times the number of tokens of its kept answer.
 
         Args:
-            rejected: (B,) the answers drawn.
-            losses, tokens: −log p and number of tokens of the kept and of the rejected answers, both (B,).
+            rejected: (B,) one drawn answer for each sample.
+            losses, tokens: −log p and numbers of tokens, as (kept, rejected), each (B,).
         """
         kept_nll, rejected_nll = losses
         if self.kind == "dpo":

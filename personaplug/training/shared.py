@@ -30,9 +30,9 @@ from personaplug.training.trainer import FitReport, fit, mean_loss
 
 
 class SharedPlugs(nn.Module):
-    """Plugs with one persona head: the first plug as a whole, and what of the others is their own.
+    """Plugs with one persona head: the whole first plug, and the parameters of the others that they do not share.
 
-    So its state holds each parameter once.
+    The state thus holds each parameter once.
     """
 
     def __init__(self, plugs: Sequence[PersonaPlug]) -> None:
@@ -42,7 +42,7 @@ class SharedPlugs(nn.Module):
             plug.share_persona(self.first)
         self.instructions = nn.ParameterList([plug.instruction for plug in others])
         self.hints = nn.ModuleList([hint for plug in others if plug.persona and (hint := plug.persona.hint)])
-        self._plugs = tuple(plugs)  # no modules of its own: their parameters are above
+        self._plugs = tuple(plugs)  # a tuple, so that torch does not register the plugs as modules
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all plugs."""
@@ -52,14 +52,14 @@ class SharedPlugs(nn.Module):
 
 
 class SharedObjective:
-    """The losses of several tasks, each of its own plug, whose persona heads become one.
+    """The losses of several tasks. Each task has a plug; this class makes the plugs share one persona head.
 
-    A sample counts by the mean loss of its answer's tokens. Its sum would let tasks of long answers drown those of one
-    token; so a task counts by its samples and its weight.
+    The loss of a sample is the mean over its answer's tokens. With the sum, tasks with long answers would outweigh
+    tasks with one-token answers. So a task counts by its number of samples and its weight.
 
     Args:
-        objectives: of the tasks, in the order that `task_of` knows.
-        mixture: its weights count in validation. In training, a task is shown as often as its weight says.
+        objectives: one for each task, in the order of `task_of`.
+        mixture: its weights apply to the validation loss. In training, they decide how often samples occur.
     """
 
     unit = "sample"
@@ -85,7 +85,7 @@ class SharedObjective:
         return loss, torch.tensor(terms, dtype=torch.float64)
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        return self.objectives[0].lengths(samples)  # of prompts and answers, whatever the task
+        return self.objectives[0].lengths(samples)  # lengths of prompts and answers do not depend on the plug
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         lengths = {
@@ -99,16 +99,16 @@ class SharedObjective:
         return plug_parameter_groups(self.plugs, config)
 
     def _by_task(self, samples: Sequence[EncodedSample]) -> Iterator[tuple[PlugObjective, list[EncodedSample]]]:
-        """Yield the objective and the samples of each task that has some."""
+        """Yield the objective and the samples of each task that has samples."""
         for objective, own in zip(self.objectives, self.mixture.by_task(samples), strict=True):
             if own:
                 yield objective, own
 
 
 def train_shared(shared: SharedRun, readers: Sequence[Reader], *, models: Models) -> list[Path]:
-    """Train the plugs of a shared run, and their controls unless the config does without; return the plugs' folders.
+    """Train the plugs of a shared run and, with `training.controls`, their controls; return the plugs' folders.
 
-    What is trained is left as it is; a stopped training resumes.
+    Finished trainings are skipped; a stopped one resumes.
 
     Args:
         readers: the training split of each task, in the order of the runs.
@@ -127,14 +127,14 @@ def train_shared(shared: SharedRun, readers: Sequence[Reader], *, models: Models
 
 
 def _train(shared: SharedRun, trainings: Sequence[Trainings], *, seed: int) -> list[Path]:
-    """Train all plugs with one seed, unless that is done, and return their folders."""
+    """Train all plugs with one seed, unless all are trained, and return their folders."""
     for training in trainings:
         PLUG.prepare(training, seed=seed)
     unfinished = [t for t in trainings if not on_main(lambda run=t.run: run.trained(PLUG.name, seed=seed))]  # type: ignore[misc]
     if unfinished:
         reset_peak_memory()
-        started = [PLUG.start(training, seed=seed) for training in trainings]
-        objectives, own_samples = [objective for objective, _ in started], [samples for _, samples in started]
+        starts = [PLUG.start(training, seed=seed) for training in trainings]
+        objectives, own_samples = [objective for objective, _ in starts], [samples for _, samples in starts]
         mixture, config = TaskMixture(shared.weights), shared.runs[0].config.training
         mixed = [of_task(sample, task) for task, own in enumerate(own_samples) for sample in own]
         report = _fit(shared, objectives, mixed, mixture=mixture, seed=seed)
@@ -142,7 +142,7 @@ def _train(shared: SharedRun, trainings: Sequence[Trainings], *, seed: int) -> l
         counts = map(len, mixture.by_task(train))
         for training, objective, samples, count in zip(trainings, objectives, own_samples, counts, strict=True):
             if training in unfinished:
-                _save(training, objective, samples, shared=shared, report=report, trained=count, seed=seed)
+                _save(training, objective, samples, shared=shared, report=report, train_samples=count, seed=seed)
     on_main(lambda: drop_states(shared.training_folder(seed=seed)))
     return [training.run.plug_folder(PLUG.name, seed=seed) for training in trainings]
 
@@ -174,10 +174,10 @@ def _save(
     *,
     shared: SharedRun,
     report: FitReport,
-    trained: int,
+    train_samples: int,
     seed: int,
 ) -> None:
-    """Save the plug of one task, with the facts of the shared training, its own loss, and its samples trained on."""
+    """Save one task's plug with the facts of the shared training, its own loss and its number of train samples."""
     run, config = training.run, training.run.config.training
     _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
     own_loss = mean_loss(objective, held_out, max_tokens=config.max_tokens_per_microbatch)
@@ -187,7 +187,7 @@ def _save(
         "seed": seed,
         "best_loss": own_loss,
         "unit": objective.unit,
-        "train_samples": trained,
+        "train_samples": train_samples,
         "validation_samples": len(held_out),
         "shared_by": list(shared.names),
         "shared_loss": report.best_loss,

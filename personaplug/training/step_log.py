@@ -12,7 +12,7 @@ from personaplug.infra.distributed import is_main
 
 
 class StepLog:
-    """`log.jsonl`, and TensorBoard events beside it; only the main process writes them.
+    """Writes `log.jsonl` and, optionally, TensorBoard events beside it; only in the main process.
 
     Args:
         after: drop lines of later steps, which a resumed training repeats.
@@ -48,7 +48,7 @@ class StepLog:
 
 
 def _drop_lines_after(step: int, path: Path) -> None:
-    """Drop the lines of later steps, and one that a killed process cut off."""
+    """Drop the lines of later steps, and a last line that a killed process cut off."""
     if not path.exists():
         return
     lines = []

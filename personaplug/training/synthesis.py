@@ -1,7 +1,7 @@
 """Synthetic training samples: the frozen model writes new inputs, then answers each as a real user would.
 
-A synthetic sample has the history of a real one, drawn with replacement, and the examples for its answer are from that
-history, so that its answer depends on its history. Source of the idea and the filters: SELF-GUIDE, arXiv 2407.12874.
+A synthetic sample has the history of a real one, drawn with replacement. The examples for its answer come from that
+history, so the answer depends on it. The idea and the filters come from SELF-GUIDE, arXiv 2407.12874.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from personaplug.run import Models
 MIN_EXAMPLES, MAX_EXAMPLES = 3, 8
 
 _BATCH_SIZE = 8
-_CHECKED = 100  # real inputs at most that show what the model's labels are worth
-_EXTRA_TOKENS = 16  # for a number, a name and an end beyond the longest usual text
+_MAX_CHECKED_INPUTS = 100  # real inputs on which `check_labels` measures the model
+_EXTRA_TOKENS = 16  # room for a number, a name and an end beyond the longest usual text
 _INPUT_TEMPERATURE, _ANSWER_TEMPERATURE, _TOP_P = 0.8, 0.5, 0.95
 
 Probabilities = npt.NDArray[np.float64]
-Shown = TypeVar("Shown")
+ExampleT = TypeVar("ExampleT")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True, repr=False)
 class _Draft:
-    """A synthetic sample in the making; `donor` is the real sample whose user, history and wording it has."""
+    """An unfinished synthetic sample; its user, history and wording are those of the real sample `donor`."""
 
     donor: Sample
     request: Request | None
@@ -84,7 +84,7 @@ class _Draft:
 
 
 class Synthesizer:
-    """Writes synthetic samples from the real samples of a training split. A seed determines everything."""
+    """Writes synthetic samples for the real samples of a training split; the seed determines all draws."""
 
     def __init__(self, real: Sequence[Sample], *, task: Task, models: Models, config: SynthesisConfig) -> None:
         self.real, self.task, self.models, self.config = real, task, models, config
@@ -94,7 +94,7 @@ class Synthesizer:
         self._check()
         queries = list({words_key(sample.query): sample.query for sample in real}.values())
         self._vectors = models.encoder.encode(queries)
-        self._known = RealTexts([*queries, *(input_of(item) for sample in real for item in sample.history)])
+        self._real_texts = RealTexts([*queries, *(input_of(item) for sample in real for item in sample.history)])
         self._input_lengths = UsualRange.of([len(query) for query in queries])
         self._has_lines = any("\n" in query for query in queries)
         self._input_sampling = self._sampling(queries, _INPUT_TEMPERATURE)
@@ -106,9 +106,9 @@ class Synthesizer:
         return [pair.answer for pair in self._pairs]
 
     def write(self) -> list[Sample]:
-        """Return the samples that pass all filters; `report` then says what was left out."""
-        drafts = self._filter_inputs(self._written(self._drafts()))
-        drafts = self._filter_answers(self._answered(drafts))
+        """Return the samples that pass all filters; `report` then counts the samples that each filter left out."""
+        drafts = self._filter_inputs(self._with_inputs(self._drafts()))
+        drafts = self._filter_answers(self._with_answers(drafts))
         taken = {sample.id for sample in self.real}
         names = (name for number in count(1) if (name := f"synthetic-{number}") not in taken)
         return [
@@ -117,36 +117,39 @@ class Synthesizer:
         ]
 
     def check_labels(self) -> str:
-        """Let the model answer real inputs by the same requests, and say in a line what its labels are worth."""
-        chosen = [self.real[index] for index in self._rng.permutation(len(self.real))[:_CHECKED]]
+        """Let the model label real inputs by the same requests; return a line on how probable the right label is."""
+        chosen = [self.real[index] for index in self._rng.permutation(len(self.real))[:_MAX_CHECKED_INPUTS]]
         drafts = [replace(draft, request=self._answer_request(draft)) for draft in map(_draft_of, chosen)]
         drafts = [draft for draft in drafts if draft.request is not None]
-        right = [self.task.labels.index(draft.donor.target or "") for draft in drafts]
-        found = self._label_probabilities(drafts)[range(len(drafts)), right].mean() if drafts else 0.0
+        label_ids = [self.task.labels.index(draft.donor.target or "") for draft in drafts]
+        mean = self._label_probabilities(drafts)[range(len(drafts)), label_ids].mean() if drafts else 0.0
         chance = sum(share**2 for share in self._shares.values())
-        return f"the model's labels of {len(drafts):,} real inputs: {found:.0%} right, by chance {chance:.0%}"
+        return f"probability of the right label for {len(drafts):,} real inputs: {mean:.0%} (chance: {chance:.0%})"
 
     def _check(self) -> None:
-        if len(self._pairs) < len(self.real):
-            raise ConfigError("Synthetic samples need real answers; some samples of the train split have none.")
+        if missing := len(self.real) - len(self._pairs):
+            raise ConfigError(
+                f"Every train sample needs an answer, because answers are examples for the model; {missing} of "
+                f"{len(self.real)} have none."
+            )
         different = len({words_key(sample.query) for sample in self.real})
         if different <= self.config.examples:
             raise ConfigError(
-                f"{self.config.examples} examples need more real samples than that with different inputs, found "
-                f"{different}. Give more real samples, or fewer examples."
+                f"examples={self.config.examples} needs more than {self.config.examples} real samples with different "
+                f"inputs; found {different}. Give more real samples, or lower examples."
             )
         if not all(with_query(self.task, sample, sample.query) for sample in self.real):
             raise ConfigError(
-                f"The query of task {self.task.name} is several pieces of a prompt, such as options. Synthetic "
-                f"prompts need a query in one piece."
+                f"Synthetic samples need a query that is one piece of the prompt; a query of task {self.task.name} has "
+                f"several pieces, such as options. Add real samples instead."
             )
 
     def _sampling(self, texts: Sequence[str], temperature: float) -> GenerationConfig:
-        """Return how texts are written that may be as long as the longest usual one of these."""
-        most = math.ceil(UsualRange.of(self.models.llm.count_tokens(texts)).high) + _EXTRA_TOKENS
-        return GenerationConfig(most, do_sample=True, temperature=temperature, top_p=_TOP_P)
+        """Return sampling settings that leave room for the longest text of a usual length."""
+        max_tokens = math.ceil(UsualRange.of(self.models.llm.count_tokens(texts)).high) + _EXTRA_TOKENS
+        return GenerationConfig(max_tokens, do_sample=True, temperature=temperature, top_p=_TOP_P)
 
-    # The model writes.
+    # Generation.
 
     def _drafts(self) -> list[_Draft]:
         donors = [self.real[index] for index in self._rng.integers(len(self.real), size=self.config.samples)]
@@ -154,18 +157,18 @@ class Synthesizer:
         requests = (self._fitting(self._input_examples(donor), input_request) for donor in donors)
         return [_Draft(donor, request) for donor, request in zip(donors, requests, strict=True)]
 
-    def _written(self, drafts: list[_Draft]) -> list[_Draft]:
+    def _with_inputs(self, drafts: list[_Draft]) -> list[_Draft]:
         """Return the drafts with the inputs that the model writes."""
         drafts = self._keep(drafts, "examples too long for a prompt", lambda draft: draft.request is not None)
         replies = self._replies(drafts, self._input_sampling, title="inputs", read=self._read_input)
-        written = []
+        with_inputs = []
         for draft, reply in zip(drafts, replies, strict=True):
             prompt = with_query(self.task, draft.donor, reply.text) or ""
-            written.append(replace(draft, text=reply.text, prompt=prompt, is_whole=reply.is_whole))
-        return written
+            with_inputs.append(replace(draft, text=reply.text, prompt=prompt, is_whole=reply.is_whole))
+        return with_inputs
 
-    def _answered(self, drafts: list[_Draft]) -> list[_Draft]:
-        """Return the drafts with their answers: a label by its likelihood, or a text that the model writes."""
+    def _with_answers(self, drafts: list[_Draft]) -> list[_Draft]:
+        """Return the drafts with answers: a label drawn by its likelihood, or a text that the model writes."""
         drafts = [replace(draft, request=self._answer_request(draft)) for draft in drafts]
         drafts = self._keep(drafts, "input and answers too long for a prompt", lambda draft: draft.request is not None)
         if self.task.labels:
@@ -183,9 +186,9 @@ class Synthesizer:
         return [labels[self._rng.choice(len(labels), p=row)] for row in self._label_probabilities(drafts)]
 
     def _label_probabilities(self, drafts: Sequence[_Draft]) -> Probabilities:
-        """Return the model's probabilities of labels (n, C), corrected so that all labels get their real share.
+        """Return the model's label probabilities, (n, C), corrected so that each label gets its real share.
 
-        A small model prefers one label whatever it is asked, so most answers that it writes are out of balance.
+        Without the correction, a small model prefers one label for any input.
         """
         requests, labels = _requests_of(drafts), self.task.labels
         scores = np.zeros((len(requests), len(labels)))
@@ -199,26 +202,26 @@ class Synthesizer:
         return reply if self._has_lines else replace(reply, text=" ".join(reply.text.split()))
 
     def _input_examples(self, donor: Sample) -> list[str]:
-        """Return examples of inputs: the user's own where texts are written, else those of all users."""
+        """Return example inputs: the user's own if answers are free text, else those of all users."""
         pairs = self._own_pairs(donor) if not self.task.labels else []
         return [pair.input for pair in self._drawn(pairs)]
 
     def _own_pairs(self, donor: Sample) -> list[Example]:
         return [pair for item in donor.history if (pair := example_of(item))]
 
-    def _drawn(self, own: Sequence[Example], *, but: str = "") -> list[Example]:
-        """Draw the examples of one request: the user's own ones last, behind as many of others as are missing.
+    def _drawn(self, own: Sequence[Example], *, excluded_input: str = "") -> list[Example]:
+        """Draw the examples of one request: others' examples first, as far as needed, then the user's own.
 
-        None of the others has the input `but`.
+        Others' examples never have the excluded input.
         """
-        most = self.config.examples
-        chosen = [own[index] for index in self._rng.permutation(len(own))[:most]]
-        known = {words_key(but), *(words_key(pair.input) for pair in chosen)}
+        limit = self.config.examples
+        chosen = [own[index] for index in self._rng.permutation(len(own))[:limit]]
+        used_keys = {words_key(excluded_input), *(words_key(pair.input) for pair in chosen)}
         for index in self._rng.permutation(len(self._pairs)):
-            if len(chosen) == most:
+            if len(chosen) == limit:
                 break
-            if (key := words_key(self._pairs[index].input)) not in known:
-                known.add(key)
+            if (key := words_key(self._pairs[index].input)) not in used_keys:
+                used_keys.add(key)
                 chosen.insert(0, self._pairs[index])
         return chosen
 
@@ -227,15 +230,17 @@ class Synthesizer:
         opening = donor.prompt.rpartition(donor.query)[0]
         preferences = [input_of(item) for item in donor.history if item.kind == "preference"]
         return self._fitting(
-            self._drawn(self._own_pairs(donor), but=draft.text),
+            self._drawn(self._own_pairs(donor), excluded_input=draft.text),
             lambda pairs: answer_request(draft.text, pairs, opening=opening, preferences=preferences),
         )
 
-    def _fitting(self, examples: Sequence[Shown], request: Callable[[Sequence[Shown]], Request]) -> Request | None:
-        """Return a request with as many of the last examples as fit the model; None if not one of them fits."""
+    def _fitting(
+        self, examples: Sequence[ExampleT], request: Callable[[Sequence[ExampleT]], Request]
+    ) -> Request | None:
+        """Return a request with the longest end of the examples that fits the model; None if no example fits."""
         llm = self.models.llm
         requests = (request(examples[start:]) for start in range(len(examples)))
-        return next((one for one in requests if llm.count_prompt_tokens(one.prompt) <= llm.max_text_tokens), None)
+        return next((r for r in requests if llm.count_prompt_tokens(r.prompt) <= llm.max_text_tokens), None)
 
     def _replies(
         self,
@@ -245,7 +250,7 @@ class Synthesizer:
         title: str,
         read: Callable[[Request, Generation], Reply],
     ) -> list[Reply]:
-        """Return what is read from the reply to each draft's request; the longest requests come first."""
+        """Let the model reply to each draft's request, the longest first; return the parsed replies in order."""
         requests = _requests_of(drafts)
         replies: dict[int, Reply] = {}
         for indices in _batches(requests, title=title):
@@ -255,16 +260,16 @@ class Synthesizer:
                 replies[index] = read(requests[index], generation)
         return [replies[index] for index in range(len(requests))]
 
-    # The filters.
+    # Filters.
 
     def _filter_inputs(self, drafts: list[_Draft]) -> list[_Draft]:
-        known, lengths, keep = self._known, self._input_lengths, self._keep
+        real, lengths, keep = self._real_texts, self._input_lengths, self._keep
         drafts = keep(drafts, "inputs that are empty or cut", lambda draft: bool(draft.text) and draft.is_whole)
         drafts = keep(drafts, "inputs that do not fit the task's prompt", lambda draft: bool(draft.prompt))
         drafts = keep(drafts, "inputs of an unusual length", lambda draft: lengths.holds(len(draft.text)))
-        drafts = keep(drafts, "inputs that repeat a real one", lambda draft: not known.has(draft.text))
+        drafts = keep(drafts, "inputs that repeat a real one", lambda draft: not real.has(draft.text))
         drafts = keep(drafts, "inputs that repeat each other", _is_first())
-        drafts = keep(drafts, "near copies of a real input", lambda draft: not known.has_near_copy(draft.text))
+        drafts = keep(drafts, "near copies of a real input", lambda draft: not real.has_near_copy(draft.text))
         return self._keep_listed(drafts, "inputs unlike all real ones", self._like_real_ones(drafts))
 
     def _filter_answers(self, drafts: list[_Draft]) -> list[_Draft]:
@@ -287,9 +292,9 @@ class Synthesizer:
 
     def _keep_listed(self, drafts: list[_Draft], reason: str, indices: Sequence[int] | Iterator[int]) -> list[_Draft]:
         """Keep the drafts at these indices, and count the others under the filter's name."""
-        kept = [drafts[index] for index in indices]
-        self.report.left_out[reason] += len(drafts) - len(kept)
-        return kept
+        passed = [drafts[index] for index in indices]
+        self.report.left_out[reason] += len(drafts) - len(passed)
+        return passed
 
 
 def _draft_of(sample: Sample) -> _Draft:
@@ -297,7 +302,7 @@ def _draft_of(sample: Sample) -> _Draft:
 
 
 def _is_first() -> Callable[[_Draft], bool]:
-    """Return a test that is True for the first draft with the same words."""
+    """Return a predicate that is true for the first of all drafts with the same words."""
     seen: set[str] = set()
 
     def passes(draft: _Draft) -> bool:

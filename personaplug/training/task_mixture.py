@@ -1,4 +1,4 @@
-"""Samples of several tasks in one training: whose they are, the split by user, and how often an epoch shows them."""
+"""Samples of several tasks in one training: their tasks, the split by user, and how often an epoch shows them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from personaplug.training.batching import user_split
 
 
 def of_task(sample: EncodedSample, task: int) -> EncodedSample:
-    """Return a sample with an id that no sample of another task has, and that names its task."""
+    """Return a sample whose id begins with the index of its task, so that ids of different tasks never collide."""
     return replace(sample, id=f"{task}:{sample.id}")
 
 
 def task_of(sample: EncodedSample) -> int:
-    """Return the task of a sample of `of_task`."""
+    """Return the index of the task in an id from `of_task`."""
     return int(sample.id.partition(":")[0])
 
 
@@ -34,12 +34,10 @@ class TaskMixture:
     def split(
         self, samples: Sequence[EncodedSample], *, share: float, limit: int, seed: int
     ) -> tuple[list[EncodedSample], list[EncodedSample]]:
-        """Split samples into (train, validation): each task as if it were alone, so that both trainings hold out alike.
+        """Split samples into (train, validation).
 
-        A user who is held out in one task is in no task's train part.
-
-        Raises:
-            ConfigError: if that leaves a task without train samples.
+        Each task holds out the same users as a training of that task alone. A user who is held out in one task is in no
+        task's train part.
         """
         train: list[EncodedSample] = []
         validation: list[EncodedSample] = []
@@ -51,16 +49,16 @@ class TaskMixture:
         train = [sample for sample in train if sample.owner not in held_out]
         if empty := [task for task, own in enumerate(self.by_task(train), 1) if not own]:
             raise ConfigError(
-                f"All users of task {empty[0]} are held out to choose a checkpoint, in this task or another. Give "
-                f"more users, or a lower validation_share."
+                f"All users of task {empty[0]} are held out for validation, in this task or another. Add users, or "
+                f"lower validation_share."
             )
         return train, validation
 
     def repeated(self, samples: Sequence[EncodedSample]) -> tuple[list[EncodedSample], list[float]]:
-        """Return each sample as often as an epoch may show it, and the share of these copies that an epoch shows."""
+        """Return copies of each sample, as many as an epoch may show, and the share of these that an epoch shows."""
         copies = [max(1, math.ceil(weight)) for weight in self.weights]
-        shown = [sample for sample in samples for _ in range(copies[task_of(sample)])]
-        return shown, [self.weights[task_of(sample)] / copies[task_of(sample)] for sample in shown]
+        repeated = [sample for sample in samples for _ in range(copies[task_of(sample)])]
+        return repeated, [self.weights[task_of(sample)] / copies[task_of(sample)] for sample in repeated]
 
     def by_task(self, samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
         """Return the samples of each task, in their order."""

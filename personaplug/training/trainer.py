@@ -1,7 +1,7 @@
-"""The training loop (PPlug, eq. 6) for any objective in front of, or inside, a frozen language model.
+"""The training loop (PPlug, eq. 6) for any objective on a frozen language model.
 
-A stopped training resumes from its last state to the same weights as an unbroken one: batches, sub-histories and
-dropout depend on the seed and the step alone. Several processes share each batch and sum their gradients.
+A stopped training resumes from its last state and ends with the same weights as an uninterrupted one, because batches,
+sub-histories and dropout depend only on seed and step. Several processes share each batch and sum their gradients.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class FitReport:
     steps: int
-    samples: int  # augmented samples trained on, each epoch counted
-    best_step: int  # of the checkpoint loaded at the end
-    best_loss: float  # its validation loss per unit of the objective, mostly a token
+    samples: int  # augmented samples trained on, over all epochs
+    best_step: int  # step of the checkpoint loaded at the end
+    best_loss: float  # validation loss of that checkpoint, per `Objective.unit`
     seconds: float  # over all resumptions
     train_samples: int
     validation_samples: int
@@ -67,13 +67,13 @@ def fit(
 
     Args:
         samples: the training split, validation users included.
-        folder: for states, best weights and `log.jsonl`; resume from a state in it.
-        owner: a name of this training, so that states of another one are refused.
+        folder: holds states, best weights and `log.jsonl`; a training resumes from a state in it.
+        owner: name of this training; states of other trainings are refused.
         on_step: called after each optimizer step.
-        mixture: how often samples of several tasks are shown; None = one task.
+        mixture: how often samples of each of several tasks occur; None = one task.
     Raises:
-        ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
-        TrainingDiverged, StorageError: if a loss is not finite or the disk is full; the last good state stays.
+        ConfigError: if a sample has no target, there are too few users, or processes cannot work together.
+        TrainingDiverged, StorageError: if a loss is not finite or the disk is full; the last good state remains.
     """
     connect(objective.device.type)
     with synchronized():
@@ -87,14 +87,14 @@ def fit(
             owner=owner,
             mixture=mixture,
         )
-    # Steps seed torch's generator; restore it for the caller's own draws.
+    # Each step seeds torch's generator; restore it for the caller.
     with torch.random.fork_rng(devices=[]):
         return trainer.run(on_step or (lambda: None))
 
 
 @torch.no_grad()
 def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
-    """Return the loss per unit of samples, which all processes share; `max_tokens` bounds a micro-batch."""
+    """Return the loss of samples per unit; all processes share the work, and `max_tokens` bounds a micro-batch."""
     loss, tokens = _summed_loss(objective, samples, objective.live_lengths, max_tokens=max_tokens)
     return loss / tokens
 
@@ -127,7 +127,7 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(
             objective.parameter_groups(config),
             weight_decay=config.weight_decay,
-            # One pass over the 22 million weights and moments of a trained encoder instead of ten.
+            # One pass instead of ten over the 22 million weights and moments of a trained encoder.
             fused=objective.device.type in ("cpu", "cuda"),
         )
         self.state = load_state(self.folder, module=self.module, optimizer=self.optimizer, owner=self.owner)
@@ -149,7 +149,7 @@ class _Trainer:
         with synchronized():
             log = StepLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
-            logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total_steps)
+            logger.info("%s: resuming after step %d of %d", self.title, self.state.step, self.total_steps)
         with self._timed(), synchronized():
             self.objective.prepare(self.samples)
         with log, Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
@@ -186,7 +186,7 @@ class _Trainer:
 
     def _optimize(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
         """Update the weights once; return the mean loss per token and the gradient norm before clipping."""
-        # A step's dropout depends on its number alone, and differs between the ranks that share the batch.
+        # Dropout depends only on step and rank: a resumed training repeats it, and ranks draw differently.
         torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step + rank() * 15_485_863)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._lr_factor()
@@ -197,7 +197,7 @@ class _Trainer:
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss became {loss_sum / tokens}")
         sum_gradients(self.module.parameters())
-        # From the sum over tokens to their mean: the count is known only after the last micro-batch.
+        # Divide by the number of tokens here, because it is known only after the last micro-batch.
         torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / tokens)
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm))
         if not math.isfinite(norm):
@@ -211,9 +211,9 @@ class _Trainer:
     def _diverged(self, reason: str) -> TrainingDiverged:
         return mark_shared(
             TrainingDiverged(
-                f"{self.title}: {reason} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
-                f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
-                f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+                f"{self.title}: {reason} in step {self.state.step + 1}. The last checkpoint is in {self.folder}. Train "
+                f"in a new folder with a lower learning_rate (now {self.config.learning_rate:g}), a lower "
+                f"token_learning_rate (now {self.config.token_learning_rate:g}) or dtype=float32."
             )
         )
 
@@ -237,11 +237,14 @@ class _Trainer:
             self.state.best_step, self.state.best_loss = self.state.step, loss
             on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
         if not self.state.best_step:
-            error = TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+            error = TrainingDiverged(
+                f"{self.title}: the first validation loss is {loss}, in step {self.state.step}. Train in a new folder "
+                f"with a lower learning_rate or dtype=float32."
+            )
             raise mark_shared(error)
 
     def _validation_loss(self) -> float:
-        """Return the loss per token of the held-out users, with and without histories as often as in training."""
+        """Return the held-out loss per unit; samples with and without histories weigh as much as in training."""
         self.module.eval()
         max_tokens = self.config.max_tokens_per_microbatch
         with_history = mean_loss(self.objective, self.validation, max_tokens=max_tokens)
@@ -267,7 +270,7 @@ class _Trainer:
         ]
 
     def _lr_factor(self) -> float:
-        """Return the share of the peak rate in the next step: linear warm-up, then linear decay to 0."""
+        """Return the next step's share of the peak rate: linear warm-up, then linear decay to 0."""
         warmup_steps = max(1, math.ceil(self.config.warmup_ratio * self.total_steps))
         if self.state.step < warmup_steps:
             return (self.state.step + 1) / warmup_steps
@@ -288,7 +291,7 @@ def _summed_loss(
     max_tokens: int,
     backward: bool = False,
 ) -> tuple[float, float]:
-    """Return loss and tokens (or other units) over all micro-batches and ranks.
+    """Return the summed loss and number of tokens (or other units) over all micro-batches and ranks.
 
     With `backward`, accumulate this rank's gradients.
     """

@@ -1,4 +1,4 @@
-"""Conversations with a user's history: which turns stand where, what is dropped, what the model reads."""
+"""Conversations with a user's history: order of the turns, dropped turns, tokens of the prompt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exchange(number: int, *, answer: str | None = None) -> HistoryItem:
     return HistoryItem(str(number), fields, "answer")
 
 
-def said(text: str) -> HistoryItem:
+def preference(text: str) -> HistoryItem:
     return HistoryItem(text, (("preference", text),), kind="preference")
 
 
@@ -46,11 +46,11 @@ def llm() -> LanguageModel:
 
 def with_template(template: str, *, max_tokens: int = 512) -> Any:
     """Return a model whose tokens are bytes, with another chat template or length."""
-    found, tokenizer = small_llm("llama", chat=True), tiny_tokenizer()
+    llm, tokenizer = small_llm("llama", chat=True), tiny_tokenizer()
     tokenizer.chat_template = template
-    found.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=max_tokens, is_encoder_decoder=False)
-    found.max_text_tokens = found.prompt_tokenizer.max_text_tokens
-    return found
+    llm.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=max_tokens, is_encoder_decoder=False)
+    llm.max_text_tokens = llm.prompt_tokenizer.max_text_tokens
+    return llm
 
 
 def short_llm(max_tokens: int) -> Any:
@@ -69,7 +69,7 @@ def size(prompt: Prompt) -> int:
 # ---- exchanges
 
 
-def test_exchanges_stand_between_the_system_message_and_the_context_best_last(llm: LanguageModel) -> None:
+def test_exchanges_follow_the_system_message_with_the_best_one_last(llm: LanguageModel) -> None:
     written = ConversationFormatter(CHAT, llm).format(WHOLE, [exchange(1), exchange(2)])
     turns = (SYSTEM, *turns_for(2), *turns_for(1), *CONTEXT, LAST)
     assert written == HistoryPrompt(Chat(turns), 0, offered=2, included=2, shortened=0)
@@ -85,7 +85,7 @@ def test_exchanges_stand_before_a_single_message(llm: LanguageModel) -> None:
     assert before.endswith("</><user>"), "soft tokens of prefix come after the exchanges"
 
 
-def test_exchange_that_does_not_fit_is_dropped_and_a_shorter_one_still_fits() -> None:
+def test_long_exchange_is_dropped_and_a_shorter_one_still_fits() -> None:
     longest, short = exchange(1, answer="z" * 40), exchange(2)
     room = size(Chat((SYSTEM, *turns_for(2), *CONTEXT, LAST)))
     written = ConversationFormatter(CHAT, short_llm(room)).format(WHOLE, [longest, short, exchange(3)])
@@ -96,7 +96,7 @@ def test_exchange_that_does_not_fit_is_dropped_and_a_shorter_one_still_fits() ->
     assert none == HistoryPrompt(WHOLE, 0, offered=1, included=0, shortened=0)
 
 
-def test_own_messages_that_are_too_long_already_leave_no_room() -> None:
+def test_messages_beyond_the_limit_leave_no_room_for_exchanges() -> None:
     llm = short_llm(size(WHOLE) - 3)
     assert llm.measure([WHOLE])[0].truncated
     assert ConversationFormatter(CHAT, llm).format(WHOLE, [exchange(1)]).prompt == WHOLE
@@ -120,7 +120,7 @@ def test_exchange_without_an_answer_is_dropped(llm: LanguageModel) -> None:
 @pytest.mark.parametrize("task", ["Chat", "LaMP_3"])
 def test_preferences_stand_in_the_system_message(llm: LanguageModel, task: str) -> None:
     formatter = open_formatter(CHAT if task == "Chat" else lamp_task(task), llm)
-    preferences = [said("I like lists"), said("No emoji, please!")]
+    preferences = [preference("I like lists"), preference("No emoji, please!")]
     text = "The user has said: I like lists. No emoji, please!"
     assert formatter.add_preferences("last", preferences).prompt == Chat((("system", text), LAST))
     appended = formatter.add_preferences(WHOLE, preferences)
@@ -131,35 +131,35 @@ def test_preferences_stand_in_the_system_message(llm: LanguageModel, task: str) 
 
 def test_preferences_are_appended_to_the_last_of_several_system_messages(llm: LanguageModel) -> None:
     prompt = Chat((SYSTEM, ("system", "Be brief."), LAST))
-    written = ConversationFormatter(CHAT, llm).add_preferences(prompt, [said("Hm.")]).prompt
+    written = ConversationFormatter(CHAT, llm).add_preferences(prompt, [preference("Hm.")]).prompt
     assert written == Chat((SYSTEM, ("system", "Be brief.\n\nThe user has said: Hm."), LAST))
 
 
-def test_template_that_refuses_system_messages_has_preferences_in_front_of_the_first_message() -> None:
+def test_preferences_precede_the_first_message_if_the_template_refuses_system_messages() -> None:
     llm = with_template(REFUSING)
     assert not llm.takes_system_messages
     formatter = ConversationFormatter(CHAT, llm)
     text = "The user has said: Hm.\n\n"
-    alone = formatter.add_preferences("last", [said("Hm")])
+    alone = formatter.add_preferences("last", [preference("Hm")])
     assert (alone.prompt, alone.soft_at) == (f"{text}last", len(text))
     behind = formatter.format(alone.prompt, [exchange(1)], soft_at=alone.soft_at)
     assert (behind.prompt, behind.soft_at) == (Chat((*turns_for(1), ("user", f"{text}last"))), len(text))
     assert llm.prompt_tokenizer.encode_prompt(behind.prompt, behind.soft_at).soft_position > 0
-    earlier = formatter.add_preferences(Chat((*CONTEXT, LAST)), [said("Hm")])
+    earlier = formatter.add_preferences(Chat((*CONTEXT, LAST)), [preference("Hm")])
     assert earlier.prompt == Chat((("user", f"{text}first"), CONTEXT[1], LAST))
     assert earlier.soft_at == 0
 
 
 @pytest.mark.parametrize(("family", "between"), [("llama", "\n"), ("t5", " ")])
-def test_without_a_chat_template_preferences_are_a_line(family: str, between: str) -> None:
+def test_preferences_are_a_line_without_a_chat_template(family: str, between: str) -> None:
     llm = small_llm(family)
-    written = ConversationFormatter(CHAT, llm).add_preferences("last", [said("Hm")]).prompt
+    written = ConversationFormatter(CHAT, llm).add_preferences("last", [preference("Hm")]).prompt
     ids = list(llm.prompt_tokenizer.encode_prompt(written).ids)
     assert llm.prompt_tokenizer.decode(ids) == f"The user has said: Hm.{between}last"
 
 
-def test_preferences_that_were_stated_first_are_dropped_if_room_is_short() -> None:
-    preferences = [said("older"), said("later"), said("new")]
+def test_earliest_preferences_are_dropped_if_room_is_short() -> None:
+    preferences = [preference("older"), preference("later"), preference("new")]
     kept = Chat((("system", "The user has said: later. new."), LAST))
     written = ConversationFormatter(CHAT, short_llm(size(kept))).add_preferences("last", preferences)
     assert written == HistoryPrompt(kept, 0, offered=3, included=2, shortened=0)
@@ -168,7 +168,7 @@ def test_preferences_that_were_stated_first_are_dropped_if_room_is_short() -> No
 
 
 def test_exchanges_take_the_room_that_preferences_leave(llm: LanguageModel) -> None:
-    stated = ConversationFormatter(CHAT, llm).add_preferences(WHOLE, [said("Hm")])
+    stated = ConversationFormatter(CHAT, llm).add_preferences(WHOLE, [preference("Hm")])
     written = ConversationFormatter(CHAT, llm).format(stated.prompt, [exchange(1)])
     system = ("system", "Be kind.\n\nThe user has said: Hm.")
     assert written.prompt == Chat((system, *turns_for(1), *CONTEXT, LAST))
@@ -186,10 +186,10 @@ def test_profile_stands_in_the_system_message_and_is_cut_to_the_room() -> None:
     assert tight == HistoryPrompt(cut, 0, offered=1, included=1, shortened=1)
 
 
-# ---- tasks with a wording
+# ---- tasks with templates
 
 
-def test_wording_of_a_task_goes_into_the_last_message_and_keeps_the_context(llm: LanguageModel) -> None:
+def test_items_in_the_wording_of_a_task_go_into_the_last_message(llm: LanguageModel) -> None:
     task = lamp_task("LaMP_3")
     item = HistoryItem("1", (("text", "good"), ("score", "5")), "score")
     written = HistoryPromptFormatter(task, llm).format(Chat((*CONTEXT, LAST)), [item])
@@ -199,12 +199,12 @@ def test_wording_of_a_task_goes_into_the_last_message_and_keeps_the_context(llm:
     assert noted.prompt == Chat((*CONTEXT, ("user", "About this user: Mild. last")))
 
 
-def test_wording_inside_the_input_is_looked_for_behind_the_soft_tokens(llm: LanguageModel) -> None:
+def test_history_after_is_searched_after_the_soft_tokens(llm: LanguageModel) -> None:
     task, item = lamp_task("LaMP_1"), HistoryItem("1", (("title", "t"), ("abstract", "")))
-    said_before = "The user has said: a title is short.\n\n"
-    written = HistoryPromptFormatter(task, llm).format(f"{said_before}the title X", [item], soft_at=len(said_before))
-    assert written.prompt == f'{said_before}the title, and "t" X'
-    assert written.soft_at == len(said_before)
+    preferences = "The user has said: a title is short.\n\n"
+    written = HistoryPromptFormatter(task, llm).format(f"{preferences}the title X", [item], soft_at=len(preferences))
+    assert written.prompt == f'{preferences}the title, and "t" X'
+    assert written.soft_at == len(preferences)
 
 
 def test_task_decides_how_items_are_written(llm: LanguageModel) -> None:

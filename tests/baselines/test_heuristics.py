@@ -1,4 +1,4 @@
-"""Heuristics on a user's own answers, copies of the query, and what they need of a task."""
+"""Heuristics on a user's past answers, copies of the query, and their requirements on a task."""
 
 from __future__ import annotations
 
@@ -26,63 +26,66 @@ def _sample(target: str | None, *answers: str, query: str = "q") -> Sample:
     return Sample("1", "u", query, query, target, items)
 
 
-def _predict(name: str, task: Task, train: list[Sample], asked: list[Sample]) -> list[str]:
+def _predict(name: str, task: Task, train: list[Sample], samples: list[Sample]) -> list[str]:
     row = find_method(name)
     assert isinstance(row, BaselineMethod)
-    return row.baseline.fit(task, train).predict(asked)
+    return row.baseline.fit(task, train).predict(samples)
 
 
 RATED = [_sample(target) for target in ("2", "2", "5", "5", "4", "?")]
 
 
 def test_user_rating_predicts_median_and_mean() -> None:
-    asked = [_sample(None, "1", "2", "5"), _sample(None, "3", "4"), _sample(None, "1", "1.4"), _sample(None, "bad")]
-    assert _predict("user-median", STARS, RATED, asked) == ["2", "4", "1", "4"]  # 2, 3.5, 1.2; of 2 2 4 5 5: 4
-    assert _predict("user-mean", STARS, RATED, asked) == ["3", "4", "1", "4"]  # 2.67, 3.5, 1.2; of them: 3.6
+    samples = [_sample(None, "1", "2", "5"), _sample(None, "3", "4"), _sample(None, "1", "1.4"), _sample(None, "bad")]
+    assert _predict("user-median", STARS, RATED, samples) == ["2", "4", "1", "4"]  # 2, 3.5, 1.2; of 2 2 4 5 5: 4
+    assert _predict("user-mean", STARS, RATED, samples) == ["3", "4", "1", "4"]  # 2.67, 3.5, 1.2; of them: 3.6
 
 
-def test_user_majority_of_ties_predicts_the_latest() -> None:
+def test_user_majority_predicts_the_latest_of_equally_frequent_answers() -> None:
     train = [_sample(target) for target in ("dog", "dog", "cat", "bird")]
-    asked = [
+    samples = [
         _sample(None, "cat", "cow", "cat", "cow", "dog"),
         _sample(None, "cow", "cow", "cat"),
         _sample(None, "dog", "cat"),
         _sample(None),
         _sample(None, "bird"),
     ]
-    assert _predict("user-majority", TAGS, train, asked) == ["cow", "cow", "cat", "dog", "dog"]
+    assert _predict("user-majority", TAGS, train, samples) == ["cow", "cow", "cat", "dog", "dog"]
     assert _predict("user-majority", STARS, RATED, [_sample(None, "4.0", "4", "1"), _sample(None)]) == ["4", "5"]
 
 
 def test_copy_returns_the_query_or_its_first_words() -> None:
-    asked = [_sample(None, query="One  two\nthree four"), _sample(None, query="One")]
-    assert _predict("copy", TEXTS, [], asked) == ["One  two\nthree four", "One"]
-    assert _predict("copy:3", TEXTS, [], asked) == ["One two three", "One"]
+    samples = [_sample(None, query="One  two\nthree four"), _sample(None, query="One")]
+    assert _predict("copy", TEXTS, [], samples) == ["One  two\nthree four", "One"]
+    assert _predict("copy:3", TEXTS, [], samples) == ["One two three", "One"]
 
 
 def test_user_words_orders_by_frequency_then_recency() -> None:
-    asked = [_sample(None, "Explore Rome again", "the the the end", "Explore: the Alps", "Rome, again!"), _sample(None)]
-    # In two texts each: rome, again (the last), explore, the (the one before), and so on by how late they come.
-    assert _predict("user-words:4", TEXTS, [], asked) == ["rome again explore the", ""]
-    assert _predict("user-words", TEXTS, [], asked)[0].split() == ["rome", "again", "explore", "the", "alps", "end"]
+    samples = [
+        _sample(None, "Explore Rome again", "the the the end", "Explore: the Alps", "Rome, again!"),
+        _sample(None),
+    ]
+    # Two texts each: first rome and again (latest text), then explore and the (text before); later words first.
+    assert _predict("user-words:4", TEXTS, [], samples) == ["rome again explore the", ""]
+    assert _predict("user-words", TEXTS, [], samples)[0].split() == ["rome", "again", "explore", "the", "alps", "end"]
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "said"),
+    ("name", "task", "message"),
     [
-        ("user-median", TEXTS, "has none: it writes free text.*copy:10"),
+        ("user-median", TEXTS, "has none. For free text.*copy:10"),
         ("user-median", TAGS, "kind rating.*user-majority"),
         ("user-mean@wrong-user", TAGS, "kind rating"),
         ("user-majority", TEXTS, "free text"),
         ("user-majority", PAIRS, "answer_field"),
         ("classical", TEXTS, "free text"),
-        ("copy", STARS, "is for free text"),
-        ("copy:10", TAGS, "is for free text"),
-        ("user-words", TAGS, "is for free text"),
+        ("copy", STARS, "with free text"),
+        ("copy:10", TAGS, "with free text"),
+        ("user-words", TAGS, "with free text"),
     ],
 )
-def test_check_unsuitable_task_says_what_is_needed(name: str, task: Task, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_check_of_an_unsuitable_task_names_the_requirement(name: str, task: Task, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         find_method(name).check(task)
     for method in parse_methods("plain,plug,bm25:4"):
         method.check(task)
@@ -114,7 +117,7 @@ REFERENCES = [
 ]
 
 
-QUICK = ("Movie_stars", "News_category", "LaMP_7")  # every rule, on ratings, labels and texts
+QUICK = ("Movie_stars", "News_category", "LaMP_7")  # each heuristic, on ratings, labels and texts
 
 
 @lru_cache(maxsize=2)
@@ -123,17 +126,17 @@ def _read(folder: Path, split: str) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "wanted"),
+    ("name", "row", "references"),
     [
         pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if case[0] in QUICK else pytest.mark.slow)
         for case in REFERENCES
     ],
 )
-def test_heuristics_meet_reference_scores(shared_data: Path, name: str, row: str, wanted: dict[str, float]) -> None:
+def test_heuristics_meet_reference_scores(shared_data: Path, name: str, row: str, references: dict[str, float]) -> None:
     task = load_task(shared_data / name)
     train = [] if row.startswith("copy") else _read(shared_data / name, "train")
     dev = _read(shared_data / name, "dev")
-    said = _predict(row, task, train, dev)
+    predictions = _predict(row, task, train, dev)
     golds = [sample.target or "" for sample in dev]
-    found = {metric: get_metric(metric, labels=task.labels).score(said, golds) for metric in wanted}
-    assert found == pytest.approx(wanted, abs=0.0006)  # the README rounds to three places
+    scores = {metric: get_metric(metric, labels=task.labels).score(predictions, golds) for metric in references}
+    assert scores == pytest.approx(references, abs=0.0006)  # the README rounds to three places

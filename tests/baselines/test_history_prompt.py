@@ -1,4 +1,4 @@
-"""Prompts with history texts: LaMP's wordings, token budgets, counts of lost texts."""
+"""Prompts with history texts: LaMP's wordings, token budgets, counts of dropped and shortened texts."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def text(prompt: HistoryPrompt) -> str:
 
 
 def small(room: int) -> LanguageModel:
-    """A backend whose tokens are bytes and whose prompts have room for so many of them."""
-    found: Any = load_tiny_llm(max_prompt_tokens=room + 1)
-    assert found.max_text_tokens == room
-    return found  # type: ignore[no-any-return]
+    """Return a model whose tokens are bytes, with room for `room` of them in a prompt."""
+    llm: Any = load_tiny_llm(max_prompt_tokens=room + 1)
+    assert llm.max_text_tokens == room
+    return llm  # type: ignore[no-any-return]
 
 
 # ---- wordings
@@ -96,13 +96,13 @@ def test_format_uses_lamps_wording(
         assert text(written)[written.soft_at :] == prompt
 
 
-def test_format_item_without_template_is_its_text(llm: LanguageModel) -> None:
+def test_format_uses_the_text_of_an_item_without_a_template(llm: LanguageModel) -> None:
     items = [item(MOVIES, "d {tag}", "comedy"), item(MOVIES, "", "a")]
     written = HistoryPromptFormatter(MOVIES, llm).format("Q", items)
     assert written.prompt == f"{items[0].text}, and {items[1].text}. Q"
 
 
-def test_format_input_without_the_marker_has_items_in_front(llm: LanguageModel) -> None:
+def test_format_puts_items_first_if_the_input_lacks_the_marker(llm: LanguageModel) -> None:
     task = LAMP_TASKS["LaMP_1"]
     written = HistoryPromptFormatter(task, llm).format("Which one?", [item(task, "a", "x")])
     assert (written.prompt, written.soft_at) == ('"a". Which one?', 5)
@@ -117,7 +117,7 @@ def test_format_uses_the_tasks_joint_and_template(llm: LanguageModel) -> None:
     assert (written.prompt, written.soft_at) == ("input<a>inputQ.", len("input<a>input"))
 
 
-def test_format_users_text_is_never_a_template(llm: LanguageModel) -> None:
+def test_format_never_parses_users_texts_as_templates(llm: LanguageModel) -> None:
     nasty = '{history} {input} {text} {0} {} "{{"\\1 %s'
     task = LAMP_TASKS["LaMP_4"]
     written = HistoryPromptFormatter(task, llm).format(nasty, [item(task, nasty, nasty)])
@@ -132,14 +132,14 @@ def test_format_without_items_changes_nothing(llm: LanguageModel) -> None:
         assert HistoryPromptFormatter(task, llm).format(REFERENCE, []) == HistoryPrompt(REFERENCE, 0, 0, 0, 0)
 
 
-def test_history_prompt_repr_hides_users_text(llm: LanguageModel) -> None:
+def test_history_prompt_repr_hides_users_texts(llm: LanguageModel) -> None:
     assert "secret" not in repr(HistoryPromptFormatter(PLAIN, llm).format("secret", [item(PLAIN, "secret")]))
 
 
 # ---- budgets
 
 
-def test_format_items_share_the_room() -> None:
+def test_format_divides_the_room_between_items() -> None:
     # "Q" and ". " leave 60 bytes; 12 are joints and 6 angle brackets: 42 of content.
     items = [item(PLAIN, "a" * 50), item(PLAIN, "b" * 9), item(PLAIN, "c" * 50)]
     written = HistoryPromptFormatter(PLAIN, small(63)).format("Q", items)
@@ -147,7 +147,7 @@ def test_format_items_share_the_room() -> None:
     assert (written.offered, written.included, written.shortened) == (3, 3, 2)
 
 
-def test_format_too_small_shares_drop_the_last_items() -> None:
+def test_format_drops_the_last_items_if_shares_are_too_small() -> None:
     items = [item(PLAIN, letter * 50) for letter in "abcd"]
     written = HistoryPromptFormatter(PLAIN, small(43)).format("Q", items)
     assert written.prompt == f"<{'a' * 15}>, and <{'b' * 15}>. Q"
@@ -161,11 +161,11 @@ def test_format_never_cuts_answers() -> None:
     start, end = '"The whole title" is the title for "', '". Q'
     assert text(written).startswith(start + "some article")
     assert text(written).endswith(end)
-    assert len(text(written)) in (69, 70)  # a blank may go at the end of what is cut
+    assert len(text(written)) in (69, 70)  # a cut may also remove a blank at the end
     assert HistoryPromptFormatter(task, small(40)).format("Q", items) == HistoryPrompt("Q", 0, 1, 0, 0)
 
 
-def test_format_item_that_never_fits_is_skipped() -> None:
+def test_format_skips_an_item_that_never_fits() -> None:
     task = LAMP_TASKS["LaMP_4"]
     items = [item(task, "t" * 200, "x"), item(task, "short", "y")]
     written = HistoryPromptFormatter(task, small(60)).format("Q", items)
@@ -173,21 +173,21 @@ def test_format_item_that_never_fits_is_skipped() -> None:
     assert (written.offered, written.included, written.shortened) == (2, 1, 0)
 
 
-def test_format_answer_only_item_is_shortened() -> None:
+def test_format_shortens_an_item_that_is_only_an_answer() -> None:
     task = LAMP_TASKS["LaMP_7"]
     written = HistoryPromptFormatter(task, small(80)).format("Q", [item(task, "z" * 99)])
     assert text(written).startswith('"zzzzzzzz')
     assert (len(text(written)), written.shortened) == (80, 1)
 
 
-def test_format_two_contents_are_shortened_equally() -> None:
+def test_format_shortens_two_contents_equally() -> None:
     task = Task("News", "label", ("title", "text", "category"), "category", ("f1",), ("a", "b"))
     written = HistoryPromptFormatter(task, small(60)).format("Q", [item(task, "t" * 90, "x" * 90, "a")])
     assert written.prompt == f"title: {'t' * 16} text: {'x' * 15} category: a. Q"
 
 
 @pytest.mark.parametrize("word", ["", "title"])
-def test_format_input_without_room_is_unchanged(word: str) -> None:
+def test_format_changes_nothing_without_room(word: str) -> None:
     task = replace(PLAIN, history_after=word)
     long = "title " + "q" * 50
     for room in (20, 56, 60):  # shorter than the input, just its length, a little longer
@@ -196,8 +196,8 @@ def test_format_input_without_room_is_unchanged(word: str) -> None:
         )
 
 
-class _Clumsy:
-    """A stand-in whose tokens are four characters long and begin anew with each text, so that parts mislead."""
+class _NonAdditiveCounts:
+    """A stand-in with tokens of four characters; a whole text may have more tokens than its parts."""
 
     max_text_tokens = 40
 
@@ -212,10 +212,10 @@ class _Clumsy:
 
 
 def test_format_shrinks_until_the_whole_prompt_fits() -> None:
-    clumsy: Any = _Clumsy()
-    written = HistoryPromptFormatter(PLAIN, clumsy).format("Q", [item(PLAIN, letter * 100) for letter in "abc"])
+    model: Any = _NonAdditiveCounts()
+    written = HistoryPromptFormatter(PLAIN, model).format("Q", [item(PLAIN, letter * 100) for letter in "abc"])
     assert written.included >= 1
-    assert clumsy.count_tokens([written.prompt])[0] <= 40
+    assert model.count_tokens([written.prompt])[0] <= 40
 
 
 def _drawn_text(rng: random.Random, longest: int) -> str:
@@ -224,10 +224,10 @@ def _drawn_text(rng: random.Random, longest: int) -> str:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_5", "LaMP_7", "Movies"])
-def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) -> None:
+def test_format_keeps_the_whole_input_of_random_prompts(name: str, seed: int) -> None:
     rng = random.Random(seed)
     task = LAMP_TASKS.get(name, MOVIES)
-    seen = 0
+    total_included = 0
     llm = small(rng.randrange(20, 400))
     room = llm.max_text_tokens
     for _ in range(40):
@@ -235,7 +235,7 @@ def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) ->
         prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
         items = [item(task, *(_drawn_text(rng, 80) for _ in task.field_names)) for _ in range(rng.randrange(6))]
         written = HistoryPromptFormatter(task, llm, history_tokens=limit).format(prompt, items)
-        seen += written.included
+        total_included += written.included
         assert written.offered == len(items)
         assert 0 <= written.shortened <= written.included <= len(items)
         if not written.included:
@@ -254,11 +254,11 @@ def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) ->
         added = llm.count_tokens([text(written)])[0] - llm.count_tokens([prompt])[0]
         frame = len(", and ") if inserted else len(task.history_template) - len("{history}{input}")
         assert not limit or added - frame <= limit
-    assert seen > 0 or room < 80
+    assert total_included > 0 or room < 80
 
 
-class _Words:
-    """A stand-in whose tokenizer joins words and changes pieces at the seams, as T5 does."""
+class _WordTokenizerModel:
+    """A stand-in whose tokenizer changes pieces where texts are joined, as T5 does."""
 
     def __init__(self, room: int) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -288,27 +288,27 @@ class _Words:
 def test_format_fits_with_a_word_tokenizer(name: str, room: int) -> None:
     rng = random.Random(room)
     words = ["the", "title", "for", "this", "film", "is", "a", "tag", "pattern,", "and", "written", "by", "{x}", "żółw"]
-    task, llm = LAMP_TASKS[name], _Words(room)
-    given: Any = llm
-    formatters = [HistoryPromptFormatter(task, given), HistoryPromptFormatter(task, given, history_tokens=room // 2)]
-    written_at_all = 0
+    task, llm = LAMP_TASKS[name], _WordTokenizerModel(room)
+    model: Any = llm
+    formatters = [HistoryPromptFormatter(task, model), HistoryPromptFormatter(task, model, history_tokens=room // 2)]
+    total_included = 0
     for _ in range(60):
         prompt = " ".join(rng.choices(words, k=rng.randrange(1, 25)))
         texts = [[" ".join(rng.choices(words, k=rng.randrange(25))) for _ in task.field_names] for _ in range(4)]
         items = [item(task, *values) for values in texts]
         for formatter in formatters:
             written = formatter.format(prompt, items)
-            written_at_all += written.included
+            total_included += written.included
             if written.included:
                 assert not llm.prompt_tokenizer.encode_prompt(written.prompt, written.soft_at).truncated
                 assert not llm.prompt_tokenizer.encode_prompt(written.prompt).truncated
                 noted = formatter.add_note(written.prompt, texts[0][0], soft_at=written.soft_at)
                 assert not llm.prompt_tokenizer.encode_prompt(noted.prompt, noted.soft_at).truncated
                 assert text(noted).endswith(text(written))
-    assert written_at_all > 0
+    assert total_included > 0
 
 
-def test_format_history_tokens_limit_the_history_only() -> None:
+def test_format_limits_only_the_history_by_history_tokens() -> None:
     llm = small(400)
     items = [item(PLAIN, "a" * 90), item(PLAIN, "b" * 90)]
     written = HistoryPromptFormatter(PLAIN, llm, history_tokens=50).format("q" * 100, items)
@@ -328,7 +328,7 @@ def test_format_fits_with_a_chat_template() -> None:
 # ---- notes
 
 
-def test_add_note_puts_it_in_front(llm: LanguageModel) -> None:
+def test_add_note_puts_the_note_first(llm: LanguageModel) -> None:
     written = HistoryPromptFormatter(PLAIN, llm).add_note("Q?", " Likes short films. ")
     assert written == HistoryPrompt("About this user: Likes short films. Q?", 36, 1, 1, 0)
     again = HistoryPromptFormatter(PLAIN, llm).add_note("<a>. Q", "Likes films", soft_at=5)
@@ -336,11 +336,11 @@ def test_add_note_puts_it_in_front(llm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("blank", ["", "  ", " . "])
-def test_add_note_blank_changes_nothing(llm: LanguageModel, blank: str) -> None:
+def test_add_note_ignores_a_blank_note(llm: LanguageModel, blank: str) -> None:
     assert HistoryPromptFormatter(PLAIN, llm).add_note("Q", blank, soft_at=1) == HistoryPrompt("Q", 1, 0, 0, 0)
 
 
-def test_add_note_too_long_is_cut_or_dropped() -> None:
+def test_add_note_cuts_or_drops_a_long_note() -> None:
     note = "Writes about films and books"
     cut = HistoryPromptFormatter(PLAIN, small(400), history_tokens=13).add_note("Q", note)
     assert cut == HistoryPrompt("About this user: Writes about. Q", 31, 1, 1, 1)
@@ -350,10 +350,10 @@ def test_add_note_too_long_is_cut_or_dropped() -> None:
     assert HistoryPromptFormatter(PLAIN, small(27)).add_note("Q", "Short.").prompt == "About this user: Short. Q"
 
 
-# ---- what a folder may declare
+# ---- declared tasks
 
 
-def test_format_uses_a_declared_wording(llm: LanguageModel) -> None:
+def test_format_uses_the_templates_of_a_declared_task(llm: LanguageModel) -> None:
     task = parse_task({"name": "Own", "like": "LaMP_3", "item_template": "{text}={score}", "item_joint": "; "})
     written = HistoryPromptFormatter(task, llm).format("Q", [item(task, "a", "1"), item(task, "b", "2")])
     assert written.prompt == "a=1; b=2. Q"

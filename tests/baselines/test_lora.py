@@ -1,4 +1,4 @@
-"""LoRA adapters: attach and detach without a trace, sums of adapters, training and storage of users' adapters."""
+"""LoRA adapters: attaching and detaching, sums of adapters, training and storage of users' adapters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from personaplug.llm.tiny import load_tiny_llm
 CONFIG = AdapterConfig(lora_rank=2, lora_targets="auto", lora_learning_rate=3e-2, user_epochs=3)
 PROMPTS = ["a", "What does this user think of long films?"]
 TARGETS = ["n", "maybe so"]
-SECRET = "zanzibar"  # stands in user texts, and must stand in no error
+SECRET = "zanzibar"  # part of user texts; must not be in error messages
 
 
 def pairs_of(user: str, *, count: int = 6) -> list[Pair]:
@@ -50,14 +50,14 @@ def pairs_of(user: str, *, count: int = 6) -> list[Pair]:
 
 def losses(llm: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = llm.loss(PromptBatch(PROMPTS), TARGETS)[0]
-    return found
+        values: Tensor = llm.loss(PromptBatch(PROMPTS), TARGETS)[0]
+    return values
 
 
 def answers(llm: Any) -> list[Any]:
     config = GenerationConfig(max_new_tokens=4)
     return [losses(llm), llm.score(PromptBatch(PROMPTS), ["yes", "no"])] + [
-        made.text for made in llm.generate(PromptBatch(PROMPTS), config)
+        generation.text for generation in llm.generate(PromptBatch(PROMPTS), config)
     ]
 
 
@@ -71,8 +71,8 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def portrait(model: nn.Module) -> list[Any]:
-    """All that attaching could leave behind: modules, weights, attributes and modes, in their order."""
+def snapshot(model: nn.Module) -> list[Any]:
+    """Return everything that attaching could change: modules, weights, attributes and modes, in order."""
     return [
         [(path, type(module).__name__, module.training) for path, module in model.named_modules()],
         [(path, hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()) for path, p in model.named_parameters()],
@@ -89,8 +89,8 @@ def base_weights(model: nn.Module) -> dict[str, str]:
     }
 
 
-def stir(adapters: LoraAdapters, name: str, *, size: float = 0.3) -> None:
-    """Give a set values that change what the model says."""
+def randomize(adapters: LoraAdapters, name: str, *, size: float = 0.3) -> None:
+    """Give an adapter random weights that change the model's outputs."""
     generator = torch.Generator().manual_seed(["task", "user"].index(name))
     adapters.load(
         name, {path: size * torch.randn(v.shape, generator=generator) for path, v in adapters.state(name).items()}
@@ -112,37 +112,37 @@ def adapters(llm: Any) -> Iterator[LoraAdapters]:
         yield attached
 
 
-# ---- in the model and out of it
+# ---- attaching and detaching
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_lora_attach_train_detach_leaves_no_trace(family: str) -> None:
+def test_detach_restores_the_model_after_training(family: str) -> None:
     llm = small_llm(family)
-    before, said = portrait(llm.model), answers(llm)
+    before, expected_outputs = snapshot(llm.model), answers(llm)
     random = torch.random.get_rng_state()
     adapters = LoraAdapters.attach(llm, config=CONFIG)
     assert torch.equal(random, torch.random.get_rng_state())
-    stir(adapters, "task")
+    randomize(adapters, "task")
     assert fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0).steps == 6
-    assert same(said, answers(llm))  # nothing is active outside a block
+    assert same(expected_outputs, answers(llm))  # no adapter is active outside a block
     adapters.detach()
-    assert portrait(llm.model) == before
-    assert same(said, answers(llm))
-    adapters.detach()  # twice does no harm
+    assert snapshot(llm.model) == before
+    assert same(expected_outputs, answers(llm))
+    adapters.detach()  # a second call has no effect
     LoraAdapters.attach(llm, config=CONFIG).detach()
-    assert portrait(llm.model) == before
+    assert snapshot(llm.model) == before
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_lora_fresh_adapters_change_nothing_and_trained_ones_do(family: str) -> None:
+def test_fresh_adapters_change_nothing_but_trained_ones_do(family: str) -> None:
     llm = small_llm(family)
-    said = answers(llm)
+    expected_outputs = answers(llm)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         with adapters.active("task", "user"):
-            assert same(said, answers(llm))
-        stir(adapters, "user")
+            assert same(expected_outputs, answers(llm))
+        randomize(adapters, "user")
         with adapters.active("user"):
-            assert not torch.isclose(losses(llm), said[0]).any()
+            assert not torch.isclose(losses(llm), expected_outputs[0]).any()
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,15 @@ def test_lora_fresh_adapters_change_nothing_and_trained_ones_do(family: str) -> 
     [("llama", "q_proj,v_proj", 4), ("qwen", "self_attn.q_proj , down_proj", 4), ("gpt2", "c_attn", 2),
      ("neox", "query_key_value", 2), ("t5", "q,v", 12), ("gpt2", "auto", 2), ("t5", "auto", 12), ("neox", "auto", 2)],
 )  # fmt: skip
-def test_lora_targets_named_layers_get_adapters(
-    family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_named_layers_get_adapters(family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder) -> None:
     llm = small_llm(family)
     with LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers)) as adapters:
         assert len(adapters.state("user")) == 2 * count
     assert not recwarn.list
 
 
-def test_lora_exception_in_block_detaches(llm: Any) -> None:
-    before = portrait(llm.model)
+def test_exception_in_a_block_detaches_the_adapters(llm: Any) -> None:
+    before = snapshot(llm.model)
 
     def fail() -> None:
         with LoraAdapters.attach(llm, config=CONFIG) as adapters, adapters.active("user"):
@@ -168,58 +166,58 @@ def test_lora_exception_in_block_detaches(llm: Any) -> None:
 
     with pytest.raises(RuntimeError):
         fail()
-    assert portrait(llm.model) == before
+    assert snapshot(llm.model) == before
 
 
-def test_lora_failed_attach_leaves_no_trace(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = portrait(llm.model)
+def test_failed_attach_restores_the_model(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(llm.model)
     monkeypatch.setattr(LoraAdapters, "reset", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LoraAdapters.attach(llm, config=CONFIG)
-    assert portrait(llm.model) == before
+    assert snapshot(llm.model) == before
 
 
 @pytest.mark.parametrize("layers", ["nose", "q_proj,nose", "lm_head", "proj", ",", "norm"])
-def test_lora_targets_unknown_layer_lists_the_models_layers(llm: Any, layers: str) -> None:
-    before = portrait(llm.model)
+def test_error_for_an_unknown_layer_lists_the_models_layers(llm: Any, layers: str) -> None:
+    before = snapshot(llm.model)
     with pytest.raises(ConfigError, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
         LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers))
-    assert portrait(llm.model) == before
+    assert snapshot(llm.model) == before
 
 
-def test_lora_targets_auto_unknown_model_type_raises(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_targets_auto_raises_for_an_unknown_type_of_model(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(llm.model.config), "model_type", "homemade")
-    with pytest.raises(ConfigError, match=r"no choice for models of type 'homemade'.*q_proj"):
+    with pytest.raises(ConfigError, match=r"no default layers for models of type 'homemade'.*q_proj"):
         LoraAdapters.attach(llm, config=CONFIG)
 
 
-def test_lora_second_attach_raises(llm: Any, adapters: LoraAdapters) -> None:
+def test_second_attach_raises(llm: Any, adapters: LoraAdapters) -> None:
     with pytest.raises(UserError, match="already"):
         LoraAdapters.attach(llm, config=CONFIG)
-    assert len(adapters.state("task")) == 8  # the first one lives on
+    assert len(adapters.state("task")) == 8  # the first adapters still work
     with adapters.active("task"):
         losses(llm)
 
 
-def test_lora_attach_without_transformers_model_raises() -> None:
+def test_attach_raises_without_a_transformers_model() -> None:
     nothing: Any = object()
-    with pytest.raises(UserError, match="language model of transformers"):
+    with pytest.raises(UserError, match="transformers language model"):
         LoraAdapters.attach(nothing, config=CONFIG)
 
 
-def test_lora_without_peft_names_the_extra(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_peft_names_the_extra(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[lora\]'"):
         LoraAdapters.attach(llm, config=CONFIG)
 
 
-# ---- which of them speak, and which learn
+# ---- active and trainable adapters
 
 
-def test_active_nested_blocks_add_up_and_restore(llm: Any, adapters: LoraAdapters) -> None:
+def test_nested_active_blocks_restore_the_outer_adapters(llm: Any, adapters: LoraAdapters) -> None:
     plain = losses(llm)
-    stir(adapters, "task")
-    stir(adapters, "user")
+    randomize(adapters, "task")
+    randomize(adapters, "user")
     seen: dict[str, Tensor] = {}
     with adapters.active("task"):
         seen["task"] = losses(llm)
@@ -232,16 +230,16 @@ def test_active_nested_blocks_add_up_and_restore(llm: Any, adapters: LoraAdapter
                 raise RuntimeError
             assert torch.equal(losses(llm), seen["both"])
         assert torch.equal(losses(llm), seen["task"])
-        with adapters.active("task", "task"):  # naming it twice does not apply it twice
+        with adapters.active("task", "task"):  # a repeated name applies once
             assert torch.equal(losses(llm), seen["task"])
     assert torch.equal(losses(llm), plain)
     assert len({tuple(value.tolist()) for value in (plain, *seen.values())}) == 4
 
 
-def test_active_two_adapters_equal_the_sum_of_their_updates(llm: Any, adapters: LoraAdapters) -> None:
-    """The layers' own matrices, changed by hand by scale · B·A of both sets (LoRA, section 4.1)."""
-    stir(adapters, "task")
-    stir(adapters, "user")
+def test_two_active_adapters_equal_the_sum_of_their_updates(llm: Any, adapters: LoraAdapters) -> None:
+    """Add scale · B·A of both adapters to the layers' matrices by hand (LoRA, section 4.1)."""
+    randomize(adapters, "task")
+    randomize(adapters, "user")
     with adapters.active("task", "user"):
         together = losses(llm)
     states = [adapters.state("task"), adapters.state("user")]
@@ -256,9 +254,9 @@ def test_active_two_adapters_equal_the_sum_of_their_updates(llm: Any, adapters: 
 
 
 @pytest.mark.parametrize("learner", ["task", "user"])
-def test_trainable_only_that_adapter_receives_gradients(llm: Any, adapters: LoraAdapters, learner: str) -> None:
-    stir(adapters, "task")
-    stir(adapters, "user")
+def test_only_the_trainable_adapter_gets_gradients(llm: Any, adapters: LoraAdapters, learner: str) -> None:
+    randomize(adapters, "task")
+    randomize(adapters, "user")
     with adapters.active("task", "user"), adapters.trainable(learner):
         llm.loss(PromptBatch(PROMPTS), TARGETS)[0].sum().backward()
     other = {"task": "user", "user": "task"}[learner]
@@ -267,17 +265,17 @@ def test_trainable_only_that_adapter_receives_gradients(llm: Any, adapters: Lora
     assert all(p.grad is None for path, p in llm.model.named_parameters() if "lora_" not in path)
 
 
-def test_task_adapter_backward_after_block_receives_gradients(llm: Any, adapters: LoraAdapters) -> None:
-    stir(adapters, "task")
+def test_backward_after_an_active_block_gives_gradients(llm: Any, adapters: LoraAdapters) -> None:
+    randomize(adapters, "task")
     with adapters.active("task"):
         loss = llm.loss(PromptBatch(PROMPTS), TARGETS)[0].sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in adapters.module("task").parameters())
-    # What other rows of a table compute outside a block takes no gradient along.
+    # Losses outside a block have no gradient.
     assert not llm.loss(PromptBatch(PROMPTS), TARGETS)[0].requires_grad
 
 
-def test_adapters_unknown_name_or_detached_raise(llm: Any, adapters: LoraAdapters) -> None:
+def test_unknown_or_detached_adapters_raise(llm: Any, adapters: LoraAdapters) -> None:
     with pytest.raises(ConfigError, match="did you mean 'user'"):
         adapters.state("users")
     with pytest.raises(ConfigError), adapters.active("task", "nobody"):
@@ -287,11 +285,11 @@ def test_adapters_unknown_name_or_detached_raise(llm: Any, adapters: LoraAdapter
         pass
 
 
-# ---- their values
+# ---- states
 
 
 def test_state_loaded_again_is_bit_identical(adapters: LoraAdapters) -> None:
-    stir(adapters, "user")
+    randomize(adapters, "user")
     state = adapters.state("user")
     assert "model.layers.0.self_attn.q_proj.lora_A.weight" in state
     assert all(map(torch.equal, state.values(), adapters.module("user").parameters()))
@@ -304,7 +302,7 @@ def test_state_loaded_again_is_bit_identical(adapters: LoraAdapters) -> None:
 def test_state_equals_pefts_own_checkpoint(llm: Any, adapters: LoraAdapters) -> None:
     from peft import get_peft_model_state_dict
 
-    stir(adapters, "user")
+    randomize(adapters, "user")
     expected = get_peft_model_state_dict(llm.model, adapter_name="user", save_embedding_layers=False)
     assert same(adapters.state("user"), dict(expected))
 
@@ -329,7 +327,7 @@ def test_reset_depends_on_its_seed_alone(adapters: LoraAdapters) -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
-def test_load_other_models_state_raises_and_changes_nothing(adapters: LoraAdapters, change: str) -> None:
+def test_load_rejects_the_state_of_another_model(adapters: LoraAdapters, change: str) -> None:
     before = adapters.state("user")
     state = {path: value + 1 for path, value in before.items()}
     first = next(iter(state))
@@ -339,19 +337,19 @@ def test_load_other_models_state_raises_and_changes_nothing(adapters: LoraAdapte
         state["else"] = state[first]
     else:
         state[first] = state[first][:, :-1]
-    with pytest.raises(ShapeMismatch, match="train them for this one"):
+    with pytest.raises(ShapeMismatch, match="Train the adapter for this model"):
         adapters.load("user", state)
     assert same(before, adapters.state("user"))
 
 
-def test_adapters_in_bfloat16_model_are_float32() -> None:
+def test_adapters_of_a_bfloat16_model_are_float32() -> None:
     llm = small_llm("llama")
     llm.model.to(torch.bfloat16)
-    said = losses(llm)
+    expected_outputs = losses(llm)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         assert {value.dtype for value in adapters.state("user").values()} == {torch.float32}
         with adapters.active("task", "user"):
-            assert torch.equal(said, losses(llm))
+            assert torch.equal(expected_outputs, losses(llm))
         before = loss_of(adapters, llm, pairs_of("u"))
         fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
         assert loss_of(adapters, llm, pairs_of("u")) < before
@@ -362,18 +360,18 @@ def test_adapters_in_bfloat16_model_are_float32() -> None:
 
 
 def loss_of(adapters: LoraAdapters, llm: Any, pairs: list[tuple[str, str]], *names: str) -> float:
-    """−log p per token of the answers, with the task's and the user's matrices in place unless others are named."""
-    asked, answered = (list(part) for part in zip(*pairs, strict=True))
+    """Return −log p per token of the answers, with both adapters active unless others are named."""
+    prompts, targets = (list(part) for part in zip(*pairs, strict=True))
     with torch.no_grad(), adapters.active(*(names or ("task", "user"))):
-        found, tokens = llm.loss(PromptBatch(asked), answered)
-    return float(found.sum() / tokens.sum())
+        losses, tokens = llm.loss(PromptBatch(prompts), targets)
+    return float(losses.sum() / tokens.sum())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_fit_user_changes_the_user_adapter_only(family: str) -> None:
+def test_fit_user_changes_only_the_user_adapter(family: str) -> None:
     llm = small_llm(family)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
-        stir(adapters, "task", size=0.05)
+        randomize(adapters, "task", size=0.05)
         weights, task = base_weights(llm.model), adapters.state("task")
         before = loss_of(adapters, llm, pairs_of("u"))
         fit = fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
@@ -383,8 +381,8 @@ def test_fit_user_changes_the_user_adapter_only(family: str) -> None:
         assert all(value.any() for value in adapters.state("user").values())
 
 
-def test_fit_user_ignores_user_order_and_global_generator(llm: Any, adapters: LoraAdapters) -> None:
-    stir(adapters, "task")
+def test_fit_user_does_not_depend_on_other_users_or_the_global_generator(llm: Any, adapters: LoraAdapters) -> None:
+    randomize(adapters, "task")
     users = {name: pairs_of(name) for name in ("ann", "bob", "cem")}
     outcomes = []
     for order, disturbance in ((("ann", "bob", "cem"), 1), (("cem", "bob", "ann"), 2)):
@@ -405,14 +403,14 @@ def test_fit_user_ignores_user_order_and_global_generator(llm: Any, adapters: Lo
 def test_fit_user_trains_on_top_of_the_task_adapter(llm: Any, adapters: LoraAdapters) -> None:
     fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     alone = adapters.state("user")
-    stir(adapters, "task")
+    randomize(adapters, "task")
     before = loss_of(adapters, llm, pairs_of("u"), "task")
     fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     assert not same(alone, adapters.state("user"))
     assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_fit_user_takes_the_latest_items(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_trains_on_the_latest_items(llm: Any, adapters: LoraAdapters) -> None:
     pairs = pairs_of("u", count=11)
     config = replace(CONFIG, user_epochs=2, user_items=5, user_batch_size=2)
     assert fit_user(adapters, llm, pairs, config=config, seed=0).steps == 6
@@ -422,32 +420,32 @@ def test_fit_user_takes_the_latest_items(llm: Any, adapters: LoraAdapters) -> No
 
 
 def test_fit_user_without_pairs_leaves_a_fresh_adapter(llm: Any, adapters: LoraAdapters) -> None:
-    stir(adapters, "user")
-    said = losses(llm)
+    randomize(adapters, "user")
+    expected_outputs = losses(llm)
     fit = fit_user(adapters, llm, [], config=CONFIG, seed=0)
     assert (fit.steps, fit.seconds) == (0, 0.0)
     with adapters.active("user"):
-        assert torch.equal(losses(llm), said)
+        assert torch.equal(losses(llm), expected_outputs)
 
 
-def test_fit_user_under_no_grad_trains(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_trains_under_no_grad(llm: Any, adapters: LoraAdapters) -> None:
     before = loss_of(adapters, llm, pairs_of("u"))
     with torch.no_grad():
         fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_fit_user_diverging_raises_and_leaves_a_fresh_adapter(llm: Any, adapters: LoraAdapters) -> None:
+def test_diverging_fit_user_raises_and_leaves_a_fresh_adapter(llm: Any, adapters: LoraAdapters) -> None:
     state = {path: torch.full_like(value, math.inf) for path, value in adapters.state("task").items()}
     adapters.load("task", state)
     with pytest.raises(TrainingDiverged, match="lower lora_learning_rate") as caught:
         fit_user(adapters, llm, pairs_of(SECRET), config=CONFIG, seed=0)
     assert SECRET not in str(caught.value)
     assert all(value.any() == path.endswith(".lora_A.weight") for path, value in adapters.state("user").items())
-    assert not losses(llm).isnan().any()  # and nothing stays active
+    assert not losses(llm).isnan().any()  # and no adapter stays active
 
 
-# ---- what a user is trained on
+# ---- training pairs of a user
 
 
 def item(answer_name: str | None = None, **fields: str) -> HistoryItem:
@@ -496,7 +494,7 @@ _CASES: dict[str, tuple[str, str, HistoryItem, Pair]] = {
 
 
 @pytest.mark.parametrize("name", sorted(LAMP_TASKS))
-def test_history_pairs_every_lamp_task_has_a_pair(name: str, llm: Any, adapters: LoraAdapters) -> None:
+def test_every_lamp_task_has_a_history_pair(name: str, llm: Any, adapters: LoraAdapters) -> None:
     prompt, query, one, expected = _CASES[name]
     pairs = history_pairs(LAMP_TASKS[name], prompt, query, [one])
     assert pairs == [expected]
@@ -504,32 +502,32 @@ def test_history_pairs_every_lamp_task_has_a_pair(name: str, llm: Any, adapters:
     assert fit_user(adapters, llm, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
 
 
-def test_history_pairs_several_values_are_joined() -> None:
+def test_history_pairs_join_several_values() -> None:
     task = Task("own", "label", ("title", "text"), "kind", ("accuracy",), labels=("x", "y"))
     items = [item("kind", title="T", text="words", kind="x"), item("kind", title="T", text=" ", kind="y")]
     assert history_pairs(task, "whole input", "whole input", items) == [("T words", "x"), ("T", "y")]
 
 
-def test_history_pairs_query_pattern_uses_the_free_prompt() -> None:
+def test_history_pairs_of_a_query_pattern_use_the_free_prompt() -> None:
     task = Task("own", "label", ("text",), "kind", ("accuracy",), labels=("x",), query_pattern="of (.*)$")
     assert history_pairs(task, "kind of a", "a", [item("kind", text="words", kind="x")]) == [(FREE_PROMPT, "words")]
 
 
 @pytest.mark.parametrize("answer", ["sad", "", " ", "Action"])
-def test_history_pairs_answer_outside_labels_is_dropped(answer: str) -> None:
+def test_history_pairs_drop_answers_outside_the_labels(answer: str) -> None:
     prompt, query, one, _ = _CASES["LaMP_2"]
     items = [item("tag", description="Some.", tag=answer), item("tag", description=" ", tag="comedy"), one]
     assert len(history_pairs(LAMP_TASKS["LaMP_2"], prompt, query, items)) == 1
 
 
-def test_history_pairs_blank_text_is_dropped() -> None:
+def test_history_pairs_drop_blank_texts() -> None:
     for name, blank in (("LaMP_7", item("text", text=" ")), ("LaMP_4", item("title", title=" ", text="x"))):
         prompt, query, *_ = _CASES[name]
         assert history_pairs(LAMP_TASKS[name], prompt, query, [blank]) == []
 
 
 @pytest.mark.parametrize("query", ["", "something else"])
-def test_history_pairs_prompt_without_query_at_end_raises(query: str) -> None:
+def test_history_pairs_reject_a_prompt_that_does_not_end_with_its_query(query: str) -> None:
     with pytest.raises(PersonaPlugError, match="end with its query") as caught:
         history_pairs(LAMP_TASKS["LaMP_3"], f"review: {SECRET}", query, [item("score", text=SECRET, score="1")])
     assert SECRET not in str(caught.value)
@@ -555,7 +553,7 @@ def test_without_evaluated_items_compares_each_value() -> None:
         assert without_evaluated_items([paper], [asking(query)]) == []
     assert without_evaluated_items([paper], [asking("On rain")]) == [
         paper
-    ]  # the answer of an item is not what is asked
+    ]  # the answer of an item is not compared with queries
 
 
 def test_without_evaluated_items_compares_answer_only_items_with_targets() -> None:
@@ -565,7 +563,7 @@ def test_without_evaluated_items_compares_answer_only_items_with_targets() -> No
     assert without_evaluated_items([rated], [asking("I am weary", "5")]) == [rated]
 
 
-def test_without_evaluated_items_compares_signs_without_letters() -> None:
+def test_without_evaluated_items_compares_symbols_without_letters() -> None:
     smile, frown = item("text", text=":) :)"), item("text", text=":(")
     assert without_evaluated_items([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
 
@@ -586,7 +584,7 @@ def test_user_store_returns_the_stored_adapter(llm: Any, adapters: LoraAdapters,
     assert UserLoraStore(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 1}]) is None
 
 
-def test_user_store_files_name_no_user(adapters: LoraAdapters, tmp_path: Path) -> None:
+def test_user_store_files_contain_no_user_id(adapters: LoraAdapters, tmp_path: Path) -> None:
     UserLoraStore(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
     described, weights = sorted(tmp_path.iterdir())
     assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
@@ -595,7 +593,7 @@ def test_user_store_files_name_no_user(adapters: LoraAdapters, tmp_path: Path) -
     assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
 
 
-def test_user_store_costs_are_means_over_loaded_users(adapters: LoraAdapters, tmp_path: Path) -> None:
+def test_user_store_costs_are_means_over_loaded_adapters(adapters: LoraAdapters, tmp_path: Path) -> None:
     store = UserLoraStore(tmp_path)
     assert store.costs() is None
     for name, seconds in (("ann", 1.0), ("bob", 3.0), ("cem", 90.0)):
@@ -608,7 +606,7 @@ def test_user_store_costs_are_means_over_loaded_users(adapters: LoraAdapters, tm
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}"])
-def test_user_store_damaged_files_return_none(
+def test_user_store_returns_none_for_damaged_files(
     suffix: str, content: bytes | None, adapters: LoraAdapters, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = UserLoraStore(tmp_path)
@@ -627,25 +625,25 @@ def test_prompt_cache_is_cleared_when_active_adapters_change(monkeypatch: pytest
     llm = small_llm("llama")
     soft = SoftPrompt(torch.randn(2, 3, llm.identity.width), placement="suffix")
 
-    def behind() -> Tensor:
+    def suffix_losses() -> Tensor:
         with torch.no_grad():
-            found: Tensor = llm.loss(PromptBatch(PROMPTS, soft), TARGETS)[0]
-        return found
+            values: Tensor = llm.loss(PromptBatch(PROMPTS, soft), TARGETS)[0]
+        return values
 
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         for matrix in adapters.module(TASK).parameters():
             nn.init.normal_(matrix, std=0.5)
         llm.cache_prompts(PROMPTS)
-        untouched = behind()
+        untouched = suffix_losses()
         with adapters.active(TASK):
-            changed = behind()
+            changed = suffix_losses()
             llm.cache_prompts(PROMPTS)
-            torch.testing.assert_close(behind(), changed)
+            torch.testing.assert_close(suffix_losses(), changed)
             with monkeypatch.context() as patch:
                 patch.setattr(llm, "prompt_layout", None)
-                torch.testing.assert_close(behind(), changed, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(suffix_losses(), changed, rtol=1e-4, atol=1e-4)
         assert (changed - untouched).abs().min() > 1e-3
-        torch.testing.assert_close(behind(), untouched)
+        torch.testing.assert_close(suffix_losses(), untouched)
         with adapters.active(TASK):
             llm.cache_prompts(PROMPTS)
-    torch.testing.assert_close(behind(), untouched)
+    torch.testing.assert_close(suffix_losses(), untouched)

@@ -67,18 +67,18 @@ def test_build_puts_the_best_items_before_the_input(builder: PromptBuilder) -> N
     assert (written.offered, written.included, written.shortened) == (2, 2, 0)
 
 
-def test_build_recency_takes_the_latest_item(builder: PromptBuilder) -> None:
+def test_build_with_recency_takes_the_latest_item(builder: PromptBuilder) -> None:
     prompt = text(build(builder, SAMPLE.history, Retrieval("recency", 1)))
     assert prompt.startswith('3 is the score for "mine eel". ')
 
 
-def test_build_other_users_items_are_ranked_for_the_samples_query(builder: PromptBuilder) -> None:
+def test_build_ranks_items_of_another_user_for_the_samples_query(builder: PromptBuilder) -> None:
     prompt = text(build(builder, _items("theirs"), Retrieval("bm25", 1)))
     assert prompt.startswith('3 is the score for "theirs bee". ')
     assert "mine" not in prompt
 
 
-def test_build_random_items_depend_on_the_seed(builder: PromptBuilder) -> None:
+def test_build_draws_random_items_by_seed(builder: PromptBuilder) -> None:
     def drawn(seed: int) -> str:
         return text(build(builder, SAMPLE.history, Retrieval("random", 3), seed=seed))
 
@@ -86,7 +86,7 @@ def test_build_random_items_depend_on_the_seed(builder: PromptBuilder) -> None:
     assert len({drawn(seed) for seed in range(8)}) > 2
 
 
-def test_build_profile_comes_first_and_soft_tokens_before_the_input(builder: PromptBuilder) -> None:
+def test_build_puts_the_profile_first_and_soft_tokens_before_the_input(builder: PromptBuilder) -> None:
     retrieval = Retrieval("bm25", 1)
     written = build(builder, SAMPLE.history, retrieval, profile=PROFILE)
     assert text(written).index("small animals") < text(written).index("mine bee")
@@ -107,11 +107,11 @@ def test_with_retrieved_uses_the_samples_own_items(builder: PromptBuilder) -> No
     assert shown.prompt[: shown.soft_at] == '3 is the score for "mine bee". '
 
 
-def test_build_untrained_retriever_raises(builder: PromptBuilder, tmp_path: Path) -> None:
+def test_build_raises_for_an_untrained_retriever(builder: PromptBuilder, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no trained retriever"):
         build(builder, SAMPLE.history, Retrieval("ropg", 1))
 
 
-def test_retriever_unknown_name_suggests_the_nearest(builder: PromptBuilder) -> None:
+def test_error_for_an_unknown_retriever_suggests_the_nearest_name(builder: PromptBuilder) -> None:
     with pytest.raises(ConfigError, match=r"'bm52'.*'bm25'"):
         builder.retriever("bm52", seed=0)

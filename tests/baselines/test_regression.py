@@ -1,4 +1,4 @@
-"""Regressions in the model's place: numpy's numbers on tiny data, and the sets' own reference scores."""
+"""Regressions: compared with numpy on tiny data, and with the reference scores of the data sets."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def _sample(user: str, query: str, target: str | None, *answers: str, prompt: st
 
 
 def _pair(user: str, title: str, right: int, *titles: str) -> Sample:
-    """A question with the option "zebra …" at the right place; titles are the user's earlier ones."""
+    """Return a question whose option `right` is the title; `titles` are those of the user's items."""
     options = ["other thing", "other thing"]
     options[right] = title
     prompt = f"Which fits {title}? [1]: {options[0]} [2]: {options[1]}"
-    items = tuple(HistoryItem(str(k), (("title", told),), None) for k, told in enumerate(titles))
+    items = tuple(HistoryItem(str(k), (("title", text),), None) for k, text in enumerate(titles))
     return Sample(f"{user}{title}", user, prompt, title, f"[{right + 1}]", items)
 
 
@@ -64,69 +64,69 @@ def test_rating_model_on_histories_equals_the_closed_form() -> None:
     ]
     model = Regression("history").fit(STARS, train)
     assert isinstance(model, RatingModel)
-    given = np.array([[float(item.answer or "") for item in sample.history] for sample in train])
-    shares = np.stack([(given == label).mean(axis=1) for label in range(1, 6)], axis=1)
-    rest = [given.mean(axis=1), np.median(given, axis=1), given.std(axis=1), given.mean(axis=1)]
+    answers = np.array([[float(item.answer or "") for item in sample.history] for sample in train])
+    shares = np.stack([(answers == label).mean(axis=1) for label in range(1, 6)], axis=1)
+    rest = [answers.mean(axis=1), np.median(answers, axis=1), answers.std(axis=1), answers.mean(axis=1)]
     rows = np.column_stack([shares, *rest])
-    wanted = np.array([float(sample.target or "") for sample in train])
+    targets = np.array([float(sample.target or "") for sample in train])
     centred = rows - rows.mean(axis=0)
     weights = np.linalg.solve(
-        centred.T @ centred + model.strength * np.eye(rows.shape[1]), centred.T @ (wanted - wanted.mean())
+        centred.T @ centred + model.strength * np.eye(rows.shape[1]), centred.T @ (targets - targets.mean())
     )
-    said = wanted.mean() + centred @ weights
-    assert model.ridge.predict(model.features(train)) == pytest.approx(said, abs=1e-3)
+    expected = targets.mean() + centred @ weights
+    assert model.ridge.predict(model.features(train)) == pytest.approx(expected, abs=1e-3)
     # half up, within the scale
-    assert model.predict(train) == [str(int(np.clip(np.floor(value + 0.5), 1, 5))) for value in said]
+    assert model.predict(train) == [str(int(np.clip(np.floor(value + 0.5), 1, 5))) for value in expected]
 
 
-def test_best_strength_serves_held_out_users() -> None:
+def test_best_strength_is_chosen_on_held_out_users() -> None:
     rng = np.random.default_rng(1)
-    own, wanted = (np.repeat(drawn, 10, axis=0) for drawn in (rng.normal(size=(12, 30)), rng.normal(size=12)))
+    own, targets = (np.repeat(drawn, 10, axis=0) for drawn in (rng.normal(size=(12, 30)), rng.normal(size=12)))
     rows = sparse.csr_matrix(own)
-    # Nothing in these rows tells of other users, while samples of known users are learned by heart.
-    assert best_strength(rows, wanted, owners=[user for user in NAMES for _ in range(10)]) == 300.0
-    assert best_strength(rows, wanted, owners=[str(k) for k in range(120)]) == 0.1
-    with pytest.raises(ConfigError, match="2 or more, found 1"):
-        best_strength(rows, wanted, owners=["a"] * 120)
+    # These rows identify users: they predict other samples of the same user, but not those of other users.
+    assert best_strength(rows, targets, owners=[user for user in NAMES for _ in range(10)]) == 300.0
+    assert best_strength(rows, targets, owners=[str(k) for k in range(120)]) == 0.1
+    with pytest.raises(ConfigError, match=r"2 or more users.*found 1"):
+        best_strength(rows, targets, owners=["a"] * 120)
 
 
-def test_words_weights_grams_that_two_texts_share() -> None:
+def test_words_weighs_ngrams_that_two_texts_share() -> None:
     texts = ["red cat", "red cat sat", "blue dog", "blue hen"]
     rows = Words(texts)(["red cat", "hen", ""]).toarray()
     plain = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=["blue", "cat", "red", "red cat"])
     assert rows == pytest.approx(plain.fit(texts).transform(["red cat", "hen", ""]).toarray())
     assert np.linalg.norm(rows, axis=1) == pytest.approx([1, 0, 0])
     assert Words(["only this", "and that"])(["this"]).nnz == 1  # no word in two texts
-    assert Words(["", "!"])(["this", "that"]).toarray().tolist() == [[0], [0]]  # no words at all
+    assert Words(["", "!"])(["this", "that"]).toarray().tolist() == [[0], [0]]  # no words
     assert Words(texts)([]).shape == (0, 4)
 
 
-def _likes(part: Part, said: Sequence[Sample]) -> list[str]:
-    """What is answered by a model of users that choose by the query's colour, or else by what they always say."""
+def _predict_with_preferences(part: Part, samples: Sequence[Sample]) -> list[str]:
+    """Predict after training on users whose answer follows both from the query and from their past answers."""
     rng = _rng()
     train = []
     for user in NAMES * 4:
         own = str(rng.choice(["cat", "dog"]))
         train.append(_sample(user, f"a plain question {own}ish", own, own, own, own))
-    return Regression(part).fit(TAGS, train).predict(said)
+    return Regression(part).fit(TAGS, train).predict(samples)
 
 
 def test_regression_uses_only_the_named_part() -> None:
-    asked = [_sample("z", "catish", None, "dog", "dog"), _sample("z", "dogish", None, "cat", "cat")]
-    assert _likes("text", asked) == ["cat", "dog"]
-    assert _likes("history", asked) == ["dog", "cat"]
-    agree = [_sample("z", "catish", None, "cat"), _sample("z", "dogish", None, "dog")]
-    assert _likes("both", agree) == ["cat", "dog"]
+    conflicting = [_sample("z", "catish", None, "dog", "dog"), _sample("z", "dogish", None, "cat", "cat")]
+    assert _predict_with_preferences("text", conflicting) == ["cat", "dog"]
+    assert _predict_with_preferences("history", conflicting) == ["dog", "cat"]
+    agreeing = [_sample("z", "catish", None, "cat"), _sample("z", "dogish", None, "dog")]
+    assert _predict_with_preferences("both", agreeing) == ["cat", "dog"]
 
 
-def test_regression_user_without_answers_counts_as_the_average() -> None:
+def test_regression_treats_a_user_without_answers_as_average() -> None:
     train = [_sample(user, "q", str(score), *[str(score)] * 3) for user, score in zip(NAMES, [4, 5] * 6, strict=True)]
     model = Regression("both").fit(STARS, train)
     assert isinstance(model, RatingModel)
     nobody = _sample("z", "q", None)
     assert model.ridge.predict(model.features([nobody])) == pytest.approx([4.5])
     assert model.predict([nobody]) == ["5"]
-    # and so it is where a training user has none
+    # also if a training user has no answers
     assert Regression("history").fit(STARS, [*train, _sample("n", "q", "5")]).predict([nobody]) == ["5"]
 
 
@@ -136,7 +136,7 @@ def test_regression_uses_ratings_between_labels_as_numbers() -> None:
     assert model.predict([_sample("z", "q", None, "2.0", "1.5"), _sample("z", "q", None, "4", "3.5")]) == ["2", "4"]
 
 
-def test_label_model_of_one_label_predicts_it() -> None:
+def test_label_model_with_one_label_predicts_it() -> None:
     train = [_sample(user, "q", "cow", "cat") for user in "ab"]
     model = Regression("both").fit(TAGS, train)
     assert isinstance(model, LabelModel)
@@ -156,15 +156,15 @@ def test_option_model_compares_options_with_question_and_items() -> None:
         assert model.predict(train) == [sample.target for sample in train]
     model = Regression("both").fit(PAIRS, train)
     assert isinstance(model, OptionModel)
-    told = model.advantages(train[:1])
+    advantages = model.advantages(train[:1])
     words = model._words
     options = words([titles[0], "other thing"]).toarray()
     question, items = words([titles[0]]).toarray()[0], words([titles[0], "else"]).toarray()
     cosines = np.column_stack([options @ question, (options @ items.T).mean(1), (options @ items.T).max(1)])
-    assert told[0] == pytest.approx(cosines - cosines[::-1])
+    assert advantages[0] == pytest.approx(cosines - cosines[::-1])
     bare = [Sample("n", "n", "no options here", "q", None), _pair("m", "zebra nests", 1)]
     assert model.advantages(bare)[0].tolist() == [[0.0] * 3] * 2
-    assert model.advantages(bare)[1, :, 1:].tolist() == [[0.0] * 2] * 2  # nothing without items
+    assert model.advantages(bare)[1, :, 1:].tolist() == [[0.0] * 2] * 2  # zeros without items
     assert model.predict(bare)[1] == "[2]"
 
 
@@ -173,7 +173,7 @@ def test_content_leaves_out_the_answer() -> None:
     assert content(HistoryItem("1", (("text", "a tweet"),), "text")) == "a tweet"
 
 
-def test_regression_fit_unsuitable_samples_raises() -> None:
+def test_regression_rejects_unsuitable_samples() -> None:
     with pytest.raises(MissingData, match="has an answer among"):
         Regression("text").fit(TAGS, [_sample("a", "q", "bird"), _sample("b", "q", None)])
     bare = Task("B", "label", ("text",), None, ("accuracy",), labels=("cat", "dog"))
@@ -183,7 +183,7 @@ def test_regression_fit_unsuitable_samples_raises() -> None:
     assert Regression("text").fit(bare, train).predict(train) == ["cat", "dog"]
 
 
-# The sets' own README names these scores; it fits the same models.
+# The README of the data sets has these scores, from the same models.
 REFERENCES: list[tuple[str, Part, dict[str, float]]] = [
     ("Critic_rating", "text", {"accuracy": 0.445, "mae": 0.655, "rmse": 0.928}),
     ("Critic_rating", "history", {"accuracy": 0.337, "mae": 0.798, "rmse": 1.039}),
@@ -209,32 +209,34 @@ def _read(folder: Path, split: str) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "wanted"),
+    ("name", "part", "references"),
     [
         pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=() if row[:2] in QUICK else pytest.mark.slow)
         for row in REFERENCES
     ],
 )
-def test_regression_meets_reference_scores(shared_data: Path, name: str, part: Part, wanted: dict[str, float]) -> None:
+def test_regression_meets_reference_scores(
+    shared_data: Path, name: str, part: Part, references: dict[str, float]
+) -> None:
     task = load_task(shared_data / name)
     model = Regression(part).fit(task, _read(shared_data / name, "train"))
     dev = _read(shared_data / name, "dev")
-    said, golds = model.predict(dev), [sample.target or "" for sample in dev]
-    for metric, score in wanted.items():
+    predictions, golds = model.predict(dev), [sample.target or "" for sample in dev]
+    for metric, reference in references.items():
         # The README's macro-F1 is over the labels that occur.
-        found = (
-            f1_score(golds, said, average="macro")
+        score = (
+            f1_score(golds, predictions, average="macro")
             if metric == "f1"
-            else get_metric(metric, labels=task.labels).score(said, golds)
+            else get_metric(metric, labels=task.labels).score(predictions, golds)
         )
-        assert found == pytest.approx(score, abs=0.015), metric
+        assert score == pytest.approx(reference, abs=0.015), metric
     if part == "history":
         owners, items = [sample.owner for sample in dev], [np.arange(len(sample.history)) for sample in dev]
         sources = [assignment.source for assignment in assign_histories("wrong-user", owners, items, seed=0)]
-        strange = [
+        with_other_histories = [
             replace(sample, history=dev[source].history)
             for sample, source in zip(dev, sources, strict=True)
             if source is not None
         ]
         accuracy = get_metric("accuracy", labels=task.labels)
-        assert accuracy.score(model.predict(strange), golds) < wanted["accuracy"] - 0.015
+        assert accuracy.score(model.predict(with_other_histories), golds) < references["accuracy"] - 0.015

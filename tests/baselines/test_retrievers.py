@@ -38,24 +38,24 @@ def documents_of(one: Sample) -> list[list[str]]:
 
 
 def plain_bm25(query: str, documents: list[list[str]], *, k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """Robertson's formula, word by word; idf below 0 is 0."""
+    """Return scores by Robertson's formula, word by word; a negative idf counts as 0."""
     count = len(documents)
     mean = sum(map(len, documents)) / count if count else 0.0
-    found = []
+    scores = []
     for document in documents:
         score = 0.0
         for word in query.split():
-            held = sum(word in other for other in documents)
-            idf = max(math.log((count - held + 0.5) / (held + 0.5)), 0.0)
-            often = document.count(word)
-            if often:
-                score += idf * often / (often + k1 * (1 - b + b * len(document) / mean))
-        found.append(score)
-    return found
+            document_count = sum(word in other for other in documents)
+            idf = max(math.log((count - document_count + 0.5) / (document_count + 0.5)), 0.0)
+            frequency = document.count(word)
+            if frequency:
+                score += idf * frequency / (frequency + k1 * (1 - b + b * len(document) / mean))
+        scores.append(score)
+    return scores
 
 
 def check_bm25(one: Sample) -> None:
-    """Scores are the formula's, and the ranking is theirs with later items first among equals."""
+    """Check the scores against the formula, and the ranking against the scores; of equal items the later is first."""
     expected = plain_bm25(one.query, documents_of(one))
     scores = BM25Retriever().scores(one.query, one.history)
     np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
@@ -68,7 +68,7 @@ def drawn_samples(count: int, *, words: str) -> Iterator[Sample]:
     rng = random.Random(3)
     for number in range(count):
         texts = [" ".join(rng.choices(words, k=rng.randrange(12))) for _ in range(rng.randrange(1, 15))]
-        texts += rng.choices(texts, k=rng.randrange(3))  # items that stand twice
+        texts += rng.choices(texts, k=rng.randrange(3))  # repeated items
         yield sample(" ".join(rng.choices(words, k=rng.randrange(8))), *texts, id=str(number))
 
 
@@ -83,7 +83,7 @@ def test_bm25_equals_the_formula(words: str) -> None:
 
 @pytest.mark.parametrize("name", ["Movie_stars", "LaMP_4"])
 def test_bm25_on_real_texts_equals_the_formula(shared_data: Path, name: str) -> None:
-    # The first items only: the formula written out is slow.
+    # Only the first items, because `plain_bm25` is slow.
     for one in islice(open_dataset(shared_data / name, "dev"), 200):
         check_bm25(replace(one, history=one.history[:25]))
 
@@ -114,7 +114,7 @@ def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-# ---- what every retriever owes
+# ---- all retrievers
 
 
 @pytest.fixture
@@ -150,7 +150,9 @@ def test_retriever_ranks_every_item_once(
 
 
 @pytest.mark.parametrize("method", ["bm25", "dense"])
-def test_retriever_equal_items_rank_the_later_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_retriever_ranks_the_later_of_equal_items_first(
+    method: str, hashing: HashEncoder, table: EmbeddingStore
+) -> None:
     retriever = retrievers(hashing, table, with_answer=False)[method]
     (ranked,) = retriever.rank([sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea")])
     assert ranked[:3] == [7, 6, 5]
@@ -162,7 +164,7 @@ def test_recency_ranks_the_latest_first() -> None:
     assert RecencyRetriever().rank([sample("q", "first", "second", "third")]) == [[2, 1, 0]]
 
 
-def test_random_depends_on_seed_and_id_alone() -> None:
+def test_random_depends_only_on_seed_and_id() -> None:
     texts = [str(n) for n in range(20)]
 
     def order(seed: int, query: str, *, id: str) -> list[int]:
@@ -184,9 +186,9 @@ def test_dense_ranks_by_cosine(with_answer: bool, hashing: HashEncoder, table: E
     dense = DenseRetriever(hashing, table, with_answer=with_answer)
     for one in drawn_samples(40, words="abcdefgh"):
         texts = [item.text if with_answer else item.content for item in one.history]
-        likeness = hashing.encode(texts).astype(np.float64) @ hashing.encode([one.query])[0]
-        found = likeness[dense.rank([one])[0]]
-        assert (np.diff(found) <= 2e-3).all()  # the table keeps half precision
+        similarities = hashing.encode(texts).astype(np.float64) @ hashing.encode([one.query])[0]
+        ranked = similarities[dense.rank([one])[0]]
+        assert (np.diff(ranked) <= 2e-3).all()  # the table has half precision
     before = len(table)
     table.add([one.history[0].text if with_answer else one.history[0].content])
     assert len(table) == before
@@ -214,7 +216,7 @@ def test_dense_head_maps_each_query_once(hashing: HashEncoder, table: EmbeddingS
     assert seen == [(1, 32)]
 
 
-def test_dense_batch_ranks_each_sample_as_alone(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_ranks_a_batch_like_single_samples(hashing: HashEncoder, table: EmbeddingStore) -> None:
     samples = [*drawn_samples(20, words="abcdefgh"), sample("a", id="empty")]
     dense = DenseRetriever(hashing, table, with_answer=True)
     assert dense.rank(samples) == [dense.rank([one])[0] for one in samples]

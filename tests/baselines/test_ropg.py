@@ -48,13 +48,13 @@ def test_ropg_target_is_the_answers_likelihood_with_each_item(tmp_path: Path, to
     sample = _sample(0)
     teacher = _teacher(tmp_path / "targets.jsonl", toy)
     target = teacher.targets([sample])["0"]
-    assert target.candidates[:2] == [5, 4]  # half are the retriever's best
+    assert target.candidates[:2] == [5, 4]  # half of the candidates are the retriever's best items
     assert len(set(target.candidates)) == 4
     formatter = HistoryPromptFormatter(TASK, toy)
-    for place, said in zip(target.candidates, target.log_likelihoods, strict=True):
-        prompt = formatter.format(sample.prompt, [sample.history[place]]).prompt
+    for index, log_likelihood in zip(target.candidates, target.log_likelihoods, strict=True):
+        prompt = formatter.format(sample.prompt, [sample.history[index]]).prompt
         loss, _ = toy.loss(PromptBatch([prompt]), ["3"])
-        assert said == pytest.approx(-float(loss), rel=1e-4)
+        assert log_likelihood == pytest.approx(-float(loss), rel=1e-4)
 
 
 def test_ropg_targets_skip_samples_with_fewer_than_two_items(tmp_path: Path, toy: CausalLM) -> None:
@@ -68,18 +68,18 @@ def test_ropg_targets_resume_after_a_cut_line(tmp_path: Path, toy: CausalLM) -> 
     whole = _teacher(path, toy).targets(samples)
     first, *_ = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b'{"id": "1", "pla')
-    asked: list[str] = []
+    scored_ids: list[str] = []
 
-    class Counting(RopgTeacher):
+    class RecordingTeacher(RopgTeacher):
         def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
-            asked.append(sample.id)
+            scored_ids.append(sample.id)
             return super()._score(sample, candidates)
 
-    again = Counting(
+    again = RecordingTeacher(
         path, llm=toy, formatter=HistoryPromptFormatter(TASK, toy), retriever=RecencyRetriever(), candidates=4, seed=0
     )
     assert again.targets(samples) == whole
-    assert asked == ["1", "2"]
+    assert scored_ids == ["1", "2"]
     assert _teacher(path, toy).targets(samples) == whole
 
 
@@ -101,25 +101,25 @@ def test_ropg_loss_is_the_kl_divergence_of_the_rankings(tmp_path: Path, hashing:
     objective, encoded = _objective(tmp_path, samples, targets, encoder=hashing)
     summed, count = objective.loss(encoded)
     expected = 0.0
-    wanted = np.exp([-1.0, -2.0, -0.5])
-    wanted /= wanted.sum()
+    target = np.exp([-1.0, -2.0, -0.5])
+    target /= target.sum()
     for sample in samples:
         query = hashing.query_encoder().encode([sample.query])[0].astype(np.float64)
-        texts = [sample.history[place].text for place in (0, 3, 5)]
+        texts = [sample.history[index].text for index in (0, 3, 5)]
         scores = hashing.encode(texts).astype(np.float16).astype(np.float64) @ query / 0.1
-        found = np.exp(scores - scores.max())
-        found /= found.sum()
-        expected += float((wanted * np.log(wanted / found)).sum())
+        ranking = np.exp(scores - scores.max())
+        ranking /= ranking.sum()
+        expected += float((target * np.log(target / ranking)).sum())
     assert float(summed.detach()) == pytest.approx(expected, rel=1e-4)
     assert int(count) == 3
 
 
 def test_ropg_training_learns_the_models_ranking(tmp_path: Path, hashing: HashEncoder) -> None:
     samples = [_sample(k) for k in range(24)]
-    # The model likes the item about the weather after the one that is asked for.
-    liked = {s.id: (int(s.id) + 1) % 6 for s in samples}
+    # The model prefers the item about the next kind of weather in `WORDS`.
+    preferred = {s.id: (int(s.id) + 1) % 6 for s in samples}
     targets = {
-        s.id: RankingTarget(s.id, list(range(6)), [0.0 if k == liked[s.id] else -8.0 for k in range(6)])
+        s.id: RankingTarget(s.id, list(range(6)), [0.0 if k == preferred[s.id] else -8.0 for k in range(6)])
         for s in samples
     }
     objective, encoded = _objective(tmp_path, samples, targets, encoder=hashing)
@@ -133,7 +133,7 @@ def test_ropg_training_learns_the_models_ranking(tmp_path: Path, hashing: HashEn
         best = [
             int((hashing.encode([i.text for i in s.history]) @ q).argmax()) for s, q in zip(held, mapped, strict=True)
         ]
-        return float(np.mean([place == liked[s.id] for s, place in zip(held, best, strict=True)]))
+        return float(np.mean([index == preferred[s.id] for s, index in zip(held, best, strict=True)]))
 
     before = hits()
     fit(objective, samples=encoded[:18], config=config, seed=0, folder=tmp_path / "fit")
@@ -141,7 +141,7 @@ def test_ropg_training_learns_the_models_ranking(tmp_path: Path, hashing: HashEn
     assert hits() > 0.8
 
 
-def test_ropg_retriever_saved_and_loaded_is_equal(tmp_path: Path) -> None:
+def test_ropg_retriever_is_equal_after_saving_and_loading(tmp_path: Path) -> None:
     retriever = RopgRetriever(4)
     with torch.no_grad():
         retriever.linear.weight.normal_()
@@ -152,7 +152,7 @@ def test_ropg_retriever_saved_and_loaded_is_equal(tmp_path: Path) -> None:
         RopgRetriever.load(tmp_path / "elsewhere", width=4)
 
 
-def test_ropg_retriever_damaged_or_of_another_width_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_damaged_ropg_retriever_or_one_of_another_width(tmp_path: Path) -> None:
     RopgRetriever(4).save(tmp_path)
     with pytest.raises(DamagedFile, match=r"should have shape \[8, 8\]; found \[4, 4\].*train the retriever again"):
         RopgRetriever.load(tmp_path, width=8)
@@ -164,6 +164,6 @@ def test_ropg_retriever_damaged_or_of_another_width_is_refused(tmp_path: Path) -
         RopgRetriever.load(tmp_path, width=4)
 
 
-def test_ropg_retriever_untrained_is_the_identity() -> None:
+def test_untrained_ropg_retriever_is_the_identity() -> None:
     queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
     torch.testing.assert_close(RopgRetriever(8)(queries), queries)

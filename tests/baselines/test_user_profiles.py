@@ -35,24 +35,24 @@ def test_profile_is_generated_once_per_history(tmp_path: Path, toy: CausalLM) ->
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
 
 
-def test_profile_on_disk_is_not_generated_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_profile_is_not_generated_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.jsonl"
     histories = [_items("warm"), _items("cold")]
     whole = _profiles(path, toy).generate(histories)
     path.write_text(path.read_text().splitlines()[0] + '\n{"key": "cut off')
-    asked: list[int] = []
+    batch_sizes: list[int] = []
     real = toy.generate
 
-    def told(batch: PromptBatch, config: GenerationConfig) -> Any:
-        asked.append(len(batch.prompts))
+    def recording_generate(batch: PromptBatch, config: GenerationConfig) -> Any:
+        batch_sizes.append(len(batch.prompts))
         return real(batch, config)
 
-    monkeypatch.setattr(toy, "generate", told)
+    monkeypatch.setattr(toy, "generate", recording_generate)
     assert [profile.text for profile in _profiles(path, toy).generate(histories)] == [profile.text for profile in whole]
-    assert asked == [1]
+    assert batch_sizes == [1]
 
 
-def test_profile_of_another_length_has_another_key(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_with_another_length_limit_has_another_key(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "p.jsonl"
     long = _profiles(path, toy).generate([_items("warm")])[0]
     short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).generate([_items("warm")])[0]
@@ -60,17 +60,17 @@ def test_profile_of_another_length_has_another_key(tmp_path: Path, toy: CausalLM
     assert len(short.text) < len(long.text)
 
 
-def test_profile_of_a_conversation_is_written_from_kept_exchanges_and_preferences(
+def test_profile_of_a_conversation_uses_kept_exchanges_and_preferences(
     tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    requests: list[str] = []
     real = toy.generate
 
-    def told(batch: PromptBatch, config: GenerationConfig) -> Any:
-        asked.extend(str(prompt) for prompt in batch.prompts)
+    def recording_generate(batch: PromptBatch, config: GenerationConfig) -> Any:
+        requests.extend(str(prompt) for prompt in batch.prompts)
         return real(batch, config)
 
-    monkeypatch.setattr(toy, "generate", told)
+    monkeypatch.setattr(toy, "generate", recording_generate)
     fields = (("question", "How are you?"), ("answer", "fine, thanks " * 40))
     items = (
         HistoryItem("1", fields, "answer"),
@@ -79,14 +79,14 @@ def test_profile_of_a_conversation_is_written_from_kept_exchanges_and_preference
     )
     generator = ProfileGenerator(tmp_path / "p.jsonl", task=CHAT, llm=toy, config=LONG)
     (profile,) = generator.generate([items])
-    (request,) = asked
+    (request,) = requests
     assert request.startswith("preference: Lower case, please, and question: How are you? answer: fine, thanks")
     assert "NO" not in request
     assert (profile.offered, profile.included, profile.shortened) == (2, 2, 1), "a long answer is cut, not left out"
     assert not toy.measure([request])[0].truncated
 
 
-def test_profile_shows_a_preference_in_its_own_words_whatever_the_wording(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_request_has_the_preference_without_the_tasks_wording(tmp_path: Path, toy: CausalLM) -> None:
     generator = _profiles(tmp_path / "p.jsonl", toy)
     preference = HistoryItem("p", (("preference", "No spoilers"),), kind="preference")
     request = generator.formatter.format("Who?", [preference, *_items("warm")]).prompt

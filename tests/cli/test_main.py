@@ -349,7 +349,7 @@ def test_train_logs_trained_already_only_for_earlier_trainings(
     assert _call(*words).exit_code == 0
     assert "trained already" not in caplog.text
     assert _call(*words).exit_code == 0
-    assert caplog.text.count("is trained already") == 2
+    assert caplog.text.count("is already trained") == 2
 
 
 def test_evaluate_prints_settings_verdict_and_a_narrow_table(
@@ -380,7 +380,7 @@ def test_evaluate_reports_and_replaces_a_damaged_prediction_cache(
     assert _call(*words, tmp_path / "two.json").exit_code == 0
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["rows"][0]["metrics"] == two["rows"][0]["metrics"]
-    assert "does not match its checksum. The predictions are made again." in caplog.text
+    assert "does not match its checksum. The samples are predicted again." in caplog.text
 
 
 def test_version_option_prints_the_version() -> None:

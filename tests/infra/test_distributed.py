@@ -105,7 +105,7 @@ def test_two_resumed_processes_train_the_same_plug_as_one(tmp_path: Path, data: 
     assert finished.returncode == 0, errors
     assert _distance(tmp_path / "one" / f"{FILES[0]}.safetensors", folder / "plug.safetensors") < 1e-4
     assert len(out.splitlines()) == 1, "only one process prints"
-    assert errors.count("36 samples") == errors.count("going on from step") == 1
+    assert errors.count("36 samples") == errors.count("resuming after step") == 1
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, 4 * 14 + 1))
 

@@ -1,4 +1,4 @@
-"""Whose history a row sees: strangers, orders, and the latest items only."""
+"""Assignment of histories: wrong users, shuffled items, and limits on items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USERS = ["a", "a", "b", "c", "c", "c", "d"]
 
 
 def _samples(users: list[str]) -> list[EncodedSample]:
-    """Sample k of these users has the rows 10k … 10k + 4."""
+    """Return samples of these users; sample k has the rows 10k to 10k + 4."""
     return [
         EncodedSample(
             id=str(k),
@@ -36,7 +36,7 @@ def _samples(users: list[str]) -> list[EncodedSample]:
 
 
 def _texts(users: list[str]) -> list[Sample]:
-    """The same samples with items whose ids are the rows."""
+    """Return the same samples with texts; the ids of the items are the rows."""
     return [
         Sample(str(k), user, "p", "q", "1", tuple(HistoryItem(str(10 * k + i), (("text", "t"),)) for i in range(5)))
         for k, user in enumerate(users)
@@ -68,11 +68,11 @@ def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
         return [int(s.rows[0]) for s in with_history("wrong-user", samples, seed=seed)]
 
     assert drawn(1) == drawn(1)
-    lent_to_the_last = {USERS[drawn(seed)[-1] // 10] for seed in range(50)}
-    assert lent_to_the_last == {"a", "b", "c"}
+    sources_of_the_last = {USERS[drawn(seed)[-1] // 10] for seed in range(50)}
+    assert sources_of_the_last == {"a", "b", "c"}
 
 
-def test_one_user_alone_has_no_stranger() -> None:
+def test_rejects_wrong_user_with_only_one_user() -> None:
     with pytest.raises(ConfigError, match="2 or more users; found 1"):
         with_history("wrong-user", _samples(["a", "a"]), seed=0)
 
@@ -86,7 +86,7 @@ def test_shuffled_keeps_the_items_and_their_answers_together() -> None:
         assert (after.rows % 10).tolist() == after.label_ids.tolist()
 
 
-def test_own_and_none() -> None:
+def test_own_keeps_all_items_and_none_removes_them() -> None:
     samples = _samples(USERS)
     shown = with_history("own", samples, seed=0)
     assert [s.rows.tolist() for s in shown] == [s.rows.tolist() for s in samples]
@@ -98,10 +98,10 @@ def test_own_and_none() -> None:
 def test_only_the_latest_items_are_shown(source: HistorySource, latest: int) -> None:
     samples = _samples(USERS)
     whole = with_history(source, samples, seed=3)
-    for all_of_them, few in zip(whole, with_history(source, samples, seed=3, latest=latest), strict=True):
-        kept = sorted(all_of_them.rows.tolist())[max(0, 5 - latest) :] if latest else []
-        assert sorted(few.rows.tolist()) == kept
-        assert (few.rows % 10).tolist() == few.label_ids.tolist()
+    for full, limited in zip(whole, with_history(source, samples, seed=3, latest=latest), strict=True):
+        kept = sorted(full.rows.tolist())[max(0, 5 - latest) :] if latest else []
+        assert sorted(limited.rows.tolist()) == kept
+        assert (limited.rows % 10).tolist() == limited.label_ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,14 @@ def test_only_the_latest_items_are_shown(source: HistorySource, latest: int) -> 
         ("preferences", -1, [1, 3]),
         ("answers", 2, [2, 4]),
         ("preferences", 1, [3]),
-        ("all", 3, [1, 3, 4]),  # as a plug chooses them: stated preferences stay
+        ("all", 3, [1, 3, 4]),  # as a plug selects them: stated preferences stay
         ("preferences", 0, []),
     ],
 )
 @pytest.mark.parametrize("source", ["own", "wrong-user"])
-def test_only_items_of_some_kinds_are_shown(source: HistorySource, kinds: str, latest: int, shown: list[int]) -> None:
+def test_only_items_of_the_selected_kinds_are_shown(
+    source: HistorySource, kinds: str, latest: int, shown: list[int]
+) -> None:
     kind_ids = np.array([0, 2, 1, 2, 0], dtype=np.int8)  # answer, preference, rejection, preference, answer
     samples = [replace(sample, kind_ids=kind_ids) for sample in _samples(USERS)]
     for sample in with_history(source, samples, seed=3, latest=latest, kinds=kinds):

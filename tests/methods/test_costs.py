@@ -1,4 +1,4 @@
-"""What a user costs under each row: worked out by hand."""
+"""The cost of a user for each row, compared with calculations by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _cost(name: str, *, meter: CostMeter = METER, inputs: ModelInputs = INPUTS) 
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "stored"),
     [
         ("plain", 0),
         ("instruction-only", 0),
@@ -47,23 +47,23 @@ def _cost(name: str, *, meter: CostMeter = METER, inputs: ModelInputs = INPUTS) 
         ("plug+dense:1", 4 * (TEXT + 64)),
     ],
 )
-def test_bytes_per_user_are_means_over_samples(name: str, kept: float) -> None:
-    assert _cost(name).bytes == pytest.approx(kept)
+def test_bytes_per_user_are_means_over_samples(name: str, stored: float) -> None:
+    assert _cost(name).bytes == pytest.approx(stored)
 
 
-def test_encoding_takes_time_and_indexing_words_does_not() -> None:
+def test_encoding_takes_time_but_indexing_words_does_not() -> None:
     assert _cost("plug").seconds > 0
     assert _cost("bm25:4").seconds == 0
     assert _cost("plain") == UserCost(0.0, 0.0)
 
 
-def test_what_was_measured_elsewhere_is_added() -> None:
+def test_cost_measured_with_the_inputs_is_added() -> None:
     assert _cost("profile", inputs=replace(INPUTS, user_cost=UserCost(50.0, 0.5))) == UserCost(50.0, 0.5)
     assert _cost("profile+bm25:4", inputs=replace(INPUTS, user_cost=UserCost(50.0, 0.5))) == UserCost(
         50.0 + 4 * TEXT, 0.5
     )
 
 
-def test_nobody_has_a_history() -> None:
+def test_cost_is_zero_without_histories() -> None:
     meter = CostMeter([0, 0], [Sample("1", "u", "p", "q", "1")], encoder=HashEncoder(32))
     assert _cost("plug", meter=meter) == UserCost(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The rows lora and lora-per-user: who is trained on what, and whose matrices answer."""
+"""The rows lora and lora-per-user: the items that users are trained on, and the adapter of each prediction."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def _item(number: int, *, when: date | None = None, text: str | None = None) -> 
 
 def test_a_user_is_trained_on_the_history_that_ends_earliest(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
-    asked = texts[0]
-    early = replace(asked, id="early", history=(_item(1, when=date(2020, 1, 1)), _item(2, when=date(2020, 1, 2))))
-    late = replace(asked, id="late", history=(_item(2, when=date(2020, 1, 2)), _item(3, when=date(2021, 1, 1))))
+    evaluated = texts[0]
+    early = replace(evaluated, id="early", history=(_item(1, when=date(2020, 1, 1)), _item(2, when=date(2020, 1, 2))))
+    late = replace(evaluated, id="late", history=(_item(2, when=date(2020, 1, 2)), _item(3, when=date(2021, 1, 1))))
     users = UserLoras(run, models, [late, early], seed=0)
-    assert [item.id for item in users._items(asked.owner)] == ["1", "2"]
-    assert UserLoras(run, models, [replace(early, history=())], seed=0)._items(asked.owner) == []
+    assert [item.id for item in users._items(evaluated.owner)] == ["1", "2"]
+    assert UserLoras(run, models, [replace(early, history=())], seed=0)._items(evaluated.owner) == []
     rejected = replace(_item(3, when=date(2020, 1, 3)), kind="rejection")
     stated = HistoryItem("4", (("preference", "Short, please."),), kind="preference")
     mixed = UserLoras(run, models, [replace(early, history=(*early.history, rejected, stated))], seed=0)
-    assert [item.id for item in mixed._items(asked.owner)] == ["1", "2"]
+    assert [item.id for item in mixed._items(evaluated.owner)] == ["1", "2"]
 
 
-def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_user_lora_is_not_trained_on_evaluated_queries(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
-    asked = texts[0]
-    leaking = replace(asked, history=(_item(1), _item(2, text=asked.query.upper() + "!"), _item(3)))
+    evaluated = texts[0]
+    leaking = replace(evaluated, history=(_item(1), _item(2, text=evaluated.query.upper() + "!"), _item(3)))
     users = UserLoras(run, models, [leaking], seed=0)
-    assert [item.id for item in users._items(asked.owner)] == ["1", "3"]
+    assert [item.id for item in users._items(evaluated.owner)] == ["1", "3"]
 
 
-def test_a_damaged_lora_of_the_task_is_refused(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_rejects_a_damaged_task_lora(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, _ = stage
     path = run.plug_folder("lora", seed=0) / ADAPTER
     whole = path.read_bytes()
@@ -86,7 +86,7 @@ def test_each_sample_is_predicted_with_the_lora_of_its_source(stage: tuple[Run, 
     count = len(texts)
 
     def probabilities(row: str, sources: Sequence[int | None]) -> list[list[float]]:
-        """The labels' probabilities tell one state of the model from another."""
+        """Return label probabilities, which differ between adapters."""
         assignments = [Assignment(source, np.empty(0, np.int64)) for source in sources]
         lengths = [len(text.history) for text in texts]
         inputs = ModelInputs(context.samples, assignments, context.prompt_lengths, lengths)
@@ -97,11 +97,11 @@ def test_each_sample_is_predicted_with_the_lora_of_its_source(stage: tuple[Run, 
     bare = probabilities("plain", range(count))
     task = probabilities("lora", range(count))
     own = probabilities("lora-per-user", range(count))
-    others = probabilities("lora-per-user", range(count)[::-1])
+    reversed_sources = probabilities("lora-per-user", range(count)[::-1])
     nobody = probabilities("lora-per-user", [None] * count)
     assert bare != task
     assert all(a != b for a, b in zip(task, own, strict=True))
-    assert own[0] != others[0]  # the first and the last sample are of different users
+    assert own[0] != reversed_sources[0]  # the first and the last sample are of different users
     assert nobody == task
     assert probabilities("lora-per-user", range(count)) == own
     assert probabilities("plain", range(count)) == bare  # nothing stays in the model
@@ -113,7 +113,7 @@ def test_each_sample_is_predicted_with_the_lora_of_its_source(stage: tuple[Run, 
     assert cost.seconds > 0
 
 
-def test_untrained_lora_is_named(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_error_for_an_untrained_lora_names_the_command(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, _ = stage
     reader = open_dataset(run.folder.parent / "data", "dev", task=run.task)
     evaluator = Evaluator(run, reader, split="dev", config=run.config.evaluation, models=models)

@@ -1,4 +1,4 @@
-"""Rows without a language model in a whole table."""
+"""Evaluation of rows without a language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=100", "seeds=0
 
 
 class Stage:
-    """A run whose data is noted, as training notes it, and its data."""
+    """Data, and a run that has recorded its training data as a training does."""
 
     def __init__(self, place: Path, *, kind: Any = "rating") -> None:
         self.data = place / "data"
@@ -66,8 +66,8 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return Stage(tmp_path_factory.mktemp("rating"))
 
 
-def test_rows_without_a_language_model_ask_none(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rating.models.llm, "score", lambda *_, **__: pytest.fail("the model was asked"))
+def test_rows_without_a_language_model_never_call_it(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rating.models.llm, "score", lambda *_, **__: pytest.fail("the model was called"))
     results = rating.evaluate("classical,classical@wrong-user,classical:text,user-median,user-mean,user-majority")
     rows = {row["method"]: row for row in results["rows"]}
     for row in rows.values():
@@ -76,9 +76,9 @@ def test_rows_without_a_language_model_ask_none(rating: Stage, monkeypatch: pyte
         assert row["fit_seconds"] >= 0
     assert {"versions", "rows"} <= results.keys()
     assert results["versions"]["scikit-learn"]
-    for sample, said in zip(rating.reader("dev"), rating.predicted("user-median"), strict=True):
+    for sample, prediction in zip(rating.reader("dev"), rating.predicted("user-median"), strict=True):
         middle = np.median([float(item.answer or "") for item in sample.history])
-        assert said == str(int(np.floor(middle + 0.5)))
+        assert prediction == str(int(np.floor(middle + 0.5)))
 
 
 def test_baseline_is_fitted_once_on_the_samples_of_the_plug(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,20 +98,20 @@ def test_baseline_is_fitted_once_on_the_samples_of_the_plug(rating: Stage, monke
     assert of_the_plug == [sample.id for sample in drawn(rating.reader("train"), limit=10, seed=0)]
 
 
-def test_stranger_is_that_of_all_other_rows(rating: Stage) -> None:
+def test_wrong_user_is_the_same_for_all_rows(rating: Stage) -> None:
     rating.evaluate("user-mean@wrong-user")
     context = EvalContext(rating.run, rating.reader("dev"), models=rating.models, config=rating.config.evaluation)
     inputs = find_method("bm25:1@wrong-user").build_inputs(context, context.assign("wrong-user", seed=0), seed=0)
     predictions = rating.predicted("user-mean@wrong-user")
-    for sample, assignment, said in zip(context.texts, inputs.assignments, predictions, strict=True):
+    for sample, assignment, prediction in zip(context.texts, inputs.assignments, predictions, strict=True):
         assert assignment.source is not None
         stranger = context.texts[assignment.source]
         assert stranger.owner != sample.owner
         mean = np.mean([float(item.answer or "") for item in stranger.history])
-        assert said == str(int(np.floor(mean + 0.5)))
+        assert prediction == str(int(np.floor(mean + 0.5)))
 
 
-def test_only_the_latest_items_are_shown_where_so_many_are_asked_for(rating: Stage) -> None:
+def test_max_eval_history_limits_rows_to_the_latest_items(rating: Stage) -> None:
     rating.evaluate("user-median", settings=("max_eval_history=1",))
     assert rating.predicted("user-median") == [sample.history[-1].answer for sample in rating.reader("dev")]
     row = rating.evaluate("user-median,classical", settings=("max_eval_history=0",))["rows"][0]
@@ -120,7 +120,7 @@ def test_only_the_latest_items_are_shown_where_so_many_are_asked_for(rating: Sta
     assert row["lost_history_rate"] == 1
 
 
-def test_the_training_split_is_needed_and_must_be_the_runs(rating: Stage, tmp_path: Path) -> None:
+def test_rejects_a_missing_or_different_training_split(rating: Stage, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="training split"):
         rating.evaluate("classical", train=False)
     other = Stage(tmp_path / "other")
@@ -136,7 +136,7 @@ def test_the_training_split_is_needed_and_must_be_the_runs(rating: Stage, tmp_pa
         )
 
 
-def test_free_text_is_copied_and_predicted_without_a_training_split(tmp_path: Path) -> None:
+def test_copies_of_free_text_need_no_training_split(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="style")
     row = stage.evaluate("copy:2,copy", train=False)["rows"][0]
     assert row["metrics"]["rouge_1"] >= 0
@@ -155,7 +155,7 @@ def test_free_text_is_copied_and_predicted_without_a_training_split(tmp_path: Pa
         stage.evaluate("copy,user-median")
 
 
-def test_the_command_line_fits_them_on_the_datas_train_split(rating: Stage) -> None:
+def test_commands_fit_rows_on_the_train_split_of_the_data(rating: Stage) -> None:
     words = ["--run", str(rating.run.folder), "--data", str(rating.data), "--methods", "classical,user-median"]
     done = CliRunner().invoke(main, ["evaluate", *words])
     assert done.exit_code == 0, done.output

@@ -39,7 +39,7 @@ def _samples(count: int) -> list[EncodedSample]:
 
 
 def _personalizer(folder: Path, hashing: HashEncoder) -> Personalizer:
-    """An untrained plug beside ten items."""
+    """Return an untrained plug with vectors of ten items."""
     table = EmbeddingStore.open(folder / "vectors", hashing)
     table.add([f"item {k}" for k in range(10)])
     spec = PlugSpec(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
@@ -47,33 +47,33 @@ def _personalizer(folder: Path, hashing: HashEncoder) -> Personalizer:
     return Personalizer(PersonaPlug(PAPER, spec=spec, encoder=hashing).eval(), table=table)
 
 
-def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_random_vectors_have_unit_length_and_depend_on_the_content(tmp_path: Path, hashing: HashEncoder) -> None:
     table = EmbeddingStore.open(tmp_path / "one", hashing)
     table.add(["sun", "rain", "fog"])
     vectors = RandomVectors(table, seed=1)
-    found = vectors.gather(table.add(["sun", "rain", "sun"]))
-    np.testing.assert_allclose(np.linalg.norm(found.astype(np.float64), axis=1), 1, atol=1e-3)
-    assert (found[0] == found[2]).all()
-    assert not (found[0] == found[1]).all()
-    assert not (RandomVectors(table, seed=2).gather(table.add(["sun"])) == found[0]).all()
+    replaced = vectors.gather(table.add(["sun", "rain", "sun"]))
+    np.testing.assert_allclose(np.linalg.norm(replaced.astype(np.float64), axis=1), 1, atol=1e-3)
+    assert (replaced[0] == replaced[2]).all()
+    assert not (replaced[0] == replaced[1]).all()
+    assert not (RandomVectors(table, seed=2).gather(table.add(["sun"])) == replaced[0]).all()
     other = EmbeddingStore.open(tmp_path / "two", hashing)
     other.add(["fog", "hail", "rain", "sun"])
-    assert (RandomVectors(other, seed=1).gather(other.add(["sun", "rain", "sun"])) == found).all()
+    assert (RandomVectors(other, seed=1).gather(other.add(["sun", "rain", "sun"])) == replaced).all()
 
 
-def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_mean_persona_is_the_same_average_for_all_users(tmp_path: Path, hashing: HashEncoder) -> None:
     personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     mean = MeanPersona(personalizer, samples, batch_size=2)
     with torch.no_grad():
         each = personalizer.soft_prompt(samples).vectors
-    given = mean.soft_prompt(samples[:2]).vectors
+    averaged = mean.soft_prompt(samples[:2]).vectors
     assert mean.soft_prompt(samples[:2]).label_bias is None
-    torch.testing.assert_close(given[0], each.mean(dim=0))
-    torch.testing.assert_close(given[0], given[1])
+    torch.testing.assert_close(averaged[0], each.mean(dim=0))
+    torch.testing.assert_close(averaged[0], averaged[1])
     assert not torch.allclose(each[0], each[1])
 
 
-def test_what_labels_say_is_averaged_too(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_mean_persona_averages_the_label_bias(tmp_path: Path, hashing: HashEncoder) -> None:
     plain = _personalizer(tmp_path, hashing)
     spec = replace(plain.plug.spec, labels=("1", "2", "3"))
     plug = PersonaPlug(replace(PAPER, label_prior="own"), spec=spec, encoder=hashing).eval()
@@ -81,13 +81,13 @@ def test_what_labels_say_is_averaged_too(tmp_path: Path, hashing: HashEncoder) -
     samples = [replace(sample, label_ids=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
     with torch.no_grad():
         each = personalizer.soft_prompt(samples).label_bias
-    given = MeanPersona(personalizer, samples, batch_size=2).soft_prompt(samples[:2]).label_bias
+    averaged = MeanPersona(personalizer, samples, batch_size=2).soft_prompt(samples[:2]).label_bias
     assert each is not None
-    assert given is not None
-    torch.testing.assert_close(given, each.mean(dim=0).expand(2, -1))
+    assert averaged is not None
+    torch.testing.assert_close(averaged, each.mean(dim=0).expand(2, -1))
 
 
-def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_mean_persona_excludes_cold_start_tokens(tmp_path: Path, hashing: HashEncoder) -> None:
     personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     plug = personalizer.plug
     whole = MeanPersona(personalizer, samples).mean.vectors

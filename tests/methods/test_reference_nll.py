@@ -1,4 +1,4 @@
-"""How likely right answers were: in one pass or many, in the samples' order, behind whatever soft tokens."""
+"""NLL of reference answers: in one or several passes, in the samples' order, with any placement of soft tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods.predictions import reference_nll
 
-NOTHING = np.empty(0, dtype=np.int64)
+NO_ITEMS = np.empty(0, dtype=np.int64)
 PAIRS = [
     ("short", "a"),
     ("the longest of these prompts", "b c d e f"),
@@ -26,12 +26,12 @@ PAIRS = [
     ("x", "y"),
 ]
 SAMPLES = [
-    EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_style(), all_answers()) for p, a in PAIRS
+    EncodedSample(p, p, None, p, p, a, NO_ITEMS, NO_ITEMS.astype(np.int16), no_style(), all_answers()) for p, a in PAIRS
 ]
 
 
-class Given:
-    """Soft tokens by prompt."""
+class FixedSoftPrompts:
+    """Soft tokens that depend only on the prompt."""
 
     def __init__(self, width: int, placement: str) -> None:
         self.width, self.placement = width, placement
@@ -43,33 +43,35 @@ class Given:
         return SoftPrompt(torch.stack(drawn), placement=self.placement)
 
 
-@pytest.mark.parametrize("most", [1, 8, 1024])
+@pytest.mark.parametrize("max_tokens", [1, 8, 1024])
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
-def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", most)
-    prompter = None if placement == "none" else Given(toy.identity.width, placement)
-    found = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
-    for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):
+def test_nll_in_batches_equals_nll_of_single_samples(
+    toy: CausalLM, placement: str, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", max_tokens)
+    prompter = None if placement == "none" else FixedSoftPrompts(toy.identity.width, placement)
+    rows = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
+    for sample, (loss, tokens) in zip(SAMPLES, rows, strict=True):
         soft = None if prompter is None else prompter.soft_prompt([sample])
         alone, count = toy.loss(PromptBatch([sample.prompt], soft), [sample.target or ""])
         assert loss == pytest.approx(float(alone), rel=1e-4)
         assert tokens == int(count)
-    assert found[1] != found[2]
+    assert rows[1] != rows[2]
 
 
-@pytest.mark.parametrize("most", [8, 1024])
+@pytest.mark.parametrize("max_tokens", [8, 1024])
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
-def test_rejected_answers_follow_the_right_one(
-    toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch
+def test_nll_of_rejected_answers_follows_that_of_the_target(
+    toy: CausalLM, placement: str, max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", most)
+    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", max_tokens)
     rejected: list[tuple[str, ...]] = [("no", "a long one that nobody wanted"), (), ("z",), ()]
     chat = Chat((("user", "before"), ("assistant", "so"), ("user", "in between")))
     samples = [replace(sample, rejected=texts) for sample, texts in zip(SAMPLES, rejected, strict=True)]
     samples[2] = replace(samples[2], prompt=chat)
-    prompter = None if placement == "none" else Given(toy.identity.width, placement)
-    found = reference_nll(toy, samples, prompter=prompter, batch_size=3)
-    for sample, row in zip(samples, found, strict=True):
+    prompter = None if placement == "none" else FixedSoftPrompts(toy.identity.width, placement)
+    rows = reference_nll(toy, samples, prompter=prompter, batch_size=3)
+    for sample, row in zip(samples, rows, strict=True):
         answers = [sample.target or "", *sample.rejected]
         assert len(row) == 2 * len(answers)
         soft = None if prompter is None else prompter.soft_prompt([sample])
@@ -79,14 +81,14 @@ def test_rejected_answers_follow_the_right_one(
             assert tokens == int(count)
 
 
-def test_no_pass_has_more_samples_than_asked_for(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_exceeds_the_batch_size(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = toy.loss
 
-    def noted(batch: PromptBatch, *args: Any, **more: Any) -> Any:
+    def recording_loss(batch: PromptBatch, *args: Any, **more: Any) -> Any:
         sizes.append(len(batch.prompts))
         return real(batch, *args, **more)
 
-    monkeypatch.setattr(toy, "loss", noted)
+    monkeypatch.setattr(toy, "loss", recording_loss)
     reference_nll(toy, SAMPLES, prompter=None, batch_size=1)
     assert sizes == [1] * len(SAMPLES)

@@ -1,4 +1,4 @@
-"""Rows of a table by name: which names there are, and what each row is made of."""
+"""The registry of rows: valid and invalid names, and the parts of each row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from personaplug.training.parts import INSTRUCTION, PLUG
 
 
 @pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])
-def test_bad_list_is_refused(text: str) -> None:
+def test_rejects_an_invalid_list_of_rows(text: str) -> None:
     with pytest.raises(ConfigError, match=r"instruction-only|did you mean|expected one of"):
         parse_methods(text)
 
@@ -80,29 +80,29 @@ def test_bad_list_is_refused(text: str) -> None:
         "plug:4",
     ],
 )
-def test_name_of_no_row_is_refused(name: str) -> None:
+def test_rejects_an_invalid_name_of_a_row(name: str) -> None:
     with pytest.raises(ConfigError):
         find_method(name)
 
 
-def test_list_is_read_in_order() -> None:
+def test_parses_a_list_of_rows_in_order() -> None:
     assert [method.name for method in parse_methods(" plug, bm25:4 ,plain")] == ["plug", "bm25:4", "plain"]
 
 
 @pytest.mark.parametrize(
-    ("task", "rivals"),
+    ("task", "baselines"),
     [
         (LAMP_TASKS["LaMP_3"], ["user-mean", "user-median", "user-majority", "classical"]),
         (LAMP_TASKS["LaMP_2"], ["user-majority", "classical"]),
-        (LAMP_TASKS["LaMP_1"], ["classical"]),  # the items hold no labels, the prompts hold options
+        (LAMP_TASKS["LaMP_1"], ["classical"]),  # items have no labels, prompts have options
         (replace(LAMP_TASKS["LaMP_2"], answer_field=None), []),
         (LAMP_TASKS["LaMP_4"], ["copy", "user-words"]),
         (CHAT, ["copy", "user-words"]),
     ],
 )
-def test_default_rows_are_the_plug_its_controls_and_the_free_rivals_that_fit(task: Task, rivals: list[str]) -> None:
+def test_default_rows_are_the_plug_its_controls_and_suitable_baselines(task: Task, baselines: list[str]) -> None:
     rows = default_rows(task)
-    assert [row.name for row in rows] == ["plain", "instruction-only", *rivals, "wrong-user", "plug"]
+    assert [row.name for row in rows] == ["plain", "instruction-only", *baselines, "wrong-user", "plug"]
     assert needed_parts(rows) == [INSTRUCTION, PLUG]
     for row in rows:
         row.check(task)
@@ -111,7 +111,7 @@ def test_default_rows_are_the_plug_its_controls_and_the_free_rivals_that_fit(tas
 
 
 @pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
-def test_row_says_what_it_tests_and_keeps_its_name(name: str) -> None:
+def test_row_has_a_rationale_and_the_given_name(name: str) -> None:
     method = find_method(name)
     assert method.name == name
     assert len(method.rationale) > 20
@@ -129,7 +129,7 @@ def test_retrieval_row_has_texts_and_no_soft_tokens(retriever: str) -> None:
     assert row.info.parents == (("dense:3",) if retriever == "ropg" else ())
 
 
-def test_rows_with_soft_tokens_are_trained_on_prompts_with_texts() -> None:
+def test_soft_tokens_with_retrieval_are_trained_on_prompts_with_texts() -> None:
     plug = replace(PLUG, name="plug+bm25:1", retrieval=Retrieval("bm25", 1))
     instruction = replace(INSTRUCTION, name="instruction+ropg:2", retrieval=Retrieval("ropg", 2))
     assert find_method("plug+bm25:1").requires == (plug,)
@@ -138,7 +138,7 @@ def test_rows_with_soft_tokens_are_trained_on_prompts_with_texts() -> None:
     assert find_method("plug+bm25:1").info.family == "plug"
 
 
-def test_profile_and_lora_rows() -> None:
+def test_profile_stated_and_lora_rows_have_their_parts() -> None:
     both = find_method("profile+bm25:4")
     assert isinstance(both, LanguageModelMethod)
     assert both.texts == PromptTexts(Retrieval("bm25", 4), profile=True)
@@ -167,7 +167,7 @@ def test_profile_and_lora_rows() -> None:
         "classical",
     ],
 )
-def test_personal_row_has_a_control_that_differs_in_the_history_alone(name: str) -> None:
+def test_personal_row_has_a_control_that_differs_only_in_the_history(name: str) -> None:
     row, control = find_method(name), find_method(f"{name}@wrong-user")
     assert replace(control, info=row.info, rationale=row.rationale) == row
     assert (control.info.history, control.info.control_of, control.info.gain_of) == ("wrong-user", name, name)
@@ -196,7 +196,7 @@ def test_row_without_a_language_model_needs_no_training(name: str) -> None:
     assert row.needs_train_split
 
 
-def test_numbers_reach_the_baselines() -> None:
+def test_number_in_a_name_reaches_the_baseline() -> None:
     baselines = {
         "classical:text": Regression("text"),
         "copy": CopyQuery("copy"),
@@ -221,7 +221,7 @@ def test_parts_that_several_rows_need_are_trained_once() -> None:
 @pytest.mark.parametrize(
     ("base", "requires"), [("plug", (PLUG,)), ("instruction", (INSTRUCTION,)), ("plain", ()), ("lora", (LORA,))]
 )
-def test_phrases_go_with_any_row_of_the_frozen_model(base: str, requires: tuple[object, ...]) -> None:
+def test_phrases_can_follow_any_row_of_the_frozen_model(base: str, requires: tuple[object, ...]) -> None:
     row = find_method(f"{base}+phrases")
     assert isinstance(row, LanguageModelMethod)
     assert row.ngrams
@@ -229,7 +229,7 @@ def test_phrases_go_with_any_row_of_the_frozen_model(base: str, requires: tuple[
     assert find_method(f"{base}+phrases@wrong-user").info.gain_of == f"{base}+phrases"
 
 
-def test_phrases_beside_retrieval_share_its_training() -> None:
+def test_phrases_need_no_training_beyond_that_of_their_base() -> None:
     row, without = find_method("plug+bm25:1+phrases"), find_method("plug+bm25:1")
     assert needed_parts([row, without]) == list(without.requires)
     assert {"plug+bm25:1", "instruction+bm25:1+phrases", "plug"} <= set(row.info.parents)

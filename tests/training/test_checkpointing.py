@@ -1,4 +1,4 @@
-"""Checkpoints: the newest whole one is used, damage is named, and nothing starts anew with trained weights."""
+"""Checkpoints: resumption from the newest undamaged state, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_two_newest_states_and_their_best_weights_are_kept(folder: Path) -> None:
+def test_keeps_the_two_newest_states_and_their_best_weights(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "best-00000001",
         "best-00000003",
@@ -65,7 +65,7 @@ def test_the_two_newest_states_and_their_best_weights_are_kept(folder: Path) -> 
     load_best(folder, 3, module=training.module)
 
 
-def test_states_of_another_training_are_refused(tmp_path: Path) -> None:
+def test_rejects_states_of_another_training(tmp_path: Path) -> None:
     training = Training()
     options: dict[str, Any] = {"module": training.module, "optimizer": training.optimizer}
     save_state(tmp_path, TrainingState(step=1), owner="run a, plug", **options)
@@ -75,10 +75,10 @@ def test_states_of_another_training_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["state-00000004/weights", "state-00000004/optimizer", "best-00000003/weights"])
-def test_tensors_of_another_training_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+def test_rejects_tensors_of_another_training(folder: Path, tmp_path: Path, name: str) -> None:
     other = Training()
     other.module.weight.data += 1
-    other.module(torch.ones(1, 3)).sum().backward()  # so that the moments differ, too
+    other.module(torch.ones(1, 3)).sum().backward()  # so that the moments differ too
     for step in range(1, 5):
         other.step(tmp_path / "other", step, best_step=3 if step > 2 else 1)
     shutil.copy(tmp_path / "other" / f"{name}.safetensors", folder / f"{name}.safetensors")
@@ -89,7 +89,7 @@ def test_tensors_of_another_training_are_refused(folder: Path, tmp_path: Path, n
             Training().resume(folder)
 
 
-def test_a_state_before_the_first_validation_has_no_best_loss(tmp_path: Path) -> None:
+def test_state_before_the_first_validation_has_an_infinite_best_loss(tmp_path: Path) -> None:
     training = Training()
     save_state(tmp_path, TrainingState(step=1), module=training.module, optimizer=training.optimizer)
     assert training.resume(tmp_path) == TrainingState(step=1, best_loss=float("inf"))
@@ -97,7 +97,7 @@ def test_a_state_before_the_first_validation_has_no_best_loss(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "{}"])
-def test_a_damaged_state_is_named_and_the_one_before_used(
+def test_warns_of_a_damaged_state_and_resumes_from_the_previous_one(
     folder: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = folder / "state-00000004" / name
@@ -112,35 +112,35 @@ def test_a_damaged_state_is_named_and_the_one_before_used(
     assert f"state-00000004/{name} is damaged" in caplog.text or "state-00000004 is damaged" in caplog.text
 
 
-def test_states_that_are_all_damaged_are_refused_and_change_nothing(folder: Path) -> None:
+def test_raises_and_changes_nothing_if_all_states_are_damaged(folder: Path) -> None:
     for path in folder.glob("state-*/state.json"):
         path.write_text("{}")
     training = Training()
     before = training.module.weight.clone()
-    with pytest.raises(DamagedFile, match=r"Restore it, or delete .* to train anew"):
+    with pytest.raises(DamagedFile, match=r"Restore it, or delete .* to train from scratch"):
         training.resume(folder)
     assert torch.equal(training.module.weight, before)
     assert not training.optimizer.state
 
 
-def test_a_state_whose_best_weights_are_lost_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejects_states_whose_best_weights_are_missing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(folder / "best-00000003")
     with pytest.raises(DamagedFile, match=r"best-00000003/weights\.safetensors"):
         Training().resume(folder)
     assert "best-00000003" in caplog.text
 
 
-def test_counters_of_another_step_are_refused(folder: Path) -> None:
+def test_skips_a_state_with_counters_of_another_step(folder: Path) -> None:
     shutil.copy(folder / "state-00000003" / "state.json", folder / "state-00000004" / "state.json")
     assert Training().resume(folder).step == 3
 
 
-def test_a_state_of_other_weights_is_refused(folder: Path) -> None:
+def test_rejects_a_state_with_weights_of_another_shape(folder: Path) -> None:
     with pytest.raises(DamagedFile, match=r"weight should have shape \[2, 4\]; found \[2, 3\]"):
         Training(width=4).resume(folder)
 
 
-def _write_for_ever(folder: Path) -> None:
+def _write_forever(folder: Path) -> None:
     torch.set_num_threads(1)
     training, config = Training(), Config()
     for step in count(1):
@@ -153,8 +153,8 @@ def _write_for_ever(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("milliseconds", [0, 7, 20, 45, 90])
-def test_files_are_whole_after_a_kill_at_any_time(tmp_path: Path, milliseconds: int) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
+def test_files_are_complete_after_a_kill_at_any_time(tmp_path: Path, milliseconds: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(tmp_path,))
     process.start()
     while not (tmp_path / "lines.jsonl").exists():
         time.sleep(0.001)
@@ -172,6 +172,6 @@ def test_files_are_whole_after_a_kill_at_any_time(tmp_path: Path, milliseconds: 
     assert abs(Training().resume(tmp_path / "states").step - steps) <= 1
 
 
-def test_a_state_file_holds_every_counter(folder: Path) -> None:
+def test_state_file_has_every_counter(folder: Path) -> None:
     values = json.loads((folder / "state-00000004" / "state.json").read_text())
     assert set(values) == {"step", "best_step", "best_loss", "seconds", "samples", "owner", "parts", "checksum"}

@@ -1,4 +1,4 @@
-"""What serves users with few items: chosen from a table of losses, without a model."""
+"""The choice of the cold start from a table of losses, without a model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_choice_stops_at_the_first_number_of_items_with_a_better_persona(
     assert all(len(losses) == 2 for losses in choice.losses.values())
 
 
-def test_choice_looks_at_no_more_items_than_held_out_users_have() -> None:
+def test_choice_ends_at_the_longest_held_out_history() -> None:
     choice = choose_cold_start(lambda items, served_by: None if items > 1 else float(served_by == PERSONA))
     assert (choice.source, choice.max_items, list(choice.losses)) == (CONTROL, 1, [0, 1])
 
 
-def test_choice_keeps_to_its_bound() -> None:
+def test_choice_never_exceeds_max_items() -> None:
     choice = choose_cold_start(lambda items, served_by: float(served_by == PERSONA), max_items=1)
     assert choice.max_items == 1

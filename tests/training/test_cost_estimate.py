@@ -85,15 +85,15 @@ def test_estimate_steps_follow_limits_and_views(tmp_path: Path) -> None:
     assert steps("train_limit=15") < steps()
 
 
-def test_estimate_refuses_data_of_one_user(tmp_path: Path) -> None:
+def test_estimate_rejects_data_of_one_user(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=2), tmp_path)
     config = load_config(overrides=SETTINGS)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
-    with pytest.raises(MissingData, match="two users"):
+    with pytest.raises(MissingData, match=r"2 or more users.*found 1"):
         estimate(config, reader, models=open_models(config))
 
 
-def test_estimate_refuses_what_train_refuses(tmp_path: Path) -> None:
+def test_estimate_rejects_a_config_that_train_rejects(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(task="style", users=4, queries_per_user=3, dev_users=2), tmp_path)
     config = load_config(overrides=[*SETTINGS, "answer_channel=label"])
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
@@ -109,11 +109,11 @@ def test_timed_batches_are_full_with_the_longest_prompts_last(tmp_path: Path, mo
     batches: list[list[Prompt]] = []
     real = models.llm.loss
 
-    def noted(batch: PromptBatch, targets: list[str], **rest: Any) -> Any:
+    def recording_loss(batch: PromptBatch, targets: list[str], **rest: Any) -> Any:
         batches.append(list(batch.prompts))
         return real(batch, targets, **rest)
 
-    monkeypatch.setattr(models.llm, "loss", noted)
+    monkeypatch.setattr(models.llm, "loss", recording_loss)
     estimate(config, reader, models=models)
     *timed, _, _, last, _, _ = batches  # each part ends with its validation, with histories and without
     assert [len(batch) for batch in timed] == [4, 4, 4, 4]

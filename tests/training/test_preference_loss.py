@@ -1,4 +1,4 @@
-"""Preference terms by their formulas, on a small real architecture, and what they do to a plug."""
+"""Preference losses: their formulas on a small real architecture, and their effect on a plug."""
 
 from __future__ import annotations
 
@@ -70,18 +70,18 @@ def nll(objective: PlugObjective, sample: EncodedSample, answer: str, *, bare: b
 
 
 @pytest.mark.parametrize("kind", ["dpo", "simpo"])
-def test_preference_term_is_its_formula(kind: PreferenceKind, build: Build) -> None:
+def test_preference_term_equals_its_formula(kind: PreferenceKind, build: Build) -> None:
     objective = build(kind, 0.7)
     sample = samples()[1]
     objective.prepare([sample])
     with torch.enable_grad():
         loss, tokens = objective.loss([sample])
     kept, kept_tokens = nll(objective, sample, "a dog")
-    lost, lost_tokens = nll(objective, sample, "a cat")
+    rejected, rejected_tokens = nll(objective, sample, "a cat")
     plain = [nll(objective, sample, text, bare=True)[0] for text in ("a dog", "a cat")]
     margin = {
-        "dpo": 0.1 * ((lost - kept) - (plain[1] - plain[0])),
-        "simpo": 2.0 * (lost / lost_tokens - kept / kept_tokens) - 1.0,
+        "dpo": 0.1 * ((rejected - kept) - (plain[1] - plain[0])),
+        "simpo": 2.0 * (rejected / rejected_tokens - kept / kept_tokens) - 1.0,
     }[kind]
     expected = kept + 0.7 * kept_tokens * math.log1p(math.exp(-margin))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -114,7 +114,7 @@ def test_training_with_pairs_makes_kept_answers_likelier_than_rejected_ones(kind
         answers = [(sample, sample.target or "", text) for sample in paired for text in sample.rejected]
         return [nll(objective, s, bad)[0] - nll(objective, s, good)[0] for s, good, bad in answers]
 
-    assert all(taught > untaught for taught, untaught in zip(margins(kind), margins(None), strict=True))
+    assert all(with_term > without for with_term, without in zip(margins(kind), margins(None), strict=True))
 
 
 def test_every_rejected_answer_is_drawn(llm: LanguageModel) -> None:

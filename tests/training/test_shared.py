@@ -97,7 +97,7 @@ def _train(
 
 
 def _start(folder: Path, data: Path, *settings: str) -> list[tuple[PlugObjective, list[EncodedSample]]]:
-    """Return what the training of each task starts from."""
+    """Return the objective and the samples of each task before its training."""
     shared, readers, models = _plan(folder, data, *settings)
     shared.start()
     pairs = zip(shared.runs, readers, strict=True)
@@ -119,7 +119,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SharedRun:
     return _train(tmp_path_factory.mktemp("trained") / "run", data)
 
 
-def test_plugs_of_a_shared_run_have_one_persona_head_and_an_instruction_each(trained: SharedRun) -> None:
+def test_plugs_of_a_shared_run_share_the_persona_head_but_not_the_instruction(trained: SharedRun) -> None:
     ratings, chats = (_weights(run) for run in trained.runs)
     head = [name for name in ratings if name.startswith("persona.")]
     assert head
@@ -129,7 +129,7 @@ def test_plugs_of_a_shared_run_have_one_persona_head_and_an_instruction_each(tra
     assert "persona.projector.style.weight" in head
 
 
-def test_each_run_is_an_ordinary_one(trained: SharedRun, data: Path) -> None:
+def test_each_task_of_a_shared_run_is_an_ordinary_run(trained: SharedRun, data: Path) -> None:
     opened = open_runs(trained.folder)
     assert opened == trained.runs
     assert [run.task.name for run in opened] == ["Simulated_rating", "Manners"]
@@ -147,7 +147,7 @@ def test_each_run_is_an_ordinary_one(trained: SharedRun, data: Path) -> None:
     assert _facts(opened[0])["best_loss"] != _facts(opened[1])["best_loss"]
 
 
-def test_facts_count_the_samples_that_a_task_was_trained_on(data: Path, tmp_path: Path) -> None:
+def test_facts_count_the_train_samples_of_the_task(data: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(data, tmp_path / "data")
     for ending in ("questions", "outputs"):  # other users are held out in conversations than in ratings
         file = folder / "manners" / f"train_{ending}.json"
@@ -165,7 +165,7 @@ def test_facts_count_the_samples_that_a_task_was_trained_on(data: Path, tmp_path
     assert counts != [len(user_split(each, **split)[0]) for each in own]  # type: ignore[arg-type]
 
 
-def test_a_saved_plug_makes_the_personas_of_the_shared_training(data: Path, tmp_path: Path) -> None:
+def test_saved_and_loaded_plug_gives_the_same_soft_prompts(data: Path, tmp_path: Path) -> None:
     started = _start(tmp_path / "run", data, "controls=false")
     SharedObjective([objective for objective, _ in started], mixture=TaskMixture((1.0, 1.0)))
     for objective, samples in started:
@@ -175,11 +175,11 @@ def test_a_saved_plug_makes_the_personas_of_the_shared_training(data: Path, tmp_
         loaded = Personalizer(
             type(plug).from_pretrained(tmp_path / "saved", encoder=encoder, llm=llm), table=objective.personalizer.table
         )
-        found, expected = (made.soft_prompt(samples[:4]).vectors for made in (loaded, objective.personalizer))
-        torch.testing.assert_close(found, expected)
+        vectors, expected = (p.soft_prompt(samples[:4]).vectors for p in (loaded, objective.personalizer))
+        torch.testing.assert_close(vectors, expected)
 
 
-def test_every_task_trains_the_persona_head_and_its_own_instruction_alone(data: Path, tmp_path: Path) -> None:
+def test_each_task_trains_the_persona_head_and_only_its_own_instruction(data: Path, tmp_path: Path) -> None:
     started = _start(tmp_path / "run", data)
     objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((1.0, 1.0)))
     plugs = objective.plugs
@@ -198,7 +198,7 @@ def test_every_task_trains_the_persona_head_and_its_own_instruction_alone(data: 
         assert gradients[task] is not None
 
 
-def test_state_and_optimizer_hold_each_parameter_once(data: Path, tmp_path: Path) -> None:
+def test_state_and_optimizer_have_each_parameter_once(data: Path, tmp_path: Path) -> None:
     started = _start(tmp_path / "run", data)
     objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((1.0, 1.0)))
     distinct = {id(parameter) for plug in objective.plugs for parameter in plug.parameters()}
@@ -210,14 +210,14 @@ def test_state_and_optimizer_hold_each_parameter_once(data: Path, tmp_path: Path
     assert {id(parameter) for parameter in objective.module.parameters()} == distinct
 
 
-def test_mode_of_the_shared_module_is_that_of_all_plugs(data: Path, tmp_path: Path) -> None:
+def test_train_sets_the_mode_of_all_plugs(data: Path, tmp_path: Path) -> None:
     objective = SharedObjective([own for own, _ in _start(tmp_path / "run", data)], mixture=TaskMixture((1.0, 1.0)))
     for is_training in (True, False):
         objective.module.train(is_training)
         assert [plug.training for plug in objective.plugs] == [is_training] * 2
 
 
-def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Path) -> None:
+def test_loss_of_a_sample_is_the_mean_over_its_tokens(data: Path, tmp_path: Path) -> None:
     started = _start(tmp_path / "run", data)
     objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((3.0, 1.0)))
     objective.module.eval()
@@ -231,7 +231,7 @@ def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Pa
                 tokens.append(int(count))
         validation = objective.loss(samples)
     trained = objective.loss(samples)
-    assert max(tokens) > 5 * min(tokens)  # or lengths would not matter
+    assert max(tokens) > 5 * min(tokens)  # otherwise sum and mean would hardly differ
     assert float(trained[0].detach()) == pytest.approx(sum(means), rel=1e-4)
     assert float(trained[1]) == 6
     assert float(validation[1]) == 3 * 3 + 3
@@ -239,7 +239,7 @@ def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Pa
 
 
 def _stop(folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, steps: int = 7) -> SharedRun:
-    """Train so many steps, and stop without a word."""
+    """Train for a number of steps, then stop with an exception."""
 
     class Stop(Exception):
         pass
@@ -263,18 +263,18 @@ def _stop(folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPa
     return shared
 
 
-def test_stopped_training_ends_with_the_plugs_of_an_unbroken_one(
+def test_resumed_training_gives_the_plugs_of_an_uninterrupted_one(
     data: Path, tmp_path: Path, trained: SharedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stop(tmp_path / "run", data, monkeypatch=monkeypatch)
     resumed = _train(tmp_path / "run", data)
     for run, unbroken in zip(resumed.runs, trained.runs, strict=True):
-        found, expected = _weights(run), _weights(unbroken)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        weights, expected = _weights(run), _weights(unbroken)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_stopped_training_without_controls_goes_on_with_its_settings_and_data_alone(
+def test_stopped_training_rejects_other_settings_and_other_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stop(tmp_path / "run", data, "controls=false", monkeypatch=monkeypatch)
@@ -288,7 +288,7 @@ def test_stopped_training_without_controls_goes_on_with_its_settings_and_data_al
         _train(tmp_path / "run", others, "controls=false")
 
 
-def test_finished_training_is_left_as_it_is(data: Path, tmp_path: Path) -> None:
+def test_finished_training_is_not_repeated(data: Path, tmp_path: Path) -> None:
     shared = _train(tmp_path / "run", data, "controls=false", "max_steps=2")
     files = [run.plug_folder("plug", seed=0) / "plug.safetensors" for run in shared.runs]
     before = [file.stat().st_mtime_ns for file in files]
@@ -296,7 +296,7 @@ def test_finished_training_is_left_as_it_is(data: Path, tmp_path: Path) -> None:
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
-def test_hint_of_options_belongs_to_its_task(data: Path, tmp_path: Path) -> None:
+def test_only_the_task_with_options_has_an_option_hint(data: Path, tmp_path: Path) -> None:
     shared = _train(tmp_path / "run", data, "controls=false", "max_steps=2", kinds=("choice", "rating"))
     assert shared.runs[0].item_labels == ("[1]", "[2]", "1", "2", "3", "4", "5")
     models = open_models(shared.runs[0].config)
@@ -314,7 +314,7 @@ def _sample(name: str, user: str) -> EncodedSample:
     return EncodedSample(name, user, user, "p", "q", "1", empty.astype("int64"), empty, no_style(), all_answers())
 
 
-def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
+def test_task_weight_is_the_number_of_appearances_per_epoch() -> None:
     mixture = TaskMixture((2.0, 0.5, 1.5))
     samples = [of_task(_sample(str(number), f"u{number}"), task) for task in range(3) for number in range(20)]
     shown, shares = mixture.repeated(samples)
@@ -330,14 +330,14 @@ def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
     assert halves[0] != halves[1]
 
 
-def test_shares_of_one_change_no_batch() -> None:
+def test_shares_of_one_do_not_change_batches() -> None:
     plain, shared = (
         epoch_batches([1, 5, 3], batch_size=4, views=1, seed=3, epoch=2, shares=shares) for shares in (None, [1.0] * 3)
     )
     assert plain == shared
 
 
-def test_held_out_users_are_those_of_each_task_alone_and_in_no_train_part() -> None:
+def test_each_task_holds_out_its_usual_users_and_no_task_trains_on_them() -> None:
     samples = [of_task(_sample(f"{task} {n}", f"u{n % (20 + task)}"), task) for task in range(2) for n in range(60)]
     mixture = TaskMixture((1.0, 1.0))
     train, validation = mixture.split(samples, share=0.2, limit=1000, seed=0)
@@ -347,7 +347,7 @@ def test_held_out_users_are_those_of_each_task_alone_and_in_no_train_part() -> N
         assert [s.id for s in validation if task_of(s) == task] == [s.id for s in alone]
 
 
-def test_a_task_without_train_users_is_named() -> None:
+def test_rejects_a_task_without_train_users() -> None:
     users = (("a", "b"), ("b", "c"))
     tasks = [[of_task(_sample(user, user), task) for user in own] for task, own in enumerate(users)]
 
@@ -369,7 +369,7 @@ def test_a_task_without_train_users_is_named() -> None:
         ((), (1.0, math.nan), "above 0"),
     ],
 )
-def test_settings_without_a_meaning_for_several_tasks_are_refused(
+def test_rejects_settings_that_several_tasks_cannot_share(
     data: Path, tmp_path: Path, settings: tuple[str, ...], weights: tuple[float, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -377,19 +377,19 @@ def test_settings_without_a_meaning_for_several_tasks_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_tasks_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
+def test_rejects_tasks_with_the_same_name(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"different names; found Manners and Manners.*task\.json"):
         _plan(tmp_path / "run", data, kinds=("manners", "manners"))
 
 
 @pytest.mark.parametrize("name", ["shared", "Shared", "..", "n" * 300])
-def test_a_name_that_no_folder_can_have_is_refused(data: Path, tmp_path: Path, name: str) -> None:
+def test_rejects_a_task_name_that_cannot_be_a_folder(data: Path, tmp_path: Path, name: str) -> None:
     tasks = [load_task(data / "rating"), replace(load_task(data / "manners"), name=name)]
     with pytest.raises(ConfigError, match="cannot be used for a folder"):
         SharedRun.plan(tmp_path / "run", config=_config(), tasks=tasks)
 
 
-def test_names_that_differ_in_case_alone_are_refused(data: Path, tmp_path: Path) -> None:
+def test_rejects_task_names_that_differ_only_in_case(data: Path, tmp_path: Path) -> None:
     tasks = [replace(load_task(data / kind), name=name) for kind, name in zip(KINDS, ("Chats", "chats"), strict=True)]
     with pytest.raises(ConfigError, match="need different names; found Chats and chats"):
         SharedRun.plan(tmp_path / "run", config=_config(), tasks=tasks)
@@ -400,14 +400,14 @@ def test_names_that_differ_in_case_alone_are_refused(data: Path, tmp_path: Path)
     [((), KINDS[::-1], ()), ((), KINDS, (1.0, 2.0)), (("epochs=3",), KINDS, ())],
     ids=["order", "weights", "settings"],
 )
-def test_a_started_run_keeps_its_tasks_weights_and_settings(
+def test_started_run_rejects_other_tasks_weights_and_settings(
     data: Path, trained: SharedRun, settings: tuple[str, ...], kinds: tuple[str, ...], weights: tuple[float, ...]
 ) -> None:
     with pytest.raises(RunConflict):
         _plan(trained.folder, data, *settings, kinds=kinds, weights=weights)
 
 
-def test_a_run_of_one_task_and_one_of_several_never_mix(data: Path, trained: SharedRun, tmp_path: Path) -> None:
+def test_rejects_a_folder_with_the_other_kind_of_run(data: Path, trained: SharedRun, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="runs of several tasks, in folders"):
         Run.open(trained.folder)
     with pytest.raises(RunConflict, match="nor a run of personaplug"):
@@ -417,7 +417,7 @@ def test_a_run_of_one_task_and_one_of_several_never_mix(data: Path, trained: Sha
         _plan(tmp_path / "run", data)
 
 
-def test_answers_of_conversations_are_no_labels_of_other_tasks(data: Path, tmp_path: Path) -> None:
+def test_answers_in_conversations_are_not_labels_of_other_tasks(data: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(data / "manners", tmp_path / "numbers")
     questions = json.loads((folder / "train_questions.json").read_text())
     for item in (item for question in questions for item in question["profile"]):
@@ -432,7 +432,7 @@ def test_answers_of_conversations_are_no_labels_of_other_tasks(data: Path, tmp_p
     assert labels == {-1}
 
 
-def test_the_run_of_a_task_refuses_to_train_its_plug_or_labels_alone(data: Path, tmp_path: Path) -> None:
+def test_run_of_one_task_rejects_training_the_shared_plug_or_label_counts(data: Path, tmp_path: Path) -> None:
     shared, readers, models = _plan(tmp_path / "run", data)
     shared.start()
     for part, message in ((PLUG, "shared with other tasks"), (LABEL_COUNTS, "counts the labels of one task")):

@@ -1,4 +1,4 @@
-"""Synthetic samples: a model that writes as asked, and the toy model, which does not."""
+"""Synthetic samples: from a scripted model that follows requests, and from the toy model, which does not."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _real() -> list[Sample]:
 
 
 class Writer(CausalLM):
-    """The toy model with replies of a script, which gets the conversation and the number of the request."""
+    """The toy model with scripted replies, each from the conversation and the number of the request."""
 
     reply: Reply
     requests: list[Chat]
@@ -90,8 +90,8 @@ class Writer(CausalLM):
 def writer() -> Writer:
     llm: Any = load_tiny_llm(max_prompt_tokens=1024)
     llm.__class__, llm.requests, llm.reply = Writer, [], _good
-    found: Writer = llm
-    return found
+    scripted: Writer = llm
+    return scripted
 
 
 def _is_for_an_input(prompt: Chat) -> bool:
@@ -111,7 +111,7 @@ def _synthesizer(
     return Synthesizer(real or _real(), task=task, models=models, config=SynthesisConfig(**settings))
 
 
-def test_a_synthetic_sample_is_asked_in_the_wording_of_a_real_user_with_that_users_history(writer: Writer) -> None:
+def test_synthetic_sample_has_the_wording_and_history_of_a_real_user(writer: Writer) -> None:
     real = _real()
     synthesizer = _synthesizer(writer, real, samples=20)
     samples = synthesizer.write()
@@ -125,21 +125,21 @@ def test_a_synthetic_sample_is_asked_in_the_wording_of_a_real_user_with_that_use
     assert len({sample.user_id for sample in samples}) > 3
 
 
-def test_examples_of_inputs_are_of_all_users_and_those_of_answers_are_the_users_own(writer: Writer) -> None:
+def test_input_examples_are_from_all_users_and_answer_examples_from_one_user(writer: Writer) -> None:
     _synthesizer(writer, samples=8, examples=3).write()
     for prompt in writer.requests:
-        asked = [text for role, text in prompt.turns if role == "user"]
-        given = [text for role, text in prompt.turns if role == "assistant"]
-        assert len(given) == 3
+        questions = [text for role, text in prompt.turns if role == "user"]
+        answers = [text for role, text in prompt.turns if role == "assistant"]
+        assert len(answers) == 3
         if _is_for_an_input(prompt):
-            assert set(given) <= {sample.query for sample in _real()}
+            assert set(answers) <= {sample.query for sample in _real()}
         else:
-            assert asked[0].startswith(OPENING.strip())
-            assert len({text.partition("own ")[2][0] for text in asked[:-1]}) == 1, "all of one user"
-            assert set(given) <= {"1", "2"}
+            assert questions[0].startswith(OPENING.strip())
+            assert len({text.partition("own ")[2][0] for text in questions[:-1]}) == 1, "all of one user"
+            assert set(answers) <= {"1", "2"}
 
 
-def test_short_histories_are_filled_up_with_other_users_answers(writer: Writer) -> None:
+def test_short_history_is_supplemented_with_answers_of_other_users(writer: Writer) -> None:
     real = [replace(sample, history=sample.history[:1]) for sample in _real()]
     _synthesizer(writer, real, samples=4).write()
     answered = [prompt for prompt in writer.requests if not _is_for_an_input(prompt)]
@@ -156,7 +156,7 @@ def test_equal_seeds_give_equal_samples(writer: Writer) -> None:
     assert [s.user_id for s in first] == [s.user_id for s in again] != [s.user_id for s in other]
 
 
-def test_each_filter_counts_what_it_leaves_out(writer: Writer) -> None:
+def test_each_filter_counts_the_samples_that_it_leaves_out(writer: Writer) -> None:
     copied = _text(3)
     inputs = [
         *map(_new, range(1, 5)),
@@ -171,7 +171,7 @@ def test_each_filter_counts_what_it_leaves_out(writer: Writer) -> None:
     ]
     writer.reply = lambda prompt, number: (inputs[-number], number != 6)
     synthesizer = _synthesizer(writer, samples=len(inputs))
-    kept = synthesizer.write()
+    samples = synthesizer.write()
     assert dict(synthesizer.report.left_out) == {
         "examples too long for a prompt": 0,
         "inputs that are empty or cut": 2,
@@ -182,11 +182,11 @@ def test_each_filter_counts_what_it_leaves_out(writer: Writer) -> None:
         "near copies of a real input": 1,
         "inputs unlike all real ones": 1,
         "input and answers too long for a prompt": 0,
-        "answers beyond their label's share": 4 - len(kept),
+        "answers beyond their label's share": 4 - len(samples),
     }
 
 
-def test_labels_have_their_real_shares_whatever_the_model_prefers(writer: Writer) -> None:
+def test_labels_have_their_real_shares_although_the_model_prefers_one(writer: Writer) -> None:
     real = [replace(sample, target="4" if number % 4 else "2") for number, sample in enumerate(_real())]
     synthesizer = _synthesizer(writer, real, samples=24)
     labels = [sample.target for sample in synthesizer.write()]
@@ -194,17 +194,17 @@ def test_labels_have_their_real_shares_whatever_the_model_prefers(writer: Writer
     assert 0.15 <= labels.count("2") / len(labels) <= 0.35
 
 
-def test_the_models_labels_of_real_inputs_are_set_beside_chance(writer: Writer) -> None:
+def test_check_labels_compares_the_probability_of_right_labels_with_chance(writer: Writer) -> None:
     real = [replace(sample, history=()) for sample in _real()]
-    said = _synthesizer(writer, real).check_labels()
-    assert said.startswith("the model's labels of 24 real inputs: ")
-    assert said.endswith("% right, by chance 50%")
+    line = _synthesizer(writer, real).check_labels()
+    assert line.startswith("probability of the right label for 24 real inputs: ")
+    assert line.endswith("% (chance: 50%)")
     for prompt in writer.requests:
         texts = [text.rpartition(". ")[2] for role, text in prompt.turns if role == "user"]
         assert texts[-1] not in texts[:-1], "the right answer is not among the examples"
 
 
-def test_written_answers_are_whole_and_of_a_usual_length(writer: Writer) -> None:
+def test_generated_answers_must_be_complete_and_of_usual_length(writer: Writer) -> None:
     task = parse_task({"name": "Sum", "kind": "text", "item_fields": ["text"], "query_after": "review: "})
     real = [replace(sample, target=_text(n, words=5), history=()) for n, sample in enumerate(_real())]
     fine = _text(3, words=5)
@@ -224,8 +224,8 @@ def test_examples_that_do_not_fit_the_prompt_are_left_out_and_counted(writer: Wr
     narrow: Any = load_tiny_llm(max_prompt_tokens=200)
     narrow.__class__, narrow.requests, narrow.reply = Writer, [], _good
     _synthesizer(narrow, samples=4).write()
-    given = [sum(role == "assistant" for role, _ in prompt.turns) for prompt in narrow.requests]
-    assert 0 < max(given) < 4
+    example_counts = [sum(role == "assistant" for role, _ in prompt.turns) for prompt in narrow.requests]
+    assert 0 < max(example_counts) < 4
     assert all(narrow.measure([prompt])[0].truncated is False for prompt in narrow.requests)
     tiny: Any = load_tiny_llm(max_prompt_tokens=40)
     synthesizer = _synthesizer(tiny, samples=4)
@@ -233,7 +233,7 @@ def test_examples_that_do_not_fit_the_prompt_are_left_out_and_counted(writer: Wr
     assert synthesizer.report.left_out["examples too long for a prompt"] == 4
 
 
-def test_inputs_of_chats_are_written_from_the_users_own_messages_and_preferences(writer: Writer) -> None:
+def test_chat_inputs_are_generated_from_the_users_messages_and_preferences(writer: Writer) -> None:
     preference = HistoryItem("p", (("preference", "Short, please."),), kind="preference")
     refused = HistoryItem("r", (("question", "Why?"), ("answer", "NO")), "answer", kind="rejection")
     real = []
@@ -262,30 +262,30 @@ def test_inputs_of_chats_are_written_from_the_users_own_messages_and_preferences
     for prompt in writer.requests:
         texts = [text for _, text in prompt.turns]
         assert not any("NO" in text for text in texts)
-        given = [text for role, text in prompt.turns if role == "assistant"]
-        assert len({text.split()[-2] for text in given}) == 1, "all of one user"
-        assert all(("of" in text) == _is_for_an_input(prompt) for text in given)
+        examples = [text for role, text in prompt.turns if role == "assistant"]
+        assert len({text.split()[-2] for text in examples}) == 1, "all of one user"
+        assert all(("of" in text) == _is_for_an_input(prompt) for text in examples)
         if not _is_for_an_input(prompt):
             assert texts[0].startswith("Short, please.\n\n1. Is ")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda real: real[:4], "found 4"),
         (lambda real: [replace(real[0], target=None), *real[1:]], "have none"),
         (lambda real: [replace(sample, query=f"x {sample.query}") for sample in real], "several pieces"),
     ],
 )
-def test_real_samples_that_cannot_be_examples_are_refused(
-    change: Callable[[list[Sample]], list[Sample]], said: str, writer: Writer
+def test_rejects_real_samples_that_cannot_be_examples(
+    change: Callable[[list[Sample]], list[Sample]], message: str, writer: Writer
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         _synthesizer(writer, change(_real()))
 
 
 @pytest.mark.parametrize("settings", [{"examples": 2}, {"examples": 9}, {"samples": -1}, {"seed": -1}])
-def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_rejects_settings_out_of_range(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="found"):
         SynthesisConfig(**settings)
 
@@ -303,7 +303,7 @@ def _call(*words: object) -> Result:
     return CliRunner().invoke(main, ["synthesize", *map(str, words), "llm=toy", "encoder=hash"])
 
 
-def test_the_toy_model_writes_nothing_of_use_and_the_command_says_so(data: Path, tmp_path: Path) -> None:
+def test_command_fails_if_filters_remove_all_samples(data: Path, tmp_path: Path) -> None:
     done = _call("--data", data, "--out", tmp_path / "more", "--samples", 8)
     assert done.exit_code == 2, done.output
     assert "kept: 0 of 8" in done.output
@@ -311,7 +311,7 @@ def test_the_toy_model_writes_nothing_of_use_and_the_command_says_so(data: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_the_command_writes_real_and_synthetic_samples_and_leaves_dev_as_it_is(
+def test_command_writes_real_and_synthetic_samples_and_copies_dev(
     data: Path, tmp_path: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("personaplug.run.open_llm", lambda config: writer)
@@ -330,14 +330,14 @@ def test_the_command_writes_real_and_synthetic_samples_and_leaves_dev_as_it_is(
     assert (again.exit_code, "exists already" in again.output) == (2, True)
 
 
-def test_no_samples_keep_the_same_real_ones_without_a_model(data: Path, tmp_path: Path) -> None:
-    def kept(limit: int, seed: int) -> set[str]:
+def test_samples_0_selects_real_samples_by_seed_without_a_model(data: Path, tmp_path: Path) -> None:
+    def real_ids(limit: int, seed: int) -> set[str]:
         out = tmp_path / f"{limit}-{seed}"
         done = _call("--data", data, "--out", out, "--samples", 0, "--real", limit, "--seed", seed)
         assert done.exit_code == 0, done.output
         return {question["id"] for question in json.loads((out / "train_questions.json").read_text())}
 
-    few, more, other = kept(5, 0), kept(9, 0), kept(9, 1)
+    few, more, other = real_ids(5, 0), real_ids(9, 0), real_ids(9, 1)
     assert (len(few), len(more)) == (5, 9)
     assert few < more != other
     too_many = _call("--data", data, "--out", tmp_path / "x", "--samples", 0, "--real", 99)

@@ -31,7 +31,7 @@ from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import INSTRUCTION, PLUG, Trainings, _start_from_words, build_plug, train
 from personaplug.training.trainer import FitReport, fit
 
-PAPERS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
+PAPER_SETTINGS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_train_makes_plug_and_control_for_each_seed(tmp_path: Path, data: Path) -> None:
+def test_train_saves_plug_and_control_for_each_seed(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data, "seeds=0,1", "max_steps=2")
     for name in ("plug", "instruction-only"):
         assert run.trained(name, seed=0)
@@ -100,8 +100,8 @@ def test_fit_ends_with_the_best_checkpoint(tmp_path: Path, data: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
     validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert report.best_loss == min(validations.values()) == validations[report.best_step]
-    kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "weights.safetensors")
-    assert _same(kept, dict(objective.module.state_dict()))
+    best = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "weights.safetensors")
+    assert _same(best, dict(objective.module.state_dict()))
 
 
 def test_validation_loss_weighs_samples_with_and_without_histories(tmp_path: Path, data: Path) -> None:
@@ -118,10 +118,10 @@ def test_validation_loss_weighs_samples_with_and_without_histories(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["plug", "instruction-only"])
 def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Path, name: str) -> None:
-    wanted = next(trained for trained in (PLUG, INSTRUCTION) if trained.name == name)
+    part = next(part for part in (PLUG, INSTRUCTION) if part.name == name)
     run, models = _run(tmp_path / "run", data, "instruction_start=words")
     trainings = Trainings(run, open_dataset(data, "train", task=run.task), models=models)
-    plug, again, other = (build_plug(run, models, part=wanted, seed=0) for _ in range(3))
+    plug, again, other = (build_plug(run, models, part=part, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
         _start_from_words(one, trainings.samples, models, seed=seed)
     digits = models.llm.embed_texts(["1", "2", "3", "4", "5"])
@@ -132,7 +132,7 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     assert not torch.equal(plug.instruction, other.instruction)
 
 
-@pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
+@pytest.mark.parametrize("plug", [PAPER_SETTINGS, ()], ids=["paper", "default"])
 def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
     run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
     assert isinstance(models.llm, CausalLM)
@@ -145,14 +145,16 @@ def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tu
     assert (models.encoder.encode(["some text"]) == vectors).all()
     moved = [name for name, value in _weights(run).items() if not torch.equal(value, start[name])]
     of_kinds = {name for name in start if name.endswith((".kind", ".preference_share"))}
-    assert set(moved) == set(start) - of_kinds  # the data has answers alone; all else learned, the population included
+    assert (
+        set(moved) == set(start) - of_kinds
+    )  # the data only has answers; all other parameters learn, the population persona too
 
 
 def _forked_training(folder: Path, data: Path, *settings: str) -> ForkProcess:
-    """A training in a process that can be killed; a fork has torch loaded already."""
+    """Start a training in a process that can be killed; a fork has already loaded torch."""
 
     def work() -> None:
-        torch.set_num_threads(1)  # a fork does not inherit the threads of OpenMP, and would wait for them
+        torch.set_num_threads(1)  # a fork does not inherit OpenMP's threads and would wait for them
         _train(folder, data, "controls=false", *settings)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -163,18 +165,16 @@ def _forked_training(folder: Path, data: Path, *settings: str) -> ForkProcess:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(PAPERS, marks=pytest.mark.slow, id="paper"),
+        pytest.param(PAPER_SETTINGS, marks=pytest.mark.slow, id="paper"),
         pytest.param(
-            (*PAPERS, "views=2", "query_encoder=head", "answer_channel=label", "persona_tokens=2"),
+            (*PAPER_SETTINGS, "views=2", "query_encoder=head", "answer_channel=label", "persona_tokens=2"),
             marks=pytest.mark.slow,
             id="head",
         ),
         pytest.param(("views=1",), id="default"),
     ],
 )
-def test_training_killed_repeatedly_ends_with_the_same_plug(
-    tmp_path: Path, data: Path, settings: tuple[str, ...]
-) -> None:
+def test_training_killed_repeatedly_gives_the_same_plug(tmp_path: Path, data: Path, settings: tuple[str, ...]) -> None:
     unbroken = _forked_training(tmp_path / "unbroken", data, *settings)
     unbroken.join()
     broken = tmp_path / "broken"
@@ -203,35 +203,35 @@ def test_training_killed_repeatedly_ends_with_the_same_plug(
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_prompt_cache_gives_the_plug_of_training_without_it(tmp_path: Path, data: Path) -> None:
-    wanted = ("placement=suffix", "query_encoder=head", "views=1")
-    kept = _train(tmp_path / "kept", data, *wanted, "prompt_cache=memory")
-    anew = _train(tmp_path / "anew", data, *wanted, "prompt_cache=nowhere")
+def test_prompt_cache_does_not_change_the_trained_plug(tmp_path: Path, data: Path) -> None:
+    settings = ("placement=suffix", "query_encoder=head", "views=1")
+    with_cache = _train(tmp_path / "cache", data, *settings, "prompt_cache=memory")
+    without = _train(tmp_path / "no-cache", data, *settings, "prompt_cache=nowhere")
     for name in ("plug", "instruction-only"):
-        one, other = (load_file(run.plug_folder(name, seed=0) / "plug.safetensors") for run in (kept, anew))
+        one, other = (load_file(run.plug_folder(name, seed=0) / "plug.safetensors") for run in (with_cache, without))
         assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
-    # How prompts are kept is a matter of speed: the finished run may go on with another way.
-    _train(tmp_path / "kept", data, *wanted, "prompt_cache=disk", "prompt_cache_gigabytes=0.5")
+    # The prompt cache only affects speed, so a finished run accepts another setting.
+    _train(tmp_path / "cache", data, *settings, "prompt_cache=disk", "prompt_cache_gigabytes=0.5")
 
 
 def test_prompts_are_computed_once_for_plug_control_and_seeds(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[tuple[int, ...]] = []
+    computed: list[tuple[int, ...]] = []
     real = CausalLM.compute_prompt_states
 
-    def noted(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-        read.extend(rows)
+    def recording(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        computed.extend(rows)
         return real(llm, rows)
 
-    monkeypatch.setattr(CausalLM, "compute_prompt_states", noted)
+    monkeypatch.setattr(CausalLM, "compute_prompt_states", recording)
     _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
-    probe, prompts = read[:2], read[2:]
+    probe, prompts = computed[:2], computed[2:]
     assert len(probe) == 2
     assert len(prompts) == len(set(prompts))
 
 
-def test_finished_run_stays_as_it_is_and_refuses_another_config(tmp_path: Path, data: Path) -> None:
+def test_finished_run_is_unchanged_and_rejects_another_config(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data, "controls=false", "max_steps=1")
     stamp = (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns
     _train(tmp_path / "run", data, "controls=false", "max_steps=1")
@@ -284,12 +284,12 @@ def test_full_disk_raises_storage_error_and_keeps_the_last_state(
     with pytest.raises(StorageError, match="No space left"):
         train(run, open_dataset(data, "train", task=run.task), models=models)
     folder = run.plug_folder("plug", seed=0)
-    left = sorted(path.name for path in folder.iterdir())
-    assert [name for name in left if name.startswith("state-")] == ["state-00000003", "state-00000005"]
-    assert not [name for name in left if name.endswith(".tmp")]
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name for name in names if name.startswith("state-")] == ["state-00000003", "state-00000005"]
+    assert not [name for name in names if name.endswith(".tmp")]
 
 
-def test_fit_refuses_samples_without_answers(tmp_path: Path, data: Path) -> None:
+def test_fit_rejects_samples_without_answers(tmp_path: Path, data: Path) -> None:
     run, models = _run(tmp_path / "run", data)
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
@@ -311,9 +311,13 @@ def test_tensorboard_setting_writes_events(tmp_path: Path, data: Path) -> None:
 
 
 def test_step_of_several_micro_batches_equals_one_pass(tmp_path: Path, data: Path) -> None:
-    # In front of the text, so that a batch does not fit one pass.
-    whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=0", "max_steps=3")
-    parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=300", "max_steps=3")
+    # The paper's placement, because then a batch does not fit into one pass.
+    whole = _train(
+        tmp_path / "whole", data, *PAPER_SETTINGS, "controls=false", "max_tokens_per_microbatch=0", "max_steps=3"
+    )
+    parts = _train(
+        tmp_path / "parts", data, *PAPER_SETTINGS, "controls=false", "max_tokens_per_microbatch=300", "max_steps=3"
+    )
     for name, value in _weights(whole).items():
         torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
 
@@ -322,11 +326,11 @@ def test_drop_history_prob_trains_the_population_persona(tmp_path: Path) -> None
     write_simulation(
         SimulationConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
     )
-    # As in the paper: with shrinkage, every user's share of it would teach it.
-    taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0.3")
-    untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0")
-    assert _weights(taught)["persona.population"].abs().mean() > 0.1
-    assert not _weights(untaught)["persona.population"].any()
+    # Without shrinkage, as in the paper; with it, every user would train the population persona.
+    with_drops = _train(tmp_path / "drops", tmp_path / "d", *PAPER_SETTINGS, "controls=false", "drop_history_prob=0.3")
+    without = _train(tmp_path / "no-drops", tmp_path / "d", *PAPER_SETTINGS, "controls=false", "drop_history_prob=0")
+    assert _weights(with_drops)["persona.population"].abs().mean() > 0.1
+    assert not _weights(without)["persona.population"].any()
 
 
 @pytest.mark.parametrize(
@@ -341,53 +345,53 @@ def test_drop_history_prob_trains_the_population_persona(tmp_path: Path) -> None
         ([2.0, 1.0] * 6, 5, True),
     ],
 )
-def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
+def test_cold_start_has_the_lowest_held_out_loss(
     tmp_path: Path, data: Path, losses: list[float], few: int, controls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
+    calls: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
+    def scripted_loss(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
         plug = cast(PersonaPlug, objective.module)
-        asked.append(
+        calls.append(
             (
-                {one.owner for one in samples},
-                {len(one.rows) for one in samples},
+                {sample.owner for sample in samples},
+                {len(sample.rows) for sample in samples},
                 plug.cold_start.tokens,
                 plug.cold_start.max_items,
             )
         )
-        return losses[len(asked) - 1]
+        return losses[len(calls) - 1]
 
-    monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
+    monkeypatch.setattr("personaplug.training.parts.mean_loss", scripted_loss)
     run = _train(tmp_path / "run", data, "max_steps=1")
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).samples
     _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
-    assert len(asked) == len(losses)
-    for place, (owners, sizes, tokens, cold) in enumerate(asked):
-        items = place // 2
-        assert owners == {one.owner for one in held if len(one.rows) >= items}
+    assert len(calls) == len(losses)
+    for index, (owners, sizes, tokens, max_items) in enumerate(calls):
+        items = index // 2
+        assert owners == {sample.owner for sample in held if len(sample.rows) >= items}
         assert sizes == {items}
-        assert cold == items * (place % 2)
-        if place % 2 and (controls or not items):
+        assert max_items == items * (index % 2)
+        if index % 2 and (controls or not items):
             assert torch.equal(cast(torch.Tensor, tokens), control)
         else:
             assert tokens is None
-    found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    assert (found.cold_start.tokens is not None, found.cold_start.max_items) == (controls, few)
+    plug = run.load_plug("plug", seed=0, models=open_models(run.config))
+    assert (plug.cold_start.tokens is not None, plug.cold_start.max_items) == (controls, few)
 
 
-def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
+def test_facts_have_both_losses_of_each_cold_start_decision(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data)
-    told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
-    found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    controls = told["0"]["instruction-only"] < told["0"]["plug"]
-    others = ["instruction-only"] + ["instruction-only" if controls else "plug without items"] * (len(told) - 1)
-    assert [[*losses] for losses in told.values()] == [["plug", other] for other in others]
-    won = [items for items, losses in told.items() if items == "0" or [*losses.values()][1] < losses["plug"]]
-    assert [*told][: len(won)] == won
-    assert (found.cold_start.tokens is not None, found.cold_start.max_items) == (controls, len(won) - 1)
-    assert all(len({*losses.values()}) == 2 for losses in told.values())
+    table = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
+    plug = run.load_plug("plug", seed=0, models=open_models(run.config))
+    controls = table["0"]["instruction-only"] < table["0"]["plug"]
+    others = ["instruction-only"] + ["instruction-only" if controls else "plug without items"] * (len(table) - 1)
+    assert [[*losses] for losses in table.values()] == [["plug", other] for other in others]
+    covered = [items for items, losses in table.items() if items == "0" or [*losses.values()][1] < losses["plug"]]
+    assert [*table][: len(covered)] == covered
+    assert (plug.cold_start.tokens is not None, plug.cold_start.max_items) == (controls, len(covered) - 1)
+    assert all(len({*losses.values()}) == 2 for losses in table.values())
 
 
 def test_plug_is_trained_without_a_control_that_diverges(
@@ -420,7 +424,7 @@ def test_plug_of_a_run_with_control_trains_the_control_first(tmp_path: Path, dat
     assert run.trained("instruction-only", seed=0)
 
 
-def test_run_refuses_other_training_data(tmp_path: Path, data: Path) -> None:
+def test_run_rejects_other_training_data(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "run", data, "controls=false", "max_steps=1")
     write_simulation(
         SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
@@ -465,16 +469,16 @@ def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, m
 
 
 @pytest.mark.parametrize("setting", ["max_history=2"])
-def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
+def test_cold_start_never_covers_a_full_history(
     tmp_path: Path, data: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[set[int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
-        sizes.append({len(one.rows) for one in samples})
+    def scripted_loss(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
+        sizes.append({len(sample.rows) for sample in samples})
         return float(cast(PersonaPlug, objective.module).cold_start.tokens is None)  # the control always wins
 
-    monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
+    monkeypatch.setattr("personaplug.training.parts.mean_loss", scripted_loss)
     run = _train(tmp_path / "run", data, setting, "max_steps=1")
     assert sizes == [{0}, {0}, {1}, {1}]
     assert run.load_plug("plug", seed=0, models=open_models(run.config)).cold_start.max_items == 1

@@ -7,8 +7,8 @@ The files are `data/train-….parquet` and `data/test-….parquet` of the hub's 
 
 The files name no users. As in the paper, a user is a weight for each reward model, drawn from a symmetric Dirichlet
 distribution. A user prefers the response with the greatest weighted sum of standardized scores. The users are drawn
-from a seed and are not the paper's 1,000 users. The split of the train file into train and dev is this project's. The paper
-scores generated responses with the reward models; choosing among existing responses needs no reward model.
+from a seed and are not the paper's 1,000 users. The split of the train file into train and dev is this project's. The
+paper scores generated responses with the reward models; choosing among existing responses needs no reward model.
 """
 
 from __future__ import annotations

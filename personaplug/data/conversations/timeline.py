@@ -2,8 +2,8 @@
 
 The history has no entry from the conversation of the reply. Lines belong to one conversation if they have the same
 conversation id or the same id. A log of requests repeats the conversation in every line. So lines without a
-conversation id also belong together if they have the same first question and reply. The history also leaves out the same question,
-asked at most an hour apart or without times, because the user then asked for another answer.
+conversation id also belong together if they have the same first question and reply. The history also leaves out the
+same question, asked at most an hour apart or without times, because the user then asked for another answer.
 
 An entry of the history is strictly earlier than the question. Without times, it is in an earlier line.
 """

@@ -10,9 +10,9 @@ user if fields and answer are equal and one of these conditions is true:
 The comparison ignores blanks, invisible characters, case and Unicode forms of a letter. A short event at another time
 ("check-in", "good") is a new event.
 
-If copies are found without their times, and the user also gave other answers to the same fields, the remaining rows are
-unclear: the history of such a row would contain every answer except its own. Unclear rows never become samples, but
-they stay in histories.
+Rows are unclear if copies of them were found without their times and the user also gave other answers to the same
+fields. The history of such a row would contain every answer except its own. Unclear rows never become samples, but they
+stay in histories.
 """
 
 from __future__ import annotations

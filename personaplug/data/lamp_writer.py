@@ -22,9 +22,9 @@ from personaplug.infra.atomic_io import atomic_folder, write_json
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    If the samples have no targets, write no outputs file and remove an older one of the split. Raise ConfigError and
-    change nothing if the samples could not be read back: an id occurs twice, only some samples have a target, or a
-    query or fields do not fit the task.
+    If the samples have no targets, write no outputs file and remove an older one of the split. If the samples could not
+    be read back, raise ConfigError and change nothing. Reasons are an id that occurs twice, targets for only some
+    samples, or a query or fields that do not fit the task.
     """
     folder = Path(folder)
     questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"

@@ -47,8 +47,8 @@ _FEWEST_MANNERS = 4
 def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
     """Return the splits of a simulation.
 
-    "manners" has more than train and dev: `instructed-{dimension}` asks the dev users again, with an instruction that
-    contradicts their manners in this dimension; `closed` asks them questions with known answers.
+    "manners" has further splits: `instructed-{dimension}` asks the dev users again, with an instruction that
+    contradicts their manners in this dimension. `closed` asks them questions with known answers.
     """
     further = (*(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS), _CLOSED)
     return (*_SPLITS, *further) if kind == "manners" else _SPLITS
@@ -164,8 +164,9 @@ def simulate(config: SimulationConfig, split: str) -> Simulation:
 def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
     """Write train and dev in LaMP's layout, with the oracle's predictions and its expected scores.
 
-    The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
-    and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and point estimate).
+    `{split}_oracle.json` has the predictions in the format of an outputs file; for ratings, these are the likeliest
+    scores, and `{split}_oracle_median.json` has the medians. `oracle.json` has the expected scores by split and point
+    estimate.
     Each further split becomes the dev split of another folder, such as `{folder}-closed`.
     """
     folder = Path(folder)

@@ -24,7 +24,7 @@ class Task:
     Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        kind: "label" (one of `labels`), "rating" (labels that are rising numbers), "text", or "chat" (text that
+        kind: "label" (one of `labels`), "rating" (labels that are ascending numbers), "text", or "chat" (text that
             answers any prompt, the last message of a conversation).
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.

@@ -1,8 +1,8 @@
 """LaMP-QA (arXiv 2506.00137): answer a user's question with that user's earlier posts in mind.
 
-A split is a JSON list of records {id, question, narrative, category, profile: [{id, text}], rubric_aspects}, one file
-per category (`Art_and_Entertainment_validation.json`), as `utils/download_datasets.py` of the repository
-LaMP-Benchmark/LaMP-QA writes it.
+A split is a JSON list of records {id, question, narrative, category, profile: [{id, text}], rubric_aspects}. Each
+category has its own file (`Art_and_Entertainment_validation.json`). `utils/download_datasets.py` of the repository
+LaMP-Benchmark/LaMP-QA writes these files.
 
 There are no correct answers: a large language model outside this project judges each aspect of the rubric. Targets are
 therefore None, and the samples are for prediction only. The aspects come from the narrative, so no prompt contains it.

@@ -1,7 +1,7 @@
 """LongLaMP (arXiv 2407.11016): write abstracts, product reviews and posts as a user writes them.
 
-A split is Parquet in shards, one folder for each of the six subsets {abstract_generation, product_review,
-topic_writing} × {user, temporal} of the hub's LongLaMP/LongLaMP, with the splits train, val and test. A record is
+A split is Parquet in shards. The hub's LongLaMP/LongLaMP has a folder for each of the six subsets {abstract_generation,
+product_review, topic_writing} × {user, temporal}, with the splits train, val and test. A record is
 {user, input, output, profile}; the name of the user's column identifies the task. The e-mails are not public.
 """
 

@@ -6,9 +6,9 @@ The files are `data/train-….parquet` and `data/test-….parquet` of the hub's 
 `constants.py` of the repository namkoong-lab/PersonalLLM.
 
 The files name no users. As in the paper, a user is a weight for each reward model, drawn from a symmetric Dirichlet
-distribution, and prefers the response with the greatest weighted sum of standardized scores. The users are drawn from
-a seed and are not the paper's 1,000 users. The split of the train file into train and dev is this project's. The paper
-scores generated responses with the reward models; choosing among existing responses needs no reward model.
+distribution. A user prefers the response with the greatest weighted sum of standardized scores. The users are drawn
+from a seed and are not the paper's 1,000 users. The split of the train file into train and dev is this project's. The
+paper scores generated responses with the reward models; choosing among existing responses needs no reward model.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class SimulatedUsers:
 class PersonalLLMReader(RecordReader):
     """One split of simulated choices. All rows are held in memory.
 
-    `train` and `dev` come from the train file: every tenth row is only for queries of dev, and the others are for the
-    histories and the queries of train. The queries of `test` come from the test file. A user has one query in dev and
+    `train` and `dev` come from the train file. Every tenth row is only for queries of dev; the other rows are for the
+    histories and for queries of train. The queries of `test` come from the test file. A user has one query in dev and
     one in test, after all choices in train. A history contains requests with the preferred response, in the order of
     the choices.
     """

@@ -42,8 +42,8 @@ _DIALOGUE = (("query", "assistant_options"), ("user_selection", "assistant_ackno
 class PrefEvalReader(RecordReader):
     """One split of one form. Each preference is a user.
 
-    The history is the stated preference ("explicit"), a dialogue in which the user picks the fitting one of several
-    options ("choice"), or a longer dialogue that shows the preference indirectly ("persona").
+    The history of "explicit" is the stated preference. The history of "choice" is a dialogue in which the user picks
+    the fitting option. The history of "persona" is a longer dialogue that shows the preference indirectly.
     """
 
     def __init__(self, path: str | Path, split: str, *, form: Form, **limits: Unpack[Limits]) -> None:

@@ -1,9 +1,9 @@
 """The entries of one user in time order, and the rules for the history of a reply.
 
 The history has no entry from the conversation of the reply. Lines belong to one conversation if they have the same
-conversation id or the same id. Without a conversation id, lines with the same first question and reply also belong to
-one conversation, because a log of requests repeats the conversation in every line. The history also leaves out the same
-question, asked at most an hour apart or without times, because the user then asked for another answer.
+conversation id or the same id. A log of requests repeats the conversation in every line. So lines without a
+conversation id also belong together if they have the same first question and reply. The history also leaves out the
+same question, asked at most an hour apart or without times, because the user then asked for another answer.
 
 An entry of the history is strictly earlier than the question. Without times, it is in an earlier line.
 """

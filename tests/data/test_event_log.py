@@ -248,7 +248,7 @@ def test_truncated_file_is_never_skipped(tmp_path: Path) -> None:
 
 def test_missing_column_error_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(as_csv([row(1)]))
-    with pytest.raises(ConfigError, match="columns 'star'; did you mean 'stars'"):
+    with pytest.raises(ConfigError, match="no column 'star'; did you mean 'stars'"):
         read(tmp_path / "log.csv", replace(MAPPING, answer="star"))
 
 

@@ -253,7 +253,9 @@ def test_changed_file_is_an_error_and_is_kept(tmp_path: Path, site: Site) -> Non
     download(site, tmp_path)
     path = tmp_path / "dev_questions.json"
     path.write_bytes(questions(1))
-    with pytest.raises(RecordError, match=r"dev_questions\.json, the whole file: its checksum.*delete it") as caught:
+    with pytest.raises(
+        RecordError, match=r"dev_questions\.json, the whole file: its checksum.*delete the file"
+    ) as caught:
         download(site, tmp_path)
     assert SECRET not in str(caught.value)
     assert path.read_bytes() == questions(1)

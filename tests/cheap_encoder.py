@@ -25,9 +25,9 @@ class CheapEncoder:
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         self.calls.append(len(texts))
         angles = np.array([len(text) for text in texts], dtype=np.float32)[:, None]
-        found: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
-        found /= np.linalg.norm(found, axis=1, keepdims=True)
-        return found
+        vectors: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
     def query_encoder(self) -> QueryEncoder:
         raise NotImplementedError

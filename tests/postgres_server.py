@@ -156,8 +156,8 @@ def _started(programs: Path, place: Path) -> PostgresServer:
 def _candidates() -> Iterator[Path]:
     """Folders of PostgreSQL's programs."""
     # Not imported: the package itself would add a user to the machine where root runs the tests.
-    if found := importlib.util.find_spec("pgserver"):
-        yield from (Path(folder) / "pginstall" / "bin" for folder in found.submodule_search_locations or ())
+    if spec := importlib.util.find_spec("pgserver"):
+        yield from (Path(folder) / "pginstall" / "bin" for folder in spec.submodule_search_locations or ())
     if on_path := shutil.which("postgres"):
         yield Path(on_path).resolve().parent
     yield from sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)

@@ -128,9 +128,9 @@ def test_answers_match_those_of_the_lower_level_functions(plug: Plug) -> None:
     assert prompt.removesuffix(QUESTION) == next(iter(plug._split("train"))).prompt.partition(SECRET)[0]
     expected = generate(plug.run, prompt, history=items)
     assert expected.distribution is not None
-    for given in ({"user": "c2"}, {"history": history_of("c2")}, {"history": items}):
-        assert plug.answer(QUESTION, **given) == expected
-        assert plug.probabilities(QUESTION, **given) == expected.distribution.probabilities
+    for source in ({"user": "c2"}, {"history": history_of("c2")}, {"history": items}):
+        assert plug.answer(QUESTION, **source) == expected
+        assert plug.probabilities(QUESTION, **source) == expected.distribution.probabilities
     assert plug.answer(QUESTION, history=[]) == generate(plug.run, prompt)
     assert Plug.open(plug.run.folder.parent).probabilities(QUESTION, user="c2") == plug.probabilities(
         QUESTION, user="c2"

@@ -50,5 +50,5 @@ def test_source_archive_contains_build_files_and_no_tests(built: Path) -> None:
         names = {member.name.partition("/")[2] for member in opened if member.isfile()}
     assert _shipped() <= names
     beside = {name.partition("/")[0] for name in names - _shipped()}
-    made = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
-    assert beside == {*made, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+    generated = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
+    assert beside == {*generated, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}

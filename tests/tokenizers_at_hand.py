@@ -35,13 +35,13 @@ def pieces_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     kind: Any = PreTrainedTokenizerFast
-    named = [AddedToken(text, special=True) for text in SPELLED[:2]]
+    special_tokens = [AddedToken(text, special=True) for text in SPELLED[:2]]
     tokenizer = kind(
         tokenizer_object=backend,
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
-        additional_special_tokens=named,
+        additional_special_tokens=special_tokens,
     )
     tokenizer.add_tokens(list(SPELLED[2:6]))
     return tokenizer

@@ -114,14 +114,15 @@ class StandIn:
         if "prompt_embeds" in body:
             if not self.flag:
                 return _refused("You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
-            found = read_embeds(body["prompt_embeds"])
-            if found.shape[1] != self.width:
+            embeds = read_embeds(body["prompt_embeds"])
+            if embeds.shape[1] != self.width:
+                width = embeds.shape[1]
                 return _refused(
-                    f"`prompt_embeds` hidden_size {found.shape[1]} does not match the model's hidden_size {self.width}."
+                    f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
                 )
-        said = self.embeds_say if "prompt_embeds" in body else "tea"
-        logprobs = {"tokens": [said], "token_logprobs": [self._logprob(body, [body.get("prompt_embeds", "")])]}
-        choice = {"index": 0, "text": said, "logprobs": logprobs, "finish_reason": "stop"}
+        text = self.embeds_say if "prompt_embeds" in body else "tea"
+        logprobs = {"tokens": [text], "token_logprobs": [self._logprob(body, [body.get("prompt_embeds", "")])]}
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": "stop"}
         return JSONResponse({"id": "1", "choices": [choice]})
 
     async def _chat(self, request: Request) -> Response:
@@ -179,8 +180,8 @@ class StandIn:
 
 def read_embeds(data: str) -> torch.Tensor:
     """The vectors of a request."""
-    found: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
-    return found
+    embeds: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
+    return embeds
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

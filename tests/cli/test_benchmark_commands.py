@@ -94,7 +94,7 @@ def test_score_scores_a_file_of_predictions(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["evaluate"], "--run"),
         (["score", "--gold", "x.json"], "--predictions"),
@@ -108,11 +108,11 @@ def test_score_scores_a_file_of_predictions(data: Path, tmp_path: Path) -> None:
         (["convert", "lamp-qx", "DATA", "--out", "EMPTY"], "lamp-qa"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, data: Path, tmp_path: Path) -> None:
+def test_mistakes_end_with_2_and_a_sentence(words: list[str], message: str, data: Path, tmp_path: Path) -> None:
     placed = [word.replace("DATA", str(data)).replace("EMPTY", str(tmp_path)) for word in words]
     done = _call(*placed)
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert "Traceback" not in done.output
 
 

@@ -185,8 +185,8 @@ def test_serve_refuses_a_public_address_without_keys(folder: Path, tmp_path: Pat
     ],
 )
 def test_serve_refuses_an_invalid_option(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    given = [str(folder / "run") if word == "RUN" else word for word in words]
-    result = _call("serve", *given, "--store", tmp_path / "h.db", "--port", "0")
+    arguments = [str(folder / "run") if word == "RUN" else word for word in words]
+    result = _call("serve", *arguments, "--store", tmp_path / "h.db", "--port", "0")
     assert result.exit_code == 2
     assert message in result.output
 
@@ -238,8 +238,8 @@ def test_bind_reserves_a_free_port_without_listening(host: str) -> None:
 
 def test_serve_refuses_phrases_with_vllm(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
-    given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
-    result = _call("serve", *given)
+    arguments = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
+    result = _call("serve", *arguments)
     assert (result.exit_code, "Leave --phrases out" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 

@@ -74,16 +74,16 @@ def test_reference_step_has_the_same_loss_as_the_package(tmp_path: Path, monkeyp
     run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
     monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
     table = run.open_vectors(models.encoder)
-    found = []
+    steps = []
     for kind in (speed.ReferenceObjective, PlugObjective):
         plug = build_plug(run, models, seed=0)
         loss: Any
         loss, tokens = kind(plug, models.llm, table=table, labels=run.task.labels).loss(samples)
         loss.backward()
         assert head_of(plug).projector.inner.weight.grad is not None
-        found.append((float(loss.detach()), int(tokens), head_of(plug).projector.inner.weight.grad))
-    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
-    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
+        steps.append((float(loss.detach()), int(tokens), head_of(plug).projector.inner.weight.grad))
+    assert steps[0][:2] == pytest.approx(steps[1][:2], rel=1e-4)
+    torch.testing.assert_close(steps[0][2], steps[1][2], rtol=1e-3, atol=1e-4)
 
 
 def test_the_memory_benchmark_has_short_and_long_prompts() -> None:

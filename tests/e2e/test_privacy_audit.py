@@ -58,9 +58,9 @@ def test_linking_uses_features_that_vary_little_within_a_user() -> None:
     first, second = (own + noise * random.normal(size=own.shape) for _ in range(2))
     link = attacks.best_linker(first[:40], second[:40], slice_=np.arange(40) % 3 == 0)
     people = np.arange(20)
-    found = attacks.ranking(link(first[40:]) @ link(second[40:]).T, people, people)
+    ranks = attacks.ranking(link(first[40:]) @ link(second[40:]).T, people, people)
     raw = attacks.ranking(attacks.unit(first[40:]) @ attacks.unit(second[40:]).T, people, people)
-    assert found["top_1"].value > raw["top_1"].value + 0.5
+    assert ranks["top_1"].value > raw["top_1"].value + 0.5
 
 
 def test_names_differ_from_capitalized_first_words() -> None:
@@ -70,9 +70,9 @@ def test_names_differ_from_capitalized_first_words() -> None:
         "great",
     ]
     assert attacks.proper_names(texts) == {"uma", "thurman", "pulp"}
-    held = attacks.vocabulary(texts, ["best", "great", "missing"]).holds
-    assert held.astype(int).tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0]]
-    hits = attacks.hits_at(np.array([[9, 1, 0], [9, 1, 0], [9, 1, 0.0]]), held, 1)
+    contains = attacks.vocabulary(texts, ["best", "great", "missing"]).holds
+    assert contains.astype(int).tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0]]
+    hits = attacks.hits_at(np.array([[9, 1, 0], [9, 1, 0], [9, 1, 0.0]]), contains, 1)
     assert attacks.f1(hits) == pytest.approx(2 * 2 / (3 + 4))
 
 

@@ -86,8 +86,8 @@ def _folders(folder: Path, data: Path) -> Folders:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def test_benchmark_runs_every_row(tmp_path: Path, data: Path) -> None:
@@ -125,20 +125,20 @@ def test_finished_trials_do_not_run_again(tmp_path: Path, data: Path, monkeypatc
     run_benchmark(_experiment(tmp_path, rows[:4]), folders, seeds=[0])
     first = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.jsonl")}
     assert len(first) == 2
-    asked: list[str] = []
+    trials: list[str] = []
     real = personaplug.evaluation.evaluator.Evaluator.trial
 
-    def told(self: Any, method: Any, *, seed: int) -> Any:
-        asked.append(f"{method.name} {seed}")
+    def trial(self: Any, method: Any, *, seed: int) -> Any:
+        trials.append(f"{method.name} {seed}")
         return real(self, method, seed=seed)
 
-    monkeypatch.setattr(personaplug.evaluation.evaluator.Evaluator, "trial", told)
+    monkeypatch.setattr(personaplug.evaluation.evaluator.Evaluator, "trial", trial)
     run_benchmark(_experiment(tmp_path, rows[:4]), folders, seeds=[0])
-    assert asked == []
+    assert trials == []
     run_benchmark(_experiment(tmp_path, rows), folders, sets=["Two"], methods=["bm25:2", "plug"])
-    assert asked == ["plug 1", "bm25:2 0"]
+    assert trials == ["plug 1", "bm25:2 0"]
     written = run_benchmark(_experiment(tmp_path, rows), folders, sets=["Two"]).written
-    assert asked[2:] == ["instruction-only 1", "wrong-user 1"]
+    assert trials[2:] == ["instruction-only 1", "wrong-user 1"]
     for path, before in first.items():
         assert path.read_bytes().startswith(before)
     assert [row["method"] for row in _read(written[0])["rows"]] == rows
@@ -163,9 +163,9 @@ def test_results_note_trials_from_different_machines(
     assert not any("set-ups" in note for note in _read(first[0])["notes"])
     monkeypatch.setattr("personaplug.evaluation.benchmark.machine_info", lambda: {"processor": "another one"})
     written = run_benchmark(_experiment(tmp_path, ["plain", "bm25:2"], sets="[One]"), folders).written
-    (told,) = (note for note in _read(written[0])["notes"] if note.startswith("Made with 2 set-ups"))
-    assert "processor another one: bm25:2" in told
-    assert told.count("plain") == 1
+    (machine_note,) = (note for note in _read(written[0])["notes"] if note.startswith("Made with 2 set-ups"))
+    assert "processor another one: bm25:2" in machine_note
+    assert machine_note.count("plain") == 1
 
 
 def test_trial_records_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +182,9 @@ def test_changed_settings_change_the_trial_keys(tmp_path: Path, data: Path) -> N
     changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
     written = run_benchmark(changed, folders).written
     assert [row["n"] for row in _read(written[0])["rows"]] == [3]
-    kept = list((tmp_path / "results").rglob("One.trials*.jsonl"))
-    assert len(kept) == 2  # the earlier samples' cells are put aside, not lost
-    first = next(path for path in kept if path.name != "One.trials.jsonl").read_bytes()
+    trial_files = list((tmp_path / "results").rglob("One.trials*.jsonl"))
+    assert len(trial_files) == 2  # the earlier samples' cells are put aside, not lost
+    first = next(path for path in trial_files if path.name != "One.trials.jsonl").read_bytes()
     run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders)
     assert [row["n"] for row in _read(written[0])["rows"]] == [8]
     assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and taken back
@@ -275,8 +275,8 @@ def test_trained_parts_of_another_experiment_are_reused(
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, ["plug"], sets="[One]"), folders)
     monkeypatch.setattr(personaplug.training.parts, "fit", lambda *_, **__: pytest.fail("trained again"))
-    told = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
-    (tmp_path / "curve.yaml").write_text(f"{told}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    (tmp_path / "curve.yaml").write_text(f"{text}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
     written = run_benchmark(load_experiment(tmp_path / "curve.yaml"), folders).written
     assert [part["name"] for part in _read(written[0])["subgroups"]] == ["items=1", "items=all"]
 

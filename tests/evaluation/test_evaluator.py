@@ -156,8 +156,8 @@ def test_instruction_labels_row_adds_label_counts_to_the_instruction(tmp_path: P
         soft = Personalizer(plug, table=table).soft_prompt(samples)
     assert soft.label_bias is not None
     assert (soft.vectors == soft.vectors[:1]).all()
-    known = torch.tensor([bool((sample.label_ids >= 0).any()) for sample in samples])
-    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
+    has_labels = torch.tensor([bool((sample.label_ids >= 0).any()) for sample in samples])
+    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, has_labels)
     folder = stage.run.folder / "evaluations" / "dev"
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.predictions.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
@@ -203,8 +203,8 @@ def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> Non
             continue
         absolute, squared = [], []
         for seed in row["seeds"]:
-            told = json.loads((folder / f"{row['method']}.seed-{seed}.predictions.json").read_text())
-            for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
+            cached = json.loads((folder / f"{row['method']}.seed-{seed}.predictions.json").read_text())
+            for line, text, gold in zip(cached["probabilities"], cached["texts"], golds, strict=True):
                 median, mean = (
                     min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
                 )
@@ -227,7 +227,7 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
     # asked for by the task, such a column scores what was written
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
     config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
-    asked = _evaluate(
+    values = _evaluate(
         replace(rating.run, task=task),
         open_dataset(rating.data, "dev", task=task),
         split="dev",
@@ -235,8 +235,8 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
         methods=[find_method("plain")],
         models=rating.models,
     )["rows"][0]["metrics"]
-    assert list(asked) == [*task.metrics, "nll"]
-    assert asked["mae@median"] == asked["mae"]
+    assert list(values) == [*task.metrics, "nll"]
+    assert values["mae@median"] == values["mae"]
     assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
         *task.metrics,
         "rmse@mean",
@@ -251,9 +251,9 @@ def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style:
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     rows = {row["method"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
     assert "nll" not in rows[ORACLE.name]["metrics"]
-    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
+    cached = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
     places = [rating.run.task.labels.index(gold) for gold in golds]
-    shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
+    shares = [line[place] for line, place in zip(cached["probabilities"], places, strict=True)]
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)), rel=1e-4)
     assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
 
@@ -302,11 +302,11 @@ def test_results_report_mean_and_spread_of_seeds(rating: Stage) -> None:
 def test_predictions_have_lamps_format_and_scores_per_sample(rating: Stage) -> None:
     rating.evaluate()
     folder = rating.run.folder / "evaluations" / "dev"
-    told = json.loads((folder / "plug.seed-1.json").read_text())
+    predictions = json.loads((folder / "plug.seed-1.json").read_text())
     questions = json.loads((rating.data / "dev_questions.json").read_text())
-    assert told["task"] == rating.run.task.name
-    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
-    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    assert predictions["task"] == rating.run.task.name
+    assert [gold["id"] for gold in predictions["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in predictions["golds"]} <= set(rating.run.task.labels)
     scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
     assert [line["id"] for line in scores] == [question["id"] for question in questions]
     assert {"user_id", "accuracy", "mae", "history_items"} <= scores[0].keys()
@@ -435,7 +435,7 @@ def test_settings_that_the_task_does_not_support_are_refused_before_training(rat
 
 
 def test_options_are_compared_if_the_task_has_options(tmp_path: Path) -> None:
-    asked = (
+    template = (
         'For an author who has written the paper with the title "{}", which reference is related? '
         'Just answer with [1] or [2] without explanation. [1]: "{}" [2]: "{}"'
     )
@@ -446,7 +446,7 @@ def test_options_are_compared_if_the_task_has_options(tmp_path: Path) -> None:
             title, other = words[place % 4], words[(place + 1) % 4]
             pair = (title, other) if place % 2 else (other, title)
             items = [{"id": str(k), "title": words[(place + k) % 4], "abstract": ""} for k in range(place % 3)]
-            prompt = asked.format(title, *pair)
+            prompt = template.format(title, *pair)
             questions.append({"id": str(place), "user_id": f"u{place}", "input": prompt, "profile": items})
             golds.append({"id": str(place), "output": f"[{pair.index(title) + 1}]"})
         (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
@@ -582,10 +582,10 @@ def test_predict_works_without_reference_answers(rating: Stage, tmp_path: Path) 
         models=rating.models,
     )
     assert [path.name for path in paths] == ["plain.seed-0.json", "plug.seed-0.json", "plug.seed-1.json"]
-    told = json.loads(paths[1].read_text())
+    predictions = json.loads(paths[1].read_text())
     questions = json.loads((rating.data / "dev_questions.json").read_text())
-    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
-    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    assert [gold["id"] for gold in predictions["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in predictions["golds"]} <= set(rating.run.task.labels)
 
 
 def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
@@ -617,8 +617,8 @@ def test_random_vectors_row_reads_no_answers(tmp_path: Path) -> None:
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     context = EvalContext(stage.run, reader, models=stage.models, config=stage.config.evaluation)
     own = context.assign("own", seed=0)
-    shown = find_method("random-vectors").build_inputs(context, own, seed=0)
-    assert all((sample.label_ids == -1).all() for sample in shown.samples)
+    inputs = find_method("random-vectors").build_inputs(context, own, seed=0)
+    assert all((sample.label_ids == -1).all() for sample in inputs.samples)
     assert any(
         (sample.label_ids >= 0).any() for sample in find_method("plug").build_inputs(context, own, seed=0).samples
     )

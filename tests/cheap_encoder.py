@@ -1,4 +1,4 @@
-"""An encoder that costs next to nothing, for tests of what is done with vectors."""
+"""A very fast encoder, for tests that only need some vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from personaplug.encoders.hashing import HashEncoder
 
 
 class CheapEncoder:
-    """Costs next to nothing: the texts' lengths choose the vectors."""
+    """A very fast encoder: the length of a text determines its vector."""
 
     truncated = 0
 

@@ -1,4 +1,4 @@
-"""Small records of conversations with invented texts, and how tests read and show them."""
+"""Small conversation records with invented texts, and helpers to read and display them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def system(text: str) -> dict[str, Any]:
 
 
 def chat(*texts: str, who: str = "ann", **more: Any) -> dict[str, Any]:
-    """Return an OpenAI line whose messages are the user's and the assistant's in turn."""
+    """Return an OpenAI record with alternating messages of user and assistant."""
     roles = (user, assistant)
     return {"user": who, "messages": [roles[place % 2](text) for place, text in enumerate(texts)], **more}
 

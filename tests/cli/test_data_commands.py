@@ -1,4 +1,4 @@
-"""The command `import`: conversations become a data set, and mistakes end with 2 and a sentence."""
+"""The command `import`: data sets from conversations, and error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         (["EMPTY/log.csv", "--out", "EMPTY/set", "--share", "0.5"], "are for conversations"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(words: list[str], message: str, chats: Path, tmp_path: Path) -> None:
+def test_user_error_exits_with_2_and_a_message(words: list[str], message: str, chats: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "train_questions.json").write_text("[]")
     (tmp_path / "one.jsonl").write_text(lines(chat("One?", "First."), chat("Two?", "Second.")))

@@ -1,4 +1,4 @@
-"""From a messy CSV file to a served personal answer: import, train, load, users, serve, without Python."""
+"""The commands from a messy CSV file to a served personal answer: import, train, load, users, serve."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_import_reports_kept_and_dropped_rows(imported: str, counts: Counts, fol
 
 
 def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
-    """Train, load twice, serve, and ask as a user of the log and as a stranger."""
+    """Train, load twice, serve, and send a prompt as a user of the log and as an unknown user."""
     run, store = folder / "run", folder / "histories.db"
     call("train", "--data", folder / "data", "--out", run, *settings)
     load = ("load", "--run", run, "--store", store, "--keep-text", folder / "orders.csv")

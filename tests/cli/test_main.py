@@ -1,4 +1,4 @@
-"""The command line as a user types it, on toy parts: exit codes, files, messages."""
+"""The command line, end to end with toy models: exit codes, files, messages."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_evaluate_prints_the_table_and_writes_the_results(trained: Path, data: P
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
     assert "personal gain" in done.output
     flat = " ".join(done.output.split())
-    assert "mae@median ↓, rmse@mean ↓" in flat  # left out at 80 columns
+    assert "mae@median ↓, rmse@mean ↓" in flat  # hidden columns of a table with 80 characters
     assert "Is plug better than rivals that cost nothing? Not measured: add the rows user-mean" in flat
 
 
@@ -223,7 +223,7 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path, kind: str) -
         (["quickstart", "--out", "FILE"], "is a file"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(
+def test_user_error_exits_with_2_and_a_message(
     words: list[str], message: str, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "FILE").write_text("")
@@ -243,7 +243,7 @@ def test_mistakes_end_with_2_and_a_sentence(
 @pytest.mark.parametrize(
     "command", ["quickstart", "simulate", "encode", "train", "evaluate", "generate", "estimate", "synthesize"]
 )
-def test_help_teaches(command: str) -> None:
+def test_help_prints_usage_and_settings(command: str) -> None:
     done = _call(command, "--help")
     assert done.exit_code == 0
     assert "Usage" in done.output
@@ -428,7 +428,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(data: Path, tmp_path: Path) -
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ},
-        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        # In a background job of a shell, the test process ignores SIGINT, and its children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     folder = out / "plug" / "seed-0"

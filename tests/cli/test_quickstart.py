@@ -1,4 +1,4 @@
-"""The quickstart's path on toy parts; `make quickstart` runs it on real ones."""
+"""The quickstart with toy models; `make quickstart` runs it with real models."""
 
 from __future__ import annotations
 
@@ -58,5 +58,7 @@ def test_preference_is_the_difference_between_two_genres() -> None:
         return Sample("q", "u", "p", "q", "1", items)
 
     assert _preference(user(("A musical", "5"), ("A loud musical", "4"), ("A western", "1"))) == 3.5
-    assert _preference(user(("A western", "2"), ("A war film", "4"))) == 1  # the mean of all stands for musicals
+    assert (
+        _preference(user(("A western", "2"), ("A war film", "4"))) == 1
+    )  # without musicals, the mean of all films is used
     assert _preference(user()) == 0

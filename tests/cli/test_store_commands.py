@@ -1,4 +1,4 @@
-"""The commands that back a store up and restore it."""
+"""The store commands: backup, restore, replayed erasures and stated preferences."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_set_preferences_refuses_invalid_input(tmp_path: Path, run: Path, words:
     assert not (tmp_path / "nowhere.db").exists()
 
 
-def test_restore_refuses_an_invalid_backup(tmp_path: Path) -> None:
+def test_restore_refuses_an_invalid_backup_and_backup_an_existing_file(tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
     (tmp_path / "backup").write_text("something else")
     done = call("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db")

@@ -1,4 +1,4 @@
-"""What the documents show works: shipped configs load, shown code runs, results files keep their promised shape."""
+"""The documents are correct: packaged configs load, code examples run, results files have the documented fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A benchmark: every row of a table on tiny parts, resumed trial by trial, never twice."""
+"""Benchmarks: all rows of a table with tiny models, resumed trial by trial."""
 
 from __future__ import annotations
 
@@ -183,11 +183,11 @@ def test_changed_settings_change_the_trial_keys(tmp_path: Path, data: Path) -> N
     written = run_benchmark(changed, folders).written
     assert [row["n"] for row in _read(written[0])["rows"]] == [3]
     trial_files = list((tmp_path / "results").rglob("One.trials*.jsonl"))
-    assert len(trial_files) == 2  # the earlier samples' cells are put aside, not lost
+    assert len(trial_files) == 2  # the trials of the earlier samples are moved aside, not deleted
     first = next(path for path in trial_files if path.name != "One.trials.jsonl").read_bytes()
     run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders)
     assert [row["n"] for row in _read(written[0])["rows"]] == [8]
-    assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and taken back
+    assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and restored
 
 
 def test_variants_have_separate_tables_and_missing_models_are_reported(tmp_path: Path, data: Path) -> None:
@@ -207,7 +207,7 @@ def test_missing_set_does_not_stop_the_other_sets(tmp_path: Path, data: Path) ->
     folders = Folders(tmp_path / "nowhere", tmp_path / "out", tmp_path / "results")
     assert (
         run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders).written == []
-    )  # what lies there is of before
+    )  # the existing file is from an earlier run
 
 
 def test_failed_row_does_not_stop_the_other_rows(tmp_path: Path, data: Path) -> None:
@@ -299,7 +299,7 @@ def test_packaged_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> None
     configs = {key: with_values(config, tiny) for key, config in experiment.configs.items()}
     outcome = run_benchmark(replace(experiment, configs=configs), _folders(tmp_path, tmp_path / "data"))
     assert (len(outcome.written), outcome.failed) == (1, [])
-    assert len(outcome.absent) == len(experiment.sets) - 1  # the sets that are not here
+    assert len(outcome.absent) == len(experiment.sets) - 1  # the sets without data here
     results = _read(outcome.written[0])
     assert [row["method"] for row in results["rows"]] == [method.name for method in experiment.methods]
     assert len(results["subgroups"]) == 5 + 1 + 4

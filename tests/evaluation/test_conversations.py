@@ -1,4 +1,4 @@
-"""Rows on conversations, end to end on toy parts: what each shows the model, and how often right answers win."""
+"""Rows on conversations, end to end with toy models: the prompts of each row, and choice metrics."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _sample(user: str, word: str) -> Sample:
 
 
 class Stage:
-    """A run that is trained on conversations, and its evaluations."""
+    """A run that was trained on conversations, and its evaluations."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
@@ -113,7 +113,7 @@ def _exchange(user: str, word: str) -> tuple[Turn, Turn]:
 
 
 def _source(inputs: ModelInputs, index: int) -> str:
-    """Return the user whose history a sample is shown."""
+    """Return the user whose history a sample uses."""
     source = inputs.assignments[index].source
     assert source is not None
     return str(inputs.samples[source].user_id)
@@ -144,7 +144,7 @@ def test_retrieved_exchanges_are_accepted_answers_before_the_context(stage: Stag
         exchange = turns[start : len(turns) - len(own) + start]
         assert (*turns[:start], *turns[start + len(exchange) :]) == own
         assert len(exchange) == 4
-        # Of equal scores the later item is better; the best one stands last.
+        # If scores are equal, the later item ranks higher. The best item comes last.
         assert exchange[2:] == (_exchange(user, f"{word}") if word in WORDS else ())
         assert all(text.startswith(("What of", f"{user} likes")) for _, text in exchange)
         assert _system(sample.prompt) == _system(bare.prompt)
@@ -228,7 +228,7 @@ def test_choice_and_margin_match_the_losses_of_the_model(stage: Stage) -> None:
 
 @pytest.fixture
 def neutral(stage: Stage) -> Iterator[Stage]:
-    """The stage, asked for the divergence from the plain model too."""
+    """The stage with the divergence from the plain model as an additional metric."""
     run = stage.run
     stage.run = run.asked(replace(CHAT, metrics=("rouge_1", "divergence")))
     yield stage

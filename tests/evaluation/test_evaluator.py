@@ -1,4 +1,4 @@
-"""Evaluation end to end on toy parts: rows, rates, pairs, files, and what is not done twice."""
+"""Evaluation end to end with toy models: rows, rates, pairs, files and caches."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ TINY = [
 
 
 def _evaluate(run: Run, reader: Reader, **arguments: Any) -> dict[str, Any]:
-    """The results as the object of a results file."""
+    """The results as the JSON object of a results file."""
     return evaluate(run, reader, **arguments).to_json()
 
 
 class Stage:
-    """A trained run and what is needed to evaluate it."""
+    """A trained run with its data, config and models."""
 
     def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = (), base: Config | None = None) -> None:
         self.data = place / "data"
@@ -93,7 +93,7 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 @pytest.fixture(scope="module")
 def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """With the paper's plug, in front of the text; `rating` has the default one, behind it."""
+    """With the paper's plug (placement=prefix); `rating` has the default plug (placement=suffix)."""
     return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
 
 
@@ -184,20 +184,20 @@ def test_pair_differences_are_advantages_that_match_the_rows(rating: Stage) -> N
 
 
 def _loss(label: str, line: list[float], *, power: int) -> float:
-    """Expected loss of answering a label of 1 to 5 under their probabilities."""
+    """Return the expected loss of a label, given the probabilities of the labels 1 to 5."""
     return sum(share * abs(float(label) - star) ** power for star, share in enumerate(line, start=1))
 
 
 def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> None:
     results = rating.evaluate("plain,instruction-only,wrong-user,plug", oracle=True)
-    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # and "nll", for who has probabilities
+    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # also "nll" for rows with probabilities
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     folder = rating.run.folder / "evaluations" / "dev"
     changed = 0
     for row in results["rows"]:
         for key in ("metrics", "intervals", "per_user"):
             assert list(row[key]) == columns + ["nll"] * (row["method"] != ORACLE.name)
-        if row["method"] == ORACLE.name:  # it has no probabilities: its answers stand
+        if row["method"] == ORACLE.name:  # without probabilities, the predictions are scored directly
             assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
             assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
             continue
@@ -213,7 +213,7 @@ def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> Non
                 changed += (median != text) + (mean != text)
         assert row["metrics"]["mae@median"] == pytest.approx(np.mean(absolute))
         assert row["metrics"]["rmse@mean"] == pytest.approx(np.sqrt(np.mean(squared)))
-    assert changed > 10  # or nothing above was put to the test
+    assert changed > 10  # otherwise the checks above tested nothing
     gains = {pair["metric"] for pair in results["pairs"] if (pair["a"], pair["b"]) == ("plug", "wrong-user")}
     assert gains == {*columns, "nll"}
     scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
@@ -224,7 +224,7 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
     written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert list(written["metrics"]) == ["mae", "rmse", "accuracy", "nll"]
     assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
-    # asked for by the task, such a column scores what was written
+    # if the task requests such a column, it scores the generated text
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
     config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
     values = _evaluate(
@@ -247,7 +247,7 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
 
 
 def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style: Stage) -> None:
-    """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
+    """For a closed set, NLL is over the labels; for texts, it is over the tokens."""
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     rows = {row["method"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
     assert "nll" not in rows[ORACLE.name]["metrics"]
@@ -272,7 +272,7 @@ def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style:
 
 
 def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] = ()) -> Any:
-    """The rows once more, in a folder that has nothing but the trained plug."""
+    """Evaluate the rows again, in a folder that contains only the trained plug."""
     moved = replace(stage.run, folder=folder)
     if not (folder / "plug").exists():
         for name in ("plug", "run.json"):
@@ -344,7 +344,7 @@ def test_shuffled_histories_do_not_change_an_order_free_plug(rating: Stage) -> N
 def test_generated_labels_are_recorded_in_the_row(rating: Stage) -> None:
     row = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert row["decoding"] == "generated"
-    assert row["invalid_rate"] > 0.5  # an untrained toy does not write digits
+    assert row["invalid_rate"] > 0.5  # an untrained toy model generates no digits
     assert rating.evaluate("plain")["rows"][0]["decoding"] == "scored"
 
 
@@ -513,7 +513,7 @@ def test_the_task_determines_the_answer_channel(tmp_path: Path) -> None:
     settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
     for kind, channel in (("rating", "label"), ("style", "style")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
-        stage.run.check_unchanged(stage.config)  # which still says auto
+        stage.run.check_unchanged(stage.config)  # this config still has `auto`
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
         assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
@@ -538,7 +538,7 @@ def test_paper_plug_is_a_row_in_the_same_run(tmp_path: Path) -> None:
     tokens = {row["method"]: row["prompt_tokens_mean"] for row in results["rows"]}
     assert tokens["plug"] - tokens["paper-plug"] == 7 - 2
     assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
-    # It reads items with their answers, the run's own plug without: each sees vectors of its own.
+    # The paper's plug encodes items with answers, the run's own plug without, so each needs separate vectors.
     config = stage.config.evaluation
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     context = EvalContext(stage.run, reader, models=stage.models, config=config)
@@ -635,7 +635,7 @@ def test_failed_likelihood_drops_the_column_but_keeps_the_predictions(
         first = _moved(style, tmp_path, "plain,plug")
     assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
     assert "no likelihood of the reference answers (IndexError)" in caplog.text
-    # The answers are kept; only what was missing is asked for.
+    # The predictions are cached; only the missing likelihoods are computed.
     monkeypatch.setattr(style.models.llm, "generate", None)
     second = _moved(style, tmp_path, "plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):

@@ -1,4 +1,4 @@
-"""Experiments in YAML: every shipped one is valid, and mistakes are said."""
+"""Experiment files: the packaged experiments are valid, and invalid files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One small record of each benchmark's published format, with invented texts, and how tests write and show them."""
+"""A small record of each benchmark's published format, with invented texts, and helpers to write and display them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECRET = "zanzibar"
 
 
 def write(path: Path, values: Any) -> Path:
-    """Write one value as JSON, or the values of a list one a line if the name holds .jsonl."""
+    """Write a value as JSON, or a list as one value per line if the name contains .jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ".jsonl" in path.name
     text = "".join(json.dumps(value) + "\n" for value in values) if lines else json.dumps(values)
@@ -26,7 +26,7 @@ def shape(samples: list[Sample]) -> list[tuple[str, list[str]]]:
     return [(sample.id, [item.id for item in sample.history]) for sample in samples]
 
 
-# ---- one small record of each format
+# ---- a small record of each format
 
 
 def question(number: int, **changes: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def users() -> dict[str, Any]:
 
 
 def choice(number: int, **changes: Any) -> dict[str, Any]:
-    """Return a row in which reward model m likes response 1 + (m + row) % 8 best."""
+    """Return a row in which reward model m gives its highest score to response 1 + (m + row) % 8."""
     row: dict[str, Any] = {"prompt_id": number, "prompt": f"Tell of {SECRET} {number}"}
     for index in range(8):
         row[f"response_{index + 1}"] = f"answer {index + 1} to {number}"

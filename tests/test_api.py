@@ -1,4 +1,4 @@
-"""`Plug`: every kind of rows, answers equal to those of the functions below, saved folders, errors."""
+"""`Plug`: all row formats, answers equal to the lower-level functions, saved folders, errors."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_evaluating_a_saved_plug_does_not_change_it(plug: Plug, saved: Path) -> 
 def test_plug_round_trips_through_the_hub(
     plug: Plug, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's cache is made of links; here a real one stands in for the network."""
+    """The hub's cache consists of links; a cache folder with real links replaces the network here."""
     cache = tmp_path / "models--owner--plug"
 
     def upload_folder(_: HfApi, *, folder_path: Path, **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""Errors: sentences, the tree, and their way between processes."""
+"""Errors: messages, the list of classes, and pickling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One answer for one user: what a prompt must hold, said without the prompt's own text."""
+"""Answers for one user: required wording of prompts, and messages that do not quote the prompt."""
 
 from __future__ import annotations
 

@@ -167,10 +167,10 @@ def encode(
     encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
     table = EmbeddingStore.open(vectors, encoder)
     for split, reader in readers.items():
-        before = len(table)
+        old_count = len(table)
         encoded(reader, table, plug=resolved(config, declared).plug)
         tell_read(reader, split)
-        click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
+        click.echo(f"{split}: {len(table) - old_count:,} new vectors, {len(table):,} in {vectors}")
 
 
 @click.command()
@@ -300,11 +300,11 @@ def evaluate(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    asked = None if methods is None else parse_methods(methods)
+    selected = None if methods is None else parse_methods(methods)
     run, config = _open_run(run_folder, data, config_file, settings)
     show(config, "evaluation")
     trained_on = run.task.name
-    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=selected, skip_bad=skip_bad)
     name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
@@ -355,10 +355,10 @@ def predict(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    asked = parse_methods(methods)
+    selected = parse_methods(methods)
     # Predict all samples unless this command sets a limit: scoring a file needs all predictions.
     run, config = _open_run(run_folder, data, config_file, settings, base=("limit=0",))
-    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=selected, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"predicting only {config.evaluation.limit} samples (limit={config.evaluation.limit})", err=True)

@@ -156,7 +156,7 @@ def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     results["main fails"] = _error(lambda: on_main(lambda: _fail(in_main=True)))
     _train(out / "two", data, *ALONE, rows=ROWS)
     results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/ranking_targets.jsonl").open())
-    # In the second process alone, from the second step on.
+    # only in the second process, from the second step on
     results["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
     vars(tensor_files)["save_file"] = _full
     results["full"] = _error(lambda: _train(out / "full", data, *ODD))

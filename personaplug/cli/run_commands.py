@@ -112,7 +112,7 @@ def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings:
 @click.option(
     "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the simulation.")
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
     """Write a data set of simulated users, and the best score that is possible if their tastes are known.
 
@@ -265,7 +265,7 @@ def train(
 @click.command()
 @run_option
 @data_option
-@click.option("--split", default="dev", show_default=True)
+@click.option("--split", default="dev", show_default=True, help="Split to score.")
 @methods_option(
     None, "Rows, comma-separated.  [default: the plug, its controls and the task's baselines without a model]"
 )
@@ -337,7 +337,7 @@ def evaluate(
 @click.command()
 @run_option
 @data_option
-@click.option("--split", default="test", show_default=True)
+@click.option("--split", default="test", show_default=True, help="Split to predict.")
 @methods_option("plug", "Rows of a table; see `evaluate`.")
 @skip_bad_option
 @with_settings("evaluation")

@@ -289,8 +289,10 @@ def evaluate(
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user. Every personal row has a control, such as bm25:4@wrong-user.
+
     Only if labels are scored: instruction+labels. Only if answers are generated: plug+phrases, instruction+phrases,
     any other row with +phrases.
+
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10. The command fits these rows on the train split.
     """
@@ -398,9 +400,7 @@ def generate(
     run = inference.run_for(prompt, open_runs(run_folder))
     config = _config_of(run, config_file, settings)
     if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(
-            f"--probabilities needs labels that are scored, but answers of {run.task.name} are generated."
-        )
+        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
     response = inference.generate(
         run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )

@@ -30,7 +30,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source / "dist"
 
 
-def _shipped() -> set[str]:
+def _package_files() -> set[str]:
     """Return all files of the package in the checkout, code and data."""
     paths = (ROOT / "personaplug").rglob("*")
     return {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
@@ -39,7 +39,7 @@ def _shipped() -> set[str]:
 def test_wheel_contains_exactly_the_files_of_the_package(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name for name in names if ".dist-info/" not in name} == _shipped()
+    assert {name for name in names if ".dist-info/" not in name} == _package_files()
     assert {"personaplug/py.typed", "personaplug/evaluation/experiments/main-table.yaml"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -48,7 +48,7 @@ def test_source_archive_contains_build_files_and_no_tests(built: Path) -> None:
     [archive] = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {member.name.partition("/")[2] for member in opened if member.isfile()}
-    assert _shipped() <= names
-    beside = {name.partition("/")[0] for name in names - _shipped()}
+    assert _package_files() <= names
+    other_files = {name.partition("/")[0] for name in names - _package_files()}
     generated = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
-    assert beside == {*generated, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert other_files == {*generated, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}

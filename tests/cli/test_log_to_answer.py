@@ -61,7 +61,7 @@ def test_import_reports_kept_and_dropped_rows(imported: str, counts: Counts, fol
     assert json.loads((folder / "data" / "task.json").read_text())["labels"] == ["1", "2", "3", "4", "5"]
 
 
-def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
+def _train_load_and_serve(folder: Path, settings: tuple[str, ...]) -> None:
     """Train, load twice, serve, and send a prompt as a user of the log and as an unknown user."""
     run, store = folder / "run", folder / "histories.db"
     call("train", "--data", folder / "data", "--out", run, *settings)
@@ -80,7 +80,7 @@ def _go_to_an_answer(folder: Path, settings: tuple[str, ...]) -> None:
 
 
 def test_log_is_imported_trained_loaded_and_served(imported: str, counts: Counts, folder: Path) -> None:
-    _go_to_an_answer(folder, TOY)
+    _train_load_and_serve(folder, TOY)
     store = folder / "histories.db"
     lines = call("users", "--store", store).stdout.splitlines()
     assert len(lines) == counts.users + 1
@@ -101,7 +101,7 @@ def test_log_is_imported_trained_loaded_and_served_with_real_models(
 ) -> None:
     for name in ("data", "orders.csv"):
         (tmp_path / name).symlink_to(folder / name)
-    _go_to_an_answer(tmp_path, (*REAL, "train_limit=24"))
+    _train_load_and_serve(tmp_path, (*REAL, "train_limit=24"))
 
 
 def test_import_and_train_warn_of_few_users(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def _item(user: str, kind: Any, word: str, *, answer: str) -> HistoryItem:
     return HistoryItem(f"{user}-{kind}-{word}", fields, "answer", kind=kind)
 
 
-def _said(user: str, text: str) -> HistoryItem:
+def _preference(user: str, text: str) -> HistoryItem:
     return HistoryItem(f"{user}-{text}", (("preference", text),), kind="preference")
 
 
@@ -47,9 +47,9 @@ def _history(user: str) -> tuple[HistoryItem, ...]:
     return (
         *(_item(user, "answer", word, answer=f"{user} likes {word}") for word in WORDS[:3]),
         _item(user, "rejection", "tea", answer=f"{user} hates tea"),
-        _said(user, f"I am {user}"),
+        _preference(user, f"I am {user}"),
         _item(user, "answer", "bread", answer=f"{user} likes bread"),
-        _said(user, f"{user} is brief"),
+        _preference(user, f"{user} is brief"),
     )
 
 
@@ -288,11 +288,11 @@ def test_rows_with_a_suffix_plug_compute_each_conversation_once(stage: Stage, mo
     states.clear()
     real = states.compute
 
-    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
+    def recorded(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
         return real(rows)
 
-    monkeypatch.setattr(states, "compute", noted)
+    monkeypatch.setattr(states, "compute", recorded)
     for path in (stage.run.folder / "evaluations" / "dev").glob("*.predictions.json"):
         path.unlink()
     stage.evaluate("plug,wrong-user,shuffled")

@@ -133,11 +133,11 @@ def test_rows_of_a_suffix_plug_share_the_prompt_cache(tmp_path: Path, monkeypatc
     states = stage.models.llm.prompt_states
     real = states.compute
 
-    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
+    def recorded(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
         return real(rows)
 
-    monkeypatch.setattr(states, "compute", noted)
+    monkeypatch.setattr(states, "compute", recorded)
     results = stage.evaluate("plain,instruction-only,wrong-user,shuffled,plug,mean-persona,random-vectors")
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10
@@ -497,15 +497,15 @@ def test_persona_scale_0_equals_the_plain_model(kind: str, soft: int, request: p
     stage: Stage = request.getfixturevalue(kind)
     folder = stage.run.folder / "evaluations" / "dev"
 
-    def told(row: str, persona_scale: str) -> list[dict[str, str]]:
+    def predictions(row: str, persona_scale: str) -> list[dict[str, str]]:
         results = stage.evaluate(row, settings=(f"persona_scale={persona_scale}",))
         tokens.append(results["rows"][0]["prompt_tokens_mean"])
         return json.loads((folder / f"{row}.seed-0.json").read_text())["golds"]  # type: ignore[no-any-return]
 
     tokens: list[float] = []
-    assert told("plug", "0") == told("plain", "1")
+    assert predictions("plug", "0") == predictions("plain", "1")
     assert tokens[0] == tokens[1]
-    told("plug", "1")
+    predictions("plug", "1")
     assert tokens[2] == tokens[1] + soft
 
 

@@ -1,4 +1,4 @@
-"""An encoder that costs next to nothing, for tests of what is done with vectors."""
+"""A very fast encoder, for tests that only need some vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from personaplug.encoders.hashing import HashEncoder
 
 
 class CheapEncoder:
-    """Costs next to nothing: the texts' lengths choose the vectors."""
+    """A very fast encoder: the length of a text determines its vector."""
 
     truncated = 0
 
@@ -25,9 +25,9 @@ class CheapEncoder:
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         self.calls.append(len(texts))
         angles = np.array([len(text) for text in texts], dtype=np.float32)[:, None]
-        found: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
-        found /= np.linalg.norm(found, axis=1, keepdims=True)
-        return found
+        vectors: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
     def query_encoder(self) -> QueryEncoder:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What the tests of clients share: one server, and the programs of the clients if they are installed."""
+"""Fixtures for the tests of clients: a server, and the client programs if they are installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session")
 def client_python() -> Callable[[str], Path]:
-    """The Python of the clients' own environment; the test is skipped if it lacks a module."""
+    """The Python of the clients' environment; skip the test if a module is missing."""
 
     def find(module: str) -> Path:
         command = [str(PYTHON), "-c", f"import importlib.util as u; raise SystemExit(u.find_spec({module!r}) is None)"]
@@ -39,7 +39,7 @@ def client_python() -> Callable[[str], Path]:
 
 @pytest.fixture
 def node_folder(tmp_path: Path) -> Path:
-    """An empty folder in which Node finds the clients' packages."""
+    """An empty folder from which Node can import the clients' packages."""
     modules = Path(os.environ.get("PERSONAPLUG_CLIENTS_NODE_MODULES", ROOT / "node_modules"))
     if shutil.which("node") is None or not (modules / "openai").is_dir():
         pytest.skip(f"node or its package openai is not installed at {modules}: {HINT}")

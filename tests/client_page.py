@@ -1,4 +1,4 @@
-"""The blocks of docs/clients.md, as the page's readers would run them."""
+"""The code blocks of docs/clients.md, for tests that run them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Block(NamedTuple):
 
 
 def blocks() -> dict[str, list[Block]]:
-    """The page's blocks of code by the heading that they stand below."""
+    """Return the code blocks of the page by heading."""
     sections = re.split(r"^#+ (.*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return {
         heading: [Block(*found) for found in _BLOCK.findall(text)]

@@ -1,4 +1,4 @@
-"""Programs of other people that call the server: run once, or as a proxy until a test has ended."""
+"""Run client programs of other projects: once, or as a proxy during a test."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import httpx
 
-_SECONDS = 600  # for programs that import slowly beside other work
+_SECONDS = 600  # some programs import slowly on a busy machine
 _OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONIOENCODING": "utf-8"}
 
 
 def run_program(command: Sequence[str | Path], *, folder: Path | None = None) -> str:
-    """Run a program to its end and return what it printed; CalledProcessError if it fails."""
+    """Run a program and return its output; raise CalledProcessError if it fails."""
     words, environment = list(map(str, command)), {**os.environ, **_OFFLINE}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, cwd=folder, env=environment, timeout=_SECONDS)
     return done.stdout.decode()
@@ -25,7 +25,7 @@ def run_program(command: Sequence[str | Path], *, folder: Path | None = None) ->
 
 @contextmanager
 def running_program(command: Sequence[str | Path], *, output: Path, ready_url: str) -> Iterator[None]:
-    """Run a server until the block ends. `output` is the file that gets what it prints."""
+    """Run a server until the block ends, and write its output to the file `output`."""
     with output.open("wb") as written:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -48,6 +48,6 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
         with suppress(httpx.HTTPError):
             if httpx.get(url).status_code == 200:
                 return
-        assert process.poll() is None, "the program ended while it was starting"
+        assert process.poll() is None, "the program exited during start-up"
         time.sleep(1)
     raise AssertionError(f"the program did not start within {_SECONDS} s")

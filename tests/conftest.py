@@ -1,4 +1,4 @@
-"""What several test files share: toy parts, small data, no network."""
+"""Fixtures of several test files: toy models, small data, no network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before anything imports huggingface_hub: the suite must not depend on a network.
+# Set before the import of huggingface_hub, so that the tests need no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Before torch is loaded, as the command line does: beside other work, threads that spin on take minutes for seconds.
+# Set before the import of torch, as in the command line: on a busy machine, spinning threads slow torch down a lot.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stores import Place
     from vllm_stand_in import StandIn
 
-# Every call of httpx makes a client, which reads the certificates of all authorities: most of the time of a local call.
+# Each httpx call creates a client that loads all CA certificates, which takes most of the time of a local call.
 vars(ssl)["create_default_context"] = lru_cache(ssl.create_default_context)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -62,7 +62,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """An empty place for a store of histories, in either database."""
+    """An empty location for a history store, in SQLite and in PostgreSQL."""
     from stores import Place
 
     if request.param == "sqlite":
@@ -81,7 +81,7 @@ def stand_in() -> StandIn:
 
 @pytest.fixture
 def address(stand_in: StandIn) -> Iterator[str]:
-    """The address at which the stand-in for vLLM is served."""
+    """The URL of the served vLLM stand-in."""
     from live_server import running
 
     with running(stand_in.app) as url:

@@ -74,7 +74,7 @@ FAMILIES = {**DECODERS, "t5": _t5}
 
 
 def small_llm(family: str, *, chat: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model of that family with weights drawn by seed 0."""
+    """Return a model of the family with weights drawn by seed 0."""
     tokenizer = tiny_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"

@@ -1,4 +1,4 @@
-"""Helpers for tests of the server: a real one, on a real socket, with the toy model."""
+"""Helpers for tests of the server: a real server on a real socket, with the toy model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def open_service(
     wordings: Sequence[Wording] = (),
     **settings: Any,
 ) -> Service:
-    """Open a service with an untrained plug, whose personas depend on the history."""
+    """Open a service with an untrained plug; its personas still depend on the history."""
     torch.manual_seed(1)
     labels = task.labels if config.answer_channel == "label" else ()
     spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
@@ -67,7 +67,7 @@ def open_service(
 
 
 def free_port() -> int:
-    """A port that nothing listens on at this moment."""
+    """Return a port that is free at this moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -90,7 +90,7 @@ def served(
     allow_origins: Sequence[str] = (),
     connections: ConnectionLimits | None = None,
 ) -> Iterator[str]:
-    """Serve a service as `personaplug serve` does; yields the base URL, without /v1."""
+    """Serve a service like `personaplug serve`; yield the base URL, without /v1."""
     app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
     with running(server_config(app, connections=connections, timeout_graceful_shutdown=10)) as url:
         yield url
@@ -98,7 +98,7 @@ def served(
 
 @contextmanager
 def running(app: Any, *, port: int = 0, patience_s: int = 10) -> Iterator[str]:
-    """Run an application, or what a configuration says, on a port, or a free one, until the block ends."""
+    """Run an application, or a uvicorn configuration, until the block ends. Without a port, use a free one."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))

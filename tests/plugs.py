@@ -25,7 +25,7 @@ QUERIES = ["who likes films", "a long walk", "tea"]
 def build_plug(
     encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), llm: LLMIdentity = LLM, **settings: Any
 ) -> PersonaPlug:
-    """The paper's plug with other settings; equal arguments give equal weights."""
+    """Return the paper's plug with changed settings; equal arguments give equal weights."""
     encoder = encoder or HashEncoder(WIDTH)
     torch.manual_seed(1)
     spec = PlugSpec(llm, 0.25, encoder.identity, labels)
@@ -33,7 +33,7 @@ def build_plug(
 
 
 def build_history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
-    """Random items with labels 0 to 2 and style features."""
+    """Return random items with labels 0 to 2 and style features."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(sum(lengths), WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
@@ -45,6 +45,6 @@ def build_history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
 
 
 def head_of(plug: PersonaPlug) -> PersonaHead:
-    """The persona head of a plug that has one."""
+    """Return the persona head of a plug."""
     assert plug.persona is not None
     return plug.persona

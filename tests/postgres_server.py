@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: from the wheel `pgserver` or as installed on the machine, in a folder of its own."""
+"""A real PostgreSQL server for tests, from the wheel `pgserver` or from the machine, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import psutil
 
 SETTINGS = {
     "listen_addresses": "",
-    "fsync": "off",  # the machine is not going to lose power, only clients are killed
-    "wal_recycle": "off",  # as docs/store.md asks for: old log files are removed, not kept for reuse
+    "fsync": "off",  # tests kill clients, but never cut the power
+    "wal_recycle": "off",  # required by docs/store.md: old log files are removed, not reused
     "max_connections": "60",
     "shared_buffers": "32MB",
 }
 
 
 class NoServer(Exception):
-    """None could be started; says which were tried, and what each said."""
+    """No server could be started; the message lists the attempts and their errors."""
 
 
 class PostgresServer:
     """A running server.
 
     Attributes:
-        folder: its data.
+        folder: folder with the server's data.
     """
 
     def __init__(self, programs: Path, folder: Path) -> None:
@@ -47,11 +47,11 @@ class PostgresServer:
         self._await()
 
     def url(self, database: str = "postgres") -> str:
-        """How a database is reached."""
+        """Return the connection URL of a database."""
         return f"postgresql://postgres@/{database}?host={self.folder.parent}"
 
     def cleaned_database(self) -> str:
-        """The URL of the first database, empty again: a database for every test would be tens of thousands of files."""
+        """Empty the first database and return its URL. A database per test would create tens of thousands of files."""
         others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
         self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         self.execute("DROP SCHEMA public CASCADE")
@@ -59,14 +59,14 @@ class PostgresServer:
         return self.url()
 
     def new_database(self) -> str:
-        """The URL of an empty database."""
+        """Return the URL of an empty database."""
         self._databases += 1
         name = f"test_{self._databases}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url(name)
 
     def number_of(self, url: str) -> int:
-        """The number that names a database's folder."""
+        """Return the number in the name of a database's folder."""
         import psycopg
 
         with psycopg.connect(url) as connection:
@@ -77,20 +77,20 @@ class PostgresServer:
         return int(row[0])
 
     def execute(self, statement: str) -> None:
-        """Run a statement as the superuser, outside of a transaction."""
+        """Run a statement as the superuser, outside a transaction."""
         import psycopg
 
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
     def pause(self) -> None:
-        """Stop all its processes: connections stay open, and nothing is answered."""
+        """Suspend all processes of the server: connections stay open, but get no response."""
         for process in self._processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that was about to end
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
                 process.suspend()
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Resume the suspended processes."""
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
@@ -100,8 +100,8 @@ class PostgresServer:
         return [main, *main.children(recursive=True)]
 
     def stop(self) -> None:
-        """End it, and its data."""
-        self._process.send_signal(signal.SIGQUIT)  # at once: nobody wants the data
+        """Stop the server and delete its data."""
+        self._process.send_signal(signal.SIGQUIT)  # stop at once, because the data is not needed
         self._process.wait(timeout=60)
         self._log.close()
 
@@ -123,11 +123,11 @@ def postgres_server() -> Iterator[PostgresServer]:
     """Start a server for the block.
 
     Raises:
-        NoServer: if there is none that starts here.
+        NoServer: if no server can be started.
     """
     failures = []
     for programs in _candidates():
-        # A socket's path may have 107 characters, fewer than pytest's own folders need.
+        # The path of a socket may have at most 107 characters; pytest's folders are longer.
         place = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
         try:
             server = _started(programs, place)
@@ -154,17 +154,17 @@ def _started(programs: Path, place: Path) -> PostgresServer:
 
 
 def _candidates() -> Iterator[Path]:
-    """Folders of PostgreSQL's programs."""
-    # Not imported: the package itself would add a user to the machine where root runs the tests.
-    if found := importlib.util.find_spec("pgserver"):
-        yield from (Path(folder) / "pginstall" / "bin" for folder in found.submodule_search_locations or ())
+    """Return folders with PostgreSQL's programs."""
+    # Do not import the package: under root, it would add a user to the machine.
+    if spec := importlib.util.find_spec("pgserver"):
+        yield from (Path(folder) / "pginstall" / "bin" for folder in spec.submodule_search_locations or ())
     if on_path := shutil.which("postgres"):
         yield Path(on_path).resolve().parent
     yield from sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 
 
 def _unprivileged() -> dict[str, int]:
-    """Who runs the server: PostgreSQL refuses root, so it is nobody then."""
+    """Return the user that runs the server: `nobody` under root, because PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")

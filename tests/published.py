@@ -26,7 +26,7 @@ def shape(samples: list[Sample]) -> list[tuple[str, list[str]]]:
     return [(sample.id, [item.id for item in sample.history]) for sample in samples]
 
 
-# ---- one small record of each format
+# ---- a small record of each format
 
 
 def question(number: int, **changes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A server of conversations with the toy model, on a real socket, which records what its engine is asked."""
+"""A server of conversations with the toy model, on a real socket, that records the requests of its engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTIONS = ("What is tea?", "And coffee?")
 
 
 class RecordingEngine(InProcessEngine):
-    """The embedded engine, with the requests that it was given."""
+    """The embedded engine; it records its requests."""
 
     def __init__(self, llm: CausalLM) -> None:
         super().__init__(llm, name=MODEL, max_new_tokens=12)
@@ -52,7 +52,7 @@ class RecordingServer:
         return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=60).raise_for_status()
 
     def answer(self, user: str, *texts: str) -> str:
-        """The likeliest answer of a user to a conversation, by plain HTTP."""
+        """Return the most likely answer to a user's conversation, over plain HTTP."""
         roles = ("user", "assistant")
         turns = [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
         reply = self.post("/v1/chat/completions", {"messages": turns, "user": user, "temperature": 0})
@@ -60,12 +60,12 @@ class RecordingServer:
         return text
 
     def persona(self, user: str | None, question: str, *, tenant: str = "default") -> torch.Tensor:
-        """The soft tokens that a user's question gets; None = what is common to all users."""
+        """Return the soft tokens for a user's question; without a user, the tokens for new users."""
         history = self.service.store.load_history(tenant, user or "nobody")
         return self.service.personas.personalizer.persona(question, history).vectors
 
     def asked(self, work: Callable[[], T]) -> tuple[T, list[EngineRequest]]:
-        """Do a piece of work; return its result and the requests that the engine got meanwhile."""
+        """Run `work`; return its result and the requests that the engine received meanwhile."""
         start = len(self.engine.requests)
         return work(), self.engine.requests[start:]
 
@@ -84,7 +84,7 @@ def recording(
     key: str = "none",
     users: Sequence[str] = tuple(USERS),
 ) -> Iterator[RecordingServer]:
-    """Serve conversations, and give users histories that differ."""
+    """Serve conversations to users with different histories."""
     engine = RecordingEngine(toy)
     config = replace(CONFIG, answer_channel="style", label_prior="none")
     service = open_service(toy, folder, task=CHAT, config=config, engine=engine)

@@ -1,4 +1,4 @@
-"""Results objects for tests: dicts as a results file holds them, with the facts of the package's own methods."""
+"""Results for tests: dicts in the format of a results file, with the facts of the package's methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from personaplug.methods import find_method
 
 
 def method_of(name: str) -> MethodInfo:
-    """Return the facts of a row of the package, or of a row without any."""
+    """Return the facts of a row of the package, or default facts for an unknown row."""
     try:
         return find_method(name).info
     except ConfigError:
@@ -21,7 +21,7 @@ def method_of(name: str) -> MethodInfo:
 
 
 def with_methods(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to each row what the evaluator writes of its method."""
+    """Add to each row the method facts that the evaluator writes."""
 
     def described(row: Mapping[str, Any]) -> dict[str, Any]:
         facts = asdict(method_of(row["method"])) if "method" in row else {}
@@ -34,5 +34,5 @@ def with_methods(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed(results: Mapping[str, Any]) -> Results:
-    """Read a results object."""
+    """Parse results from a dict."""
     return Results.from_json(with_methods(results))

@@ -1,6 +1,6 @@
-"""The lengths of sentences in Markdown pages and in docstrings. `python tests/sentence_lengths.py` prints them.
+"""Measure the lengths of sentences in Markdown pages and docstrings. `python tests/sentence_lengths.py` prints them.
 
-Code, tables, headings and the addresses of links do not count. A list item is a paragraph of its own.
+Code, tables, headings and URLs of links do not count. Each list item is a separate paragraph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 LIMIT, LIMIT_OF_BENCHMARKS = 25, 30
-"""Words that nine of ten sentences may have at most."""
+"""Maximum words of nine in ten sentences."""
 
 _NOT_PROSE = re.compile(r"<!--.*?-->|^(```|~~~).*?^\1|^---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 _SKIPPED_LINE = re.compile(r"\s*(?:\||#|<|!!!|\$\$|={3,}|-{3,})")
@@ -48,12 +48,12 @@ def word_counts(markdown: str) -> list[int]:
 
 
 def percentile_90(counts: Sequence[int]) -> float:
-    """Return the length that nine of ten sentences do not exceed; 0 without sentences."""
+    """Return the 90th percentile of the lengths; 0 without sentences. It is the length of an actual sentence."""
     return float(np.percentile(counts, 90, method="higher")) if counts else 0.0
 
 
 def pages() -> dict[str, int]:
-    """Return the Markdown pages of the project by name, each with its limit."""
+    """Return the names of the project's Markdown pages, each with its limit."""
     docs = [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
         *sorted((ROOT / "docs").rglob("*.md")),
@@ -64,7 +64,7 @@ def pages() -> dict[str, int]:
 
 
 def rooms() -> dict[str, list[Path]]:
-    """Return the Python files of the package by room; `.` holds the files at its top."""
+    """Return the Python files of the package by room; `.` is the top level."""
     package = ROOT / "personaplug"
     by_room: dict[str, list[Path]] = {}
     for path in sorted(package.rglob("*.py")):
@@ -74,7 +74,7 @@ def rooms() -> dict[str, list[Path]]:
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a Python file, without the names before the colon of a line of `Args:`."""
+    """Yield the docstrings of a Python file, without the names in `Args:` and similar sections."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node) or ""

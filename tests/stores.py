@@ -1,4 +1,4 @@
-"""Helpers for the store's tests: locations, items, and the bytes of the database's files."""
+"""Helpers for tests of the store: locations, items, and the bytes of the database files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENCODER = HashEncoder(32)
 
 @dataclass
 class Place:
-    """A location for a store; without a server it is a SQLite file."""
+    """A location for a store: a PostgreSQL server, or a SQLite file without a server."""
 
     where: str
     server: PostgresServer | None = None
@@ -53,7 +53,7 @@ class Place:
         )
 
     def files(self, *, log: bool = True) -> bytes:
-        """Return the bytes of the database's files."""
+        """Return the bytes of the database files."""
         if self.server is None:
             return b"".join(path.read_bytes() for path in Path(self.where).parent.iterdir() if path.is_file())
         self.server.execute("CHECKPOINT")
@@ -87,12 +87,12 @@ def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = EN
 
 
 def add(store: HistoryStore, tenant: str, user: str, items: Sequence[HistoryItem]) -> AddResult:
-    """Add items for a request that has just come."""
+    """Add items in a new request."""
     return store.add(store.admit(tenant, user), items)
 
 
 def add_encoded(store: HistoryStore, tenant: str, encoded: EncodedItems) -> AddResult:
-    """Add encoded items for a request that has just come."""
+    """Add encoded items in a new request."""
     return store.add_encoded(store.admit(tenant, *set(encoded.users)), encoded)
 
 

@@ -1,4 +1,4 @@
-"""`Plug`: every kind of rows, answers equal to those of the functions below, saved folders, errors."""
+"""`Plug`: all row formats, answers equal to the lower-level functions, saved folders, errors."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def test_answers_match_those_of_the_lower_level_functions(plug: Plug) -> None:
     assert prompt.removesuffix(QUESTION) == next(iter(plug._split("train"))).prompt.partition(SECRET)[0]
     expected = generate(plug.run, prompt, history=items)
     assert expected.distribution is not None
-    for given in ({"user": "c2"}, {"history": history_of("c2")}, {"history": items}):
-        assert plug.answer(QUESTION, **given) == expected
-        assert plug.probabilities(QUESTION, **given) == expected.distribution.probabilities
+    for source in ({"user": "c2"}, {"history": history_of("c2")}, {"history": items}):
+        assert plug.answer(QUESTION, **source) == expected
+        assert plug.probabilities(QUESTION, **source) == expected.distribution.probabilities
     assert plug.answer(QUESTION, history=[]) == generate(plug.run, prompt)
     assert Plug.open(plug.run.folder.parent).probabilities(QUESTION, user="c2") == plug.probabilities(
         QUESTION, user="c2"
@@ -201,7 +201,7 @@ def test_evaluating_a_saved_plug_does_not_change_it(plug: Plug, saved: Path) -> 
 def test_plug_round_trips_through_the_hub(
     plug: Plug, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's cache is made of links; here a real one stands in for the network."""
+    """The hub's cache consists of links; a cache folder with real links replaces the network here."""
     cache = tmp_path / "models--owner--plug"
 
     def upload_folder(_: HfApi, *, folder_path: Path, **options: Any) -> str:

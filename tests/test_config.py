@@ -1,4 +1,4 @@
-"""Settings: from YAML and the command line, checked, and back."""
+"""Settings: parsing from YAML and the command line, validation, and writing."""
 
 from __future__ import annotations
 
@@ -139,20 +139,22 @@ def test_duplicate_key_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_config(tmp_path / "c.yaml")
-    assert load_config(overrides=["epochs=3", "training.epochs=4"]).training.epochs == 4  # words: the later one wins
+    assert (
+        load_config(overrides=["epochs=3", "training.epochs=4"]).training.epochs == 4
+    )  # a later word overrides an earlier one
 
 
 def test_changed_settings_parse_to_the_same_config() -> None:
-    for words, said in (
+    for words, expected in (
         ([], "the defaults"),
         (["preset=paper"], "preset=paper"),
         (["preset=paper", "llm=toy", "epochs=2"], "preset=paper llm=toy epochs=2"),
         (["llm=a folder/x", "seeds=1,2", "controls=false"], "llm='a folder/x' seeds=1,2 controls=false"),
     ):
         config = load_config(overrides=words)
-        assert changed_settings(config) == said
+        assert changed_settings(config) == expected
         if words:
-            assert load_config(overrides=shlex.split(said)) == config
+            assert load_config(overrides=shlex.split(expected)) == config
     assert changed_settings(load_config(overrides=["llm=toy", "epochs=2"]), "training") == "epochs=2"
 
 

@@ -1,4 +1,4 @@
-"""What a config leaves to the task is settled by the task."""
+"""Settings that depend on the task are resolved from the task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors: sentences, the tree, and their way between processes."""
+"""Errors: messages, the list of classes, and pickling."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_error_keeps_its_message_after_pickling(error: errors.PersonaPlugError) 
 
 
 def test_docstring_lists_all_error_classes() -> None:
-    named = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert all(name in (errors.__doc__ or "") for name in named)
+    names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert all(name in (errors.__doc__ or "") for name in names)
 
 
 def test_message_says_what_was_expected_found_and_to_do() -> None:

@@ -1,4 +1,4 @@
-"""One answer for one user: what a prompt must hold, said without the prompt's own text."""
+"""Answers for one user: required wording of prompts, and messages that do not quote the prompt."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def answer(
 @pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
 def test_generate_answers_a_prompt_with_the_wording_of_the_task(name: str, toy: CausalLM, hashing: HashEncoder) -> None:
     task = LAMP_TASKS[name]
-    found = answer(f"Tell me. {task.query_after}a long walk", task, toy, hashing)
-    assert found in task.labels or not task.labels
+    text = answer(f"Tell me. {task.query_after}a long walk", task, toy, hashing)
+    assert text in task.labels or not task.labels
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,10 @@ def test_phrases_are_used_only_with_a_persona(toy: CausalLM, hashing: HashEncode
     bare = answer(prompt, task, toy, hashing)
     assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
     for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "persona_scale=0")}):
-        given: dict[str, Any] = changes
-        assert answer(prompt, task, toy, hashing, phrases=True, **given) == answer(prompt, task, toy, hashing, **given)
+        arguments: dict[str, Any] = changes
+        assert answer(prompt, task, toy, hashing, phrases=True, **arguments) == answer(
+            prompt, task, toy, hashing, **arguments
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,15 +144,15 @@ def test_wording_that_differs_from_training_logs_a_warning(
     wording = {"opening": "Rate it. review: ", "lead": "Rate it. review: ", "closing": "", "is_fixed": True}
     write_checked_json(tmp_path / "data.json", {"wordings": [wording]})
     plug = PersonaPlug(config.plug, spec=PlugSpec(toy.identity, 0.25, hashing.identity, task.labels), encoder=hashing)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "run": run,
         "models": Models(hashing, toy),
         "personalizer": Personalizer(plug.eval()),
         "config": config.evaluation,
     }
-    answer = respond("Rate it. review: tea", [], **given)
+    answer = respond("Rate it. review: tea", [], **arguments)
     assert not caplog.text
-    respond("review: tea", [], **given)
+    respond("review: tea", [], **arguments)
     assert "'Rate it. review: {query}'" in caplog.text
     assert answer.distribution is not None
     probabilities = answer.distribution.probabilities

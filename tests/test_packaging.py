@@ -1,4 +1,4 @@
-"""What an installation without the checkout gets: the files of the wheel and of the source archive."""
+"""The files of the wheel and of the source archive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of both archives, built from a copy, so that the checkout gets no build folder."""
+    """The folder with both archives. They are built from a copy, so that the checkout gets no build folder."""
     source = tmp_path_factory.mktemp("source")
     for part in PARTS:
         if (ROOT / part).is_dir():
@@ -26,12 +26,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / part, source)
     done = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True, check=True)
-    assert "would be ignored" not in done.stderr  # setuptools warns of a folder that is no package
+    assert "would be ignored" not in done.stderr  # setuptools warns of a folder that is not a package
     return source / "dist"
 
 
-def _shipped() -> set[str]:
-    """Every file of the package in the checkout, code and data."""
+def _package_files() -> set[str]:
+    """Return all files of the package in the checkout, code and data."""
     paths = (ROOT / "personaplug").rglob("*")
     return {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
 
@@ -39,7 +39,7 @@ def _shipped() -> set[str]:
 def test_wheel_contains_exactly_the_files_of_the_package(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name for name in names if ".dist-info/" not in name} == _shipped()
+    assert {name for name in names if ".dist-info/" not in name} == _package_files()
     assert {"personaplug/py.typed", "personaplug/evaluation/experiments/main-table.yaml"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -48,7 +48,7 @@ def test_source_archive_contains_build_files_and_no_tests(built: Path) -> None:
     [archive] = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {member.name.partition("/")[2] for member in opened if member.isfile()}
-    assert _shipped() <= names
-    beside = {name.partition("/")[0] for name in names - _shipped()}
-    made = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
-    assert beside == {*made, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert _package_files() <= names
+    other_files = {name.partition("/")[0] for name in names - _package_files()}
+    generated = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
+    assert other_files == {*generated, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}

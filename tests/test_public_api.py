@@ -1,4 +1,4 @@
-"""The public names: all there, documented, and cheap until used."""
+"""The public names exist, are documented, and load no heavy packages before their first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house: imports point to the ground, `analysis` needs no torch, `serving` knows no training."""
+"""The layers of the package: allowed imports, `analysis` without torch, `serving` without training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _room(parts: tuple[str, ...]) -> str:
 
 
 def _imports(file: Path) -> set[str]:
-    """Rooms and ground modules that a file imports, anywhere in it."""
+    """Return the rooms and ground modules that a file imports, also inside functions."""
     dotted = set()
     for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "personaplug":
@@ -56,7 +56,7 @@ def _modules(room: str) -> list[str]:
 
 
 def _loaded_after(modules: list[str], unwanted: tuple[str, ...]) -> str:
-    """Import modules in a process of its own; return the loaded modules whose names start with `unwanted`."""
+    """Import modules in a separate process; return the loaded modules whose names start with `unwanted`."""
     code = (
         f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}];"
         f"print(*[name for name in sys.modules if name.startswith({unwanted!r})])"

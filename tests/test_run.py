@@ -1,4 +1,4 @@
-"""A run's folder: damage is named, nothing is written outside it, and a failed start blocks nothing."""
+"""The folder of a run: damaged files are reported, files stay inside it, and a failed start changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _create(folder: Path, *settings: str, **options: Any) -> Run:
 
 
 def _edit(path: Path, **values: object) -> None:
-    """Change a checked file as somebody would who can compute its checksum."""
+    """Change a checked file and update its checksum."""
     write_checked_json(path, read_json(path, remedy="") | values)
 
 
@@ -80,7 +80,7 @@ def test_opened_run_creates_no_folder_outside(run: Run, tmp_path: Path, place: s
     vectors = str(outside) if place == "/{outside}" else str(run.folder / place)
     _edit(run.folder / "run.json", vectors=vectors)
     opened = Run.open(run.folder)
-    if "~" in place:  # no path of the user's home: a folder of that name within the run
+    if "~" in place:  # `~` is not expanded: this is a folder of that name inside the run
         assert opened.vectors == run.folder / place
         return
     with pytest.raises(MissingData, match="contains no item vectors"):

@@ -1,4 +1,4 @@
-"""What counts as a sentence, and how long it is. `make check` compares the pages with their limits."""
+"""The rules that split text into sentences and words. `make check` compares the pages with their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of several kinds, built on the spot."""
+"""Small tokenizers of several kinds, built without downloads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIGNS = sorted({*"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345678
 
 
 def bytes_tokenizer() -> Any:
-    """One token per byte, and added tokens: special ones, `<think>` that is none, white space, a word."""
+    """Return a tokenizer with a token per byte and added tokens: special ones, `<think>`, white space, a word."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "</s>"]})
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "[INST]", "    ", "kubernetes"])
@@ -27,7 +27,7 @@ def bytes_tokenizer() -> Any:
 
 
 def pieces_tokenizer() -> Any:
-    """Unigram, whose vocabulary itself holds control tokens, as T5's does."""
+    """Return a unigram tokenizer with control tokens in its vocabulary, like T5's."""
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), *((s, 0.0) for s in SPELLED if s != "</s>")]
     signs = [sign if sign != " " else "▁" for sign in _SIGNS]
     vocabulary += [(sign, -5.0) for sign in signs]
@@ -35,20 +35,20 @@ def pieces_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     kind: Any = PreTrainedTokenizerFast
-    named = [AddedToken(text, special=True) for text in SPELLED[:2]]
+    special_tokens = [AddedToken(text, special=True) for text in SPELLED[:2]]
     tokenizer = kind(
         tokenizer_object=backend,
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
-        additional_special_tokens=named,
+        additional_special_tokens=special_tokens,
     )
     tokenizer.add_tokens(list(SPELLED[2:6]))
     return tokenizer
 
 
 def space_first_tokenizer() -> Any:
-    """Llama 2's kind: a space before a text is a part of its first token, and `<s>` is in the vocabulary."""
+    """Return a tokenizer like Llama 2's: the first token includes a leading space, and `<s>` is in the vocabulary."""
     signs = ["▁" if sign == " " else sign for sign in _SIGNS]
     words = [f"▁{sign}" for sign in signs if sign.isalpha()]
     vocabulary = {text: index for index, text in enumerate(["<unk>", "<s>", "</s>", *signs, *words])}

@@ -1,4 +1,4 @@
-"""Settings of a training that takes a second."""
+"""Settings for a training that takes a second."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A stand-in for vLLM 0.30 without a model: it notes what it is sent, and can fail.
+"""A fake vLLM 0.30 server without a model. It records its requests, and tests can make it fail.
 
-Its words and statuses are those of the real server, which `tests/serving/test_real_vllm.py` asks where it is installed.
+Messages and statuses match the real server; `tests/serving/test_real_vllm.py` checks this if vLLM is installed.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from starlette.routing import Route
 
 WIDTH = 32
 MAX_MODEL_LEN = 1024
-MANY_EMBEDS = 100  # fewer leave an answer as it is
+MANY_EMBEDS = 100  # fewer soft tokens do not change the answer
 
 
 @dataclass
 class StandIn:
-    """A server that answers "tea" to everything.
+    """A server that answers "tea" to all requests.
 
     Attributes:
-        flag: whether it was started with --enable-prompt-embeds.
-        width: of its model's embeddings.
-        embeds_say: what it answers to embeds.
-        tokenizer: renders chats with its template; None = any chat is three tokens.
-        template_adds: tokens that its template writes before an answer that has begun.
-        status: that it answers requests with, if not 200.
-        breaks: whether it breaks a stream off, amid an event.
-        halts: whether it ends a stream amid an event as if it were over.
-        endless: whether a stream goes on until nobody listens.
-        events: what a stream consists of instead, byte for byte; its end is the stream's.
-        cache: what the keys of its prefix cache leave out: "embeds", or also the "salt"; "" = nothing.
-        silent_s: seconds before its answer to a caller, or before the first event of a stream.
-        instead: status and body that a route answers with, whatever it is asked.
-        bodies: what it was sent.
-        running: streams that have not ended.
+        flag: whether the server was started with --enable-prompt-embeds.
+        width: width of the model's embeddings.
+        embeds_say: answer to requests with embeds.
+        tokenizer: renders chats with its template; None = each chat has three tokens.
+        template_adds: tokens that the template adds before an answer prefix.
+        status: HTTP status of chat replies.
+        breaks: whether to break off a stream in the middle of an event.
+        halts: whether to end a stream normally in the middle of an event.
+        endless: whether a stream continues until the client disconnects.
+        events: bytes to stream instead of the normal events; the stream ends after them.
+        cache: parts that the keys of the prefix cache ignore: "embeds", or also the "salt"; "" = none.
+        silent_s: seconds before a reply, or before the first event of a stream.
+        instead: status and body that a route always replies with.
+        bodies: bodies of the received requests.
+        running: number of open streams.
     """
 
     flag: bool = True
@@ -100,12 +100,12 @@ class StandIn:
         return JSONResponse({"tokens": [1, 2, 3, *([9] * self.template_adds * began), *([0] * began)]})
 
     def _rendered(self, body: dict[str, Any], began: bool) -> Response:
-        """Tokenize a chat with the template of `tokenizer`, as vLLM does; soft tokens are one token each."""
+        """Tokenize a chat with the template of `tokenizer`, like vLLM. Soft tokens count as one token each."""
         turns = [turn for turn in body["messages"] if isinstance(turn["content"], str)]
         options = body.get("chat_template_kwargs", {})
         try:
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **options)
-        except Exception as error:  # a template may raise anything
+        except Exception as error:  # a template may raise any error
             return _refused(str(error))
         return JSONResponse({"tokens": [*ids, *([0] * began)]})
 
@@ -114,14 +114,15 @@ class StandIn:
         if "prompt_embeds" in body:
             if not self.flag:
                 return _refused("You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
-            found = read_embeds(body["prompt_embeds"])
-            if found.shape[1] != self.width:
+            embeds = read_embeds(body["prompt_embeds"])
+            if embeds.shape[1] != self.width:
+                width = embeds.shape[1]
                 return _refused(
-                    f"`prompt_embeds` hidden_size {found.shape[1]} does not match the model's hidden_size {self.width}."
+                    f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
                 )
-        said = self.embeds_say if "prompt_embeds" in body else "tea"
-        logprobs = {"tokens": [said], "token_logprobs": [self._logprob(body, [body.get("prompt_embeds", "")])]}
-        choice = {"index": 0, "text": said, "logprobs": logprobs, "finish_reason": "stop"}
+        text = self.embeds_say if "prompt_embeds" in body else "tea"
+        logprobs = {"tokens": [text], "token_logprobs": [self._logprob(body, [body.get("prompt_embeds", "")])]}
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": "stop"}
         return JSONResponse({"id": "1", "choices": [choice]})
 
     async def _chat(self, request: Request) -> Response:
@@ -158,7 +159,7 @@ class StandIn:
             self.running -= 1
 
     def _logprob(self, body: dict[str, Any], embeds: list[str]) -> float:
-        """The log-probability of an answer: that of its embeds, or of those that the cache takes for them."""
+        """Return the log-probability of an answer: of its embeds, or of embeds with the same cache key."""
         vectors = [read_embeds(data) for data in embeds if data]
         if sum(len(rows) for rows in vectors) < MANY_EMBEDS:
             return -1.0
@@ -178,9 +179,9 @@ class StandIn:
 
 
 def read_embeds(data: str) -> torch.Tensor:
-    """The vectors of a request."""
-    found: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
-    return found
+    """Decode the vectors of a request."""
+    embeds: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
+    return embeds
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

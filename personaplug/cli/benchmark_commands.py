@@ -72,7 +72,7 @@ def _words(text: str) -> list[str]:
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--out", required=True, type=FOLDER, help="Folder for report.md, report.html and figures.")
-@click.option("--title", default="Results", show_default=True)
+@click.option("--title", default="Results", show_default=True, help="Title of the report.")
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures; needs matplotlib.")
 @click.option("--into", type=FILE, help="Also write the overview into this Markdown file …")
 @click.option(
@@ -136,7 +136,14 @@ def lamp() -> None:
 @click.argument("name")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the files; existing files are verified only.")
 @click.option("--source", help="URL or local folder to copy from.  [default: the benchmark's site]")
-@click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    default=("train", "dev", "test"),
+    show_default=True,
+    help="Split to download; may be repeated.",
+)
 def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
     """Download the official files of a task. NAME is lamp-1 … lamp-7 (not 6) or lamp-2-news.
 
@@ -152,7 +159,7 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 @click.command()
 @click.argument("benchmark")
 @click.argument("source", type=FILE)
-@click.option("--split", default="dev", show_default=True)
+@click.option("--split", default="dev", show_default=True, help="Split to read and write.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set in LaMP's layout.")
 @skip_bad_option
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:

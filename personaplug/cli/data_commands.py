@@ -66,8 +66,8 @@ def import_command(
     """
     from personaplug.data.logs.options import LogOptions
 
-    chosen = LogOptions(**options)
-    if are_conversations(files, chosen, format=format_):
+    log_settings = LogOptions(**options)
+    if are_conversations(files, log_settings, format=format_):
         _import_conversations(
             files, out, format_=format_, share=share, max_samples_per_user=max_samples_per_user, skip_bad=skip_bad
         )
@@ -77,7 +77,7 @@ def import_command(
             "--share and --skip-bad are for conversations; remove them for a log. A log is split by time within each "
             "user, and its unusable rows are dropped and counted."
         )
-    _import_log(files, out, chosen, samples_per_user=max_samples_per_user)
+    _import_log(files, out, log_settings, samples_per_user=max_samples_per_user)
 
 
 def _import_conversations(
@@ -92,8 +92,8 @@ def _import_conversations(
     from personaplug.data.conversations import MAX_SAMPLES_PER_USER, open_conversations
     from personaplug.data.splits import split_by_user
 
-    most = MAX_SAMPLES_PER_USER if max_samples_per_user is None else max_samples_per_user
-    reader = open_conversations(files, format=format_, max_samples_per_user=most, skip_bad=skip_bad)
+    samples_per_user = MAX_SAMPLES_PER_USER if max_samples_per_user is None else max_samples_per_user
+    reader = open_conversations(files, format=format_, max_samples_per_user=samples_per_user, skip_bad=skip_bad)
     parts = split_by_user(reader, out, share=0.2 if share is None else share)
     tell_read(reader, "read")
     click.echo(f"{out}: train {parts.train} samples of {parts.train_users} users, dev {parts.dev} of {parts.dev_users}")
@@ -112,8 +112,8 @@ def _import_log(files: Sequence[Path], out: Path, options: LogOptions, *, sample
 
     log = read_log(files, options)
     click.echo("\n".join((*describe_columns(log), describe_task(log))))
-    most = MAX_SAMPLES_PER_USER if samples_per_user is None else samples_per_user
-    written = write_log(log, out, samples_per_user=most)
+    limit = MAX_SAMPLES_PER_USER if samples_per_user is None else samples_per_user
+    written = write_log(log, out, samples_per_user=limit)
     click.echo("\n".join(describe_rows(log, written.train)))
     click.echo(f"{out}: train {written.train.samples:,} samples, dev {written.dev.samples:,}")
     warn_of_few_users(written.train.users)
@@ -152,7 +152,8 @@ def synthesize(
     from personaplug.run import open_models
     from personaplug.training.synthesis import SynthesisConfig, Synthesizer
 
-    chosen, config = SynthesisConfig(samples, examples, seed), load_config(config_file, overrides=settings)
+    synthesis = SynthesisConfig(samples, examples, seed)
+    config = load_config(config_file, overrides=settings)
     show(config, "model")
     check_new(out)
     reader = open_dataset(data, "train", task=load_task(data, task=task), skip_bad=skip_bad, max_history=sys.maxsize)
@@ -161,7 +162,7 @@ def synthesize(
     train = train if real is None else users_first(train, real, seed=seed)
     written: list[Sample] = []
     if samples:
-        synthesizer = Synthesizer(train, task=reader.task, models=open_models(config), config=chosen)
+        synthesizer = Synthesizer(train, task=reader.task, models=open_models(config), config=synthesis)
         written = synthesizer.write()
         click.echo("\n".join(synthesizer.report.lines()))
         if reader.task.labels:

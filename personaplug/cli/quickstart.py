@@ -140,10 +140,10 @@ def _chats_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> 
 
 def _dissimilar_users(samples: Sequence[Sample]) -> list[Sample]:
     """Return samples of three users with different manners; each next user is the least similar to those before."""
-    chosen = [samples[0]]
-    while len(chosen) < min(_CHAT_USERS, len({sample.user_id for sample in samples})):
-        chosen.append(min(samples, key=lambda sample: _similarity(sample, chosen)))
-    return chosen
+    users = [samples[0]]
+    while len(users) < min(_CHAT_USERS, len({sample.user_id for sample in samples})):
+        users.append(min(samples, key=lambda sample: _similarity(sample, users)))
+    return users
 
 
 def _similarity(sample: Sample, others: Sequence[Sample]) -> float:

@@ -112,7 +112,7 @@ def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings:
 @click.option(
     "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the simulation.")
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
     """Write a data set of simulated users, and the best score that is possible if their tastes are known.
 
@@ -167,10 +167,10 @@ def encode(
     encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
     table = EmbeddingStore.open(vectors, encoder)
     for split, reader in readers.items():
-        before = len(table)
+        old_count = len(table)
         encoded(reader, table, plug=resolved(config, declared).plug)
         tell_read(reader, split)
-        click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
+        click.echo(f"{split}: {len(table) - old_count:,} new vectors, {len(table):,} in {vectors}")
 
 
 @click.command()
@@ -265,7 +265,7 @@ def train(
 @click.command()
 @run_option
 @data_option
-@click.option("--split", default="dev", show_default=True)
+@click.option("--split", default="dev", show_default=True, help="Split to score.")
 @methods_option(
     None, "Rows, comma-separated.  [default: the plug, its controls and the task's baselines without a model]"
 )
@@ -289,8 +289,10 @@ def evaluate(
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user. Every personal row has a control, such as bm25:4@wrong-user.
+
     Only if labels are scored: instruction+labels. Only if answers are generated: plug+phrases, instruction+phrases,
     any other row with +phrases.
+
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10. The command fits these rows on the train split.
     """
@@ -300,11 +302,11 @@ def evaluate(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    asked = None if methods is None else parse_methods(methods)
+    selected = None if methods is None else parse_methods(methods)
     run, config = _open_run(run_folder, data, config_file, settings)
     show(config, "evaluation")
     trained_on = run.task.name
-    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=selected, skip_bad=skip_bad)
     name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
@@ -337,7 +339,7 @@ def evaluate(
 @click.command()
 @run_option
 @data_option
-@click.option("--split", default="test", show_default=True)
+@click.option("--split", default="test", show_default=True, help="Split to predict.")
 @methods_option("plug", "Rows of a table; see `evaluate`.")
 @skip_bad_option
 @with_settings("evaluation")
@@ -355,10 +357,10 @@ def predict(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    asked = parse_methods(methods)
+    selected = parse_methods(methods)
     # Predict all samples unless this command sets a limit: scoring a file needs all predictions.
     run, config = _open_run(run_folder, data, config_file, settings, base=("limit=0",))
-    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=selected, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"predicting only {config.evaluation.limit} samples (limit={config.evaluation.limit})", err=True)
@@ -398,9 +400,7 @@ def generate(
     run = inference.run_for(prompt, open_runs(run_folder))
     config = _config_of(run, config_file, settings)
     if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(
-            f"--probabilities needs labels that are scored, but answers of {run.task.name} are generated."
-        )
+        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
     response = inference.generate(
         run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )

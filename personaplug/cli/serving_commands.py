@@ -18,8 +18,8 @@ from personaplug.errors import ConfigError, MissingExtra, UserError
 
 _COUNT = click.IntRange(1)
 _STORE = click.option("--store", required=True, help="Store of histories: a file or a postgresql:// URL.")
-_TENANT = click.option("--tenant", default="default", show_default=True)
-_USER = click.option("--user", required=True)
+_TENANT = click.option("--tenant", default="default", show_default=True, help="Tenant of the user.")
+_USER = click.option("--user", required=True, help="Id of the user.")
 
 
 class _NumberRange(click.FloatRange):
@@ -52,8 +52,8 @@ class _NumberRange(click.FloatRange):
     "--model", default="", show_default=False, help="Name of the model in requests.  [default: the model's own name]"
 )
 @seed_option
-@click.option("--host", default="127.0.0.1")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535))
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.option(
     "--keys", type=FILE, help="File of API keys (`personaplug create-key`). Without it, only this machine can connect."
 )

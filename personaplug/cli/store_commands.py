@@ -18,8 +18,8 @@ from personaplug.errors import ConfigError
 _STORE = click.option(
     "--store", required=True, help="Store of histories: a file or a postgresql:// URL. A server may be using it."
 )
-_TENANT = click.option("--tenant", default="default", show_default=True)
-_USER = click.option("--user", required=True)
+_TENANT = click.option("--tenant", default="default", show_default=True, help="Tenant of the user.")
+_USER = click.option("--user", required=True, help="Id of the user.")
 
 
 @click.command()

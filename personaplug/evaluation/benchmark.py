@@ -340,8 +340,8 @@ class _Table:
     @cached_property
     def _samples_key(self) -> str:
         config = self.config.evaluation
-        drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
-        return _hash([self._data_hash, *drawn])
+        sampling = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
+        return _hash([self._data_hash, *sampling])
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
         config = with_learning_rates(self.config, [self.task])  # so keys match trials with explicit learning rates

@@ -46,10 +46,10 @@ def check_json(values: Mapping[str, Any], path: Path, *, remedy: str) -> dict[st
     Raises:
         DamagedFile: if the checksum is missing or differs.
     """
-    found, rest = values.get(KEY), {key: value for key, value in values.items() if key != KEY}
-    if found is None:
+    stored, rest = values.get(KEY), {key: value for key, value in values.items() if key != KEY}
+    if stored is None:
         raise DamagedFile(path, reason="it has no checksum; an older version may have written it", remedy=remedy)
-    if found != json_checksum(rest):
+    if stored != json_checksum(rest):
         raise DamagedFile(path, reason="its content does not match its checksum", remedy=remedy)
     return rest
 

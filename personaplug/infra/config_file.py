@@ -26,9 +26,9 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
         MissingData, ConfigError: see `load_config`.
     """
     config = load_config(path)
-    found, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
-    if found != expected:
-        is_from_other_run = found.split()[:3] == expected.split()[:3]
+    first_line, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
+    if first_line != expected:
+        is_from_other_run = first_line.split()[:3] == expected.split()[:3]
         mismatch = "its settings do not match the checksum in its first line"
         reason = "it belongs to another run" if is_from_other_run else mismatch
         raise DamagedFile(path, reason=reason, remedy="Restore it, or train again in a new folder.")

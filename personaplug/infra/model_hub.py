@@ -173,8 +173,8 @@ def _from_package(name: str) -> Path:
     # A model folder or GGUF file inside another model folder is part of that model.
     models = sorted(path for path in folders | ggufs if folders.isdisjoint(path.parents))
     if len(models) != 1:
-        found = ", ".join(map(str, models)) or "none"
-        tried = f"the files of the Python package {package} (expected one model or .gguf file, found {found})"
+        listing = ", ".join(map(str, models)) or "none"
+        tried = f"the files of the Python package {package} (expected one model or .gguf file, found {listing})"
         raise MissingModel(name, tried=[tried])
     return converted_gguf(models[0]) if models[0].suffix == ".gguf" else models[0]
 

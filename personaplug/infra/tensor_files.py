@@ -46,9 +46,9 @@ def load_tensors(
         if shapes is not None:
             _compare(_header(file), expected=shapes, known={**shapes, **(optional or {})})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = (file.metadata() or {}).get(KEY)
-    if found != checksum(_buffers(tensors)):
-        reason = "its values do not match its checksum" if found else "it has no checksum"
+        stored = (file.metadata() or {}).get(KEY)
+    if stored != checksum(_buffers(tensors)):
+        reason = "its values do not match its checksum" if stored else "it has no checksum"
         raise DamagedFile(path, reason=reason, remedy=remedy)
     if invalid := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
         raise DamagedFile(path, reason=f"{invalid[0]} contains NaN or infinite values", remedy=remedy)

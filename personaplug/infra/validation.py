@@ -20,8 +20,8 @@ def first_error(error: ValidationError) -> str:
         reason = str(details["ctx"]["error"])
         return f"{key!r}: {reason}" if key else reason
     if message.startswith("Input should"):
-        found = repr(details["input"])
-        if len(found) > _MAX_SHOWN:
-            found = f"{found[:_MAX_SHOWN]}… ({type(details['input']).__name__})"
-        return f"{key!r} {message.removeprefix('Input ')}, found {found}"
+        value = repr(details["input"])
+        if len(value) > _MAX_SHOWN:
+            value = f"{value[:_MAX_SHOWN]}… ({type(details['input']).__name__})"
+        return f"{key!r} {message.removeprefix('Input ')}, found {value}"
     return f"{key!r}: {message[:1].lower()}{message[1:]}"

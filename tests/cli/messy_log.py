@@ -1,4 +1,4 @@
-"""A log as a shop's spreadsheet exports it: nearly everything that can be wrong with a CSV file is."""
+"""A log like the export of a shop's spreadsheet, with most defects that a CSV file can have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMS = ("%Y-%m-%d %H:%M", "%d.%m.%Y", "%d/%m/%Y %H:%M")
 
 @dataclass(frozen=True)
 class Counts:
-    """What was written: rows, those of each defect, and users with a usable row."""
+    """Counts of the written rows, of the rows with each defect, and of the users with a usable row."""
 
     rows: int
     without_user: int
@@ -31,8 +31,8 @@ class Counts:
 def write_messy_log(path: Path, *, users: int = 130, seed: int = 0) -> Counts:
     """Write a CSV file in Windows-1252 with semicolons, decimal commas, dates in three forms and quoted newlines.
 
-    A user likes some adjectives and dislikes others. Of the rows that belong to a user, some are written twice, and
-    some lack what a row needs; further rows have no user.
+    A user likes some adjectives and dislikes others. Some rows of a user are duplicates, and some lack an answer or a
+    valid date. Other rows have no user.
     """
     rng, rows = np.random.default_rng(seed), list[list[str]]()
     without_answer = bad_dates = copies = 0
@@ -60,7 +60,7 @@ def write_messy_log(path: Path, *, users: int = 130, seed: int = 0) -> Counts:
     order = rng.permutation(len(rows))
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=";", lineterminator="\r\n")
-    writer.writerow([*HEADER, ""])  # a semicolon at the end of each line makes a column without a name
+    writer.writerow([*HEADER, ""])  # a semicolon at the end of each line adds a column without a name
     writer.writerows([[str(number), *rows[index], ""] for number, index in enumerate(order, 1)])
     path.write_bytes(text.getvalue().encode("cp1252"))
     return Counts(len(rows), without_user, without_answer, bad_dates, copies, users)

@@ -1,4 +1,4 @@
-"""The commands of the evaluation protocol as a user types them, on toy parts."""
+"""The commands of the evaluation protocol, end to end with toy models."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_score_scores_a_file_of_predictions(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["evaluate"], "--run"),
         (["score", "--gold", "x.json"], "--predictions"),
@@ -108,11 +108,11 @@ def test_score_scores_a_file_of_predictions(data: Path, tmp_path: Path) -> None:
         (["convert", "lamp-qx", "DATA", "--out", "EMPTY"], "lamp-qa"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, data: Path, tmp_path: Path) -> None:
+def test_user_error_exits_with_2_and_a_message(words: list[str], message: str, data: Path, tmp_path: Path) -> None:
     placed = [word.replace("DATA", str(data)).replace("EMPTY", str(tmp_path)) for word in words]
     done = _call(*placed)
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert "Traceback" not in done.output
 
 
@@ -160,7 +160,7 @@ def test_convert_writes_a_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["bench"], ["report"], ["score"], ["lamp", "download"], ["convert"]])
-def test_help_teaches(command: list[str]) -> None:
+def test_help_prints_usage(command: list[str]) -> None:
     done = _call(*command, "--help")
     assert done.exit_code == 0
     assert "Usage" in done.output

@@ -1,4 +1,4 @@
-"""The command `import`: conversations become a data set, and mistakes end with 2 and a sentence."""
+"""The command `import`: data sets from conversations, and error messages."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
     assert "from 18 rows of 5 users" in done.output
     assert "1 turns with tool calls left out" in done.output
     assert "5 rows left out because their history is too short" in done.output
-    found = {split: list(open_dataset(tmp_path / "set", split)) for split in ("train", "dev")}
-    assert {split: len({sample.user_id for sample in samples}) for split, samples in found.items()} == {
+    by_split = {split: list(open_dataset(tmp_path / "set", split)) for split in ("train", "dev")}
+    assert {split: len({sample.user_id for sample in samples}) for split, samples in by_split.items()} == {
         "train": 3,
         "dev": 2,
     }
     assert load_task(tmp_path / "set").kind == "chat"
-    (sample,) = (sample for samples in found.values() for sample in samples if sample.rejected)
+    (sample,) = (sample for samples in by_split.values() for sample in samples if sample.rejected)
     assert (sample.target, sample.rejected) == ("Yo.", ("No.",))
     assert [item.kind for item in sample.history] == ["answer", "answer", "answer", "preference"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "Missing argument 'FILES...'"),
         (["EMPTY/none.jsonl", "--out", "EMPTY/set"], "There is no file"),
@@ -76,7 +76,7 @@ def test_conversations_become_a_data_set_split_by_user(chats: Path, tmp_path: Pa
         (["EMPTY/log.csv", "--out", "EMPTY/set", "--share", "0.5"], "are for conversations"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: Path, tmp_path: Path) -> None:
+def test_user_error_exits_with_2_and_a_message(words: list[str], message: str, chats: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "train_questions.json").write_text("[]")
     (tmp_path / "one.jsonl").write_text(lines(chat("One?", "First."), chat("Two?", "Second.")))
@@ -84,7 +84,7 @@ def test_mistakes_end_with_2_and_a_sentence(words: list[str], said: str, chats: 
     (tmp_path / "log.csv").write_text("user,title,stars\nann,a film,3\nbob,a film,4\n")
     done = call(*(word.replace("CHATS", str(chats)).replace("EMPTY", str(tmp_path)) for word in words))
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert "Traceback" not in done.output
     assert not (tmp_path / "set").exists() or not list((tmp_path / "set").glob("*_questions.json"))
 

@@ -91,9 +91,9 @@ def test_log_is_imported_trained_loaded_and_served(
 ) -> None:
     _go_to_an_answer(folder, TOY, monkeypatch)
     store = folder / "histories.db"
-    listed = call("users", "--store", store).stdout.splitlines()
-    assert len(listed) == counts.users + 1
-    assert listed[0].split() == ["tenant", "user", "items", "last", "preferences"]
+    lines = call("users", "--store", store).stdout.splitlines()
+    assert len(lines) == counts.users + 1
+    assert lines[0].split() == ["tenant", "user", "items", "last", "preferences"]
     opened = HistoryStore.open(store)
     opened.erase_user("default", "K001")
     opened.close()

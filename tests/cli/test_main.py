@@ -1,4 +1,4 @@
-"""The command line as a user types it, on toy parts: exit codes, files, messages."""
+"""The command line, end to end with toy models: exit codes, files, messages."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_evaluate_prints_the_table_and_writes_the_results(trained: Path, data: P
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
     assert "personal gain" in done.output
     flat = " ".join(done.output.split())
-    assert "mae@median ↓, rmse@mean ↓" in flat  # left out at 80 columns
+    assert "mae@median ↓, rmse@mean ↓" in flat  # hidden columns of a table with 80 characters
     assert "Is plug better than rivals that cost nothing? Not measured: add the rows user-mean" in flat
 
 
@@ -113,26 +113,26 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
         return [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]], done.output
 
     rivals = ["user-mean", "user-median", "user-majority", "classical"]
-    names, said = rows(data)
+    names, output = rows(data)
     assert names == ["plain", "instruction-only", *rivals, "wrong-user", "plug", "all-knowing"]
-    assert "left out\n" not in said
+    assert "left out\n" not in output
     dev_only = tmp_path / "dev-only"
     dev_only.mkdir()
     for file in data.iterdir():
         if not file.name.startswith("train"):
             (dev_only / file.name).write_bytes(file.read_bytes())
-    names, said = rows(dev_only)
+    names, output = rows(dev_only)
     assert names == ["plain", "instruction-only", "wrong-user", "plug", "all-knowing"]
-    assert "has no train split; leaving out the rows that must be fitted on it" in said
+    assert "has no train split; leaving out the rows that must be fitted on it" in output
     questions = json.loads((data / "train_questions.json").read_text())
     (dev_only / "train_questions.json").write_text(
         json.dumps([q | {"user_id": f"new {q['user_id']}"} for q in questions])
     )
     (dev_only / "train_outputs.json").write_bytes((data / "train_outputs.json").read_bytes())
-    names, said = rows(dev_only)
+    names, output = rows(dev_only)
     assert "plug" in names
     assert "classical" not in names
-    assert "does not have the train split that the run was trained on" in said
+    assert "does not have the train split that the run was trained on" in output
 
 
 def test_evaluate_and_predict_refuse_data_of_another_task_kind(trained: Path, tmp_path: Path) -> None:
@@ -146,10 +146,10 @@ def test_evaluate_and_predict_refuse_data_of_another_task_kind(trained: Path, tm
 
 
 def test_evaluate_prints_persona_scale_and_history_limit(trained: Path, data: Path, tmp_path: Path) -> None:
-    told = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
+    result = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
                  "persona_scale=0.5", "max_eval_history=2", "resamples=100")  # fmt: skip
-    assert told.exit_code == 0, told.output
-    assert "persona_scale 0.5 · items shown at most 2" in told.output
+    assert result.exit_code == 0, result.output
+    assert "persona_scale 0.5 · items shown at most 2" in result.output
 
 
 def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_path: Path) -> None:
@@ -191,11 +191,11 @@ def test_encode_skips_texts_that_have_vectors(data: Path, tmp_path: Path) -> Non
 def test_estimate_writes_the_cost_of_a_run(data: Path, tmp_path: Path) -> None:
     done = _call("estimate", "--data", data, "--json", tmp_path / "e.json", *TOY)
     assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert told["samples"] == 16
-    assert told["trainings"] == 2
-    assert told["step_seconds"] > 0
-    assert told["disk_bytes"] > 0
+    cost = json.loads((tmp_path / "e.json").read_text())
+    assert cost["samples"] == 16
+    assert cost["trainings"] == 2
+    assert cost["step_seconds"] > 0
+    assert cost["disk_bytes"] > 0
     assert "time" in done.output
 
 
@@ -207,7 +207,7 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["train", "--data", "DATA", "--out", "OUT", "epochs=0"], "training.epochs must be a number [from 1]"),
         (["train", "--data", "DATA", "--out", "OUT", "epoch=1"], "did you mean 'epochs'"),
@@ -223,8 +223,8 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path, kind: str) -
         (["quickstart", "--out", "FILE"], "is a file"),
     ],
 )
-def test_mistakes_end_with_2_and_a_sentence(
-    words: list[str], said: str, data: Path, trained: Path, tmp_path: Path
+def test_user_error_exits_with_2_and_a_message(
+    words: list[str], message: str, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "FILE").write_text("")
     places = {
@@ -236,14 +236,14 @@ def test_mistakes_end_with_2_and_a_sentence(
     }
     done = _call(*[places.get(word, word) for word in words])
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
     "command", ["quickstart", "simulate", "encode", "train", "evaluate", "generate", "estimate", "synthesize"]
 )
-def test_help_teaches(command: str) -> None:
+def test_help_prints_usage_and_settings(command: str) -> None:
     done = _call(command, "--help")
     assert done.exit_code == 0
     assert "Usage" in done.output
@@ -322,8 +322,8 @@ def test_command_with_an_invalid_setting_creates_no_folder(
     key = wrong.partition("=")[0]
     if command == "encode" and key != "encoder":
         pytest.skip("encode loads no language model and trains nothing")
-    mistaken = [word for word in words if not str(word).startswith(f"{key}=")]
-    done = _call(*mistaken, wrong)
+    other_words = [word for word in words if not str(word).startswith(f"{key}=")]
+    done = _call(*other_words, wrong)
     assert done.exit_code == 2, done.output
     assert not out.exists()
     if command == "train" and key != "encoder":
@@ -395,14 +395,14 @@ def test_ctrl_c_prints_how_to_resume(monkeypatch: pytest.MonkeyPatch, data: Path
 
     monkeypatch.setattr("personaplug.data.open_dataset", stop)
     monkeypatch.setattr("personaplug.data.splits.split_by_user", stop)
-    for words, said in (
+    for words, message in (
         (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "resume from the first text"),
         (["split", "--data", data, "--out", "unused"], "\nstopped\n"),
         (["estimate", "--data", data, *TOY], "\nstopped\n"),
     ):
         done = _call(*words)
         assert done.exit_code == 130
-        assert said in done.output
+        assert message in done.output
         assert "checkpoint" not in done.output
 
 
@@ -428,7 +428,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(data: Path, tmp_path: Path) -
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ},
-        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        # In a background job of a shell, the test process ignores SIGINT, and its children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     folder = out / "plug" / "seed-0"

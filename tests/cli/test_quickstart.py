@@ -1,4 +1,4 @@
-"""The quickstart's path on toy parts; `make quickstart` runs it on real ones."""
+"""The quickstart with toy models; `make quickstart` runs it with real models."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
 def test_quickstart_prints_table_oracle_and_two_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = replace(RATINGS, users=USERS)
     results = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert {"user-mean", "user-median", "user-majority", "classical"} <= results.by_name.keys()
-    assert "Is plug better than rivals that cost nothing?" in " ".join(said.split())
-    assert "personal gain" in said
-    assert "musicals" in said
-    assert "westerns" in said
+    assert "Is plug better than rivals that cost nothing?" in " ".join(output.split())
+    assert "personal gain" in output
+    assert "musicals" in output
+    assert "westerns" in output
     assert (tmp_path / "q" / "results.json").exists()
     again = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
@@ -36,12 +36,12 @@ def test_quickstart_chat_prints_table_and_three_users(tmp_path: Path, capsys: py
     users = replace(CHATS.users, users=8, queries_per_user=1, dev_users=5)
     settings = [*TOY, "max_new_tokens=4", "epochs=1"]
     results = run_quickstart(tmp_path / "q", demo=replace(CHATS, users=users), settings=settings)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert results.rows[-1].metrics["manners"] == 1
     assert {"copy", "user-words"} <= results.by_name.keys()
-    assert said.count("accepted answers such as") == 3
-    answers = said.partition("accepted answers such as")[2]
+    assert output.count("accepted answers such as") == 3
+    answers = output.partition("accepted answers such as")[2]
     assert answers.count("\nplain\n") == answers.count("\n> ") == 2
 
 
@@ -53,10 +53,12 @@ def test_quickstart_uses_packaged_models_unless_the_user_sets_a_model(demo: Demo
 
 
 def test_preference_is_the_difference_between_two_genres() -> None:
-    def user(*given: tuple[str, str]) -> Sample:
-        items = tuple(HistoryItem(str(i), (("text", t), ("score", s)), "score") for i, (t, s) in enumerate(given))
+    def user(*scores: tuple[str, str]) -> Sample:
+        items = tuple(HistoryItem(str(i), (("text", t), ("score", s)), "score") for i, (t, s) in enumerate(scores))
         return Sample("q", "u", "p", "q", "1", items)
 
     assert _preference(user(("A musical", "5"), ("A loud musical", "4"), ("A western", "1"))) == 3.5
-    assert _preference(user(("A western", "2"), ("A war film", "4"))) == 1  # the mean of all stands for musicals
+    assert (
+        _preference(user(("A western", "2"), ("A war film", "4"))) == 1
+    )  # without musicals, the mean of all films is used
     assert _preference(user()) == 0

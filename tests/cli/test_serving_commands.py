@@ -1,4 +1,4 @@
-"""The commands of a live service, as a user types them, on toy parts."""
+"""The server commands, end to end with toy models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _call(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With `data` and a trained `run`."""
+    """A folder with `data` and a trained `run`."""
     folder = tmp_path_factory.mktemp("serving")
     write_simulation(
         SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5), folder / "data"
@@ -67,7 +67,7 @@ def question(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`personaplug serve` in a process of its own."""
+    """Run `personaplug serve` in a separate process."""
     port = free_port()
     words = ["serve", "--run", folder / "run", "--port", port, *arguments]
     command = [sys.executable, "-m", "personaplug", *map(str, words)]
@@ -76,7 +76,7 @@ def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        # In a background job of a shell, the test process ignores SIGINT, and its children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     url = f"http://127.0.0.1:{port}"
@@ -115,7 +115,7 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
             process.send_signal(signal.SIGTERM)
             events = [line for line in (*begun, *lines) if line]
         assert events[-1] == "data: [DONE]"
-        assert len(events) > 20  # a stream that was begun is finished
+        assert len(events) > 20  # the server finishes a stream that has started
         assert process.wait(30) in (0, -signal.SIGTERM)
         assert process.stderr is not None
         message = process.stderr.read()
@@ -185,8 +185,8 @@ def test_serve_refuses_a_public_address_without_keys(folder: Path, tmp_path: Pat
     ],
 )
 def test_serve_refuses_an_invalid_option(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    given = [str(folder / "run") if word == "RUN" else word for word in words]
-    result = _call("serve", *given, "--store", tmp_path / "h.db", "--port", "0")
+    arguments = [str(folder / "run") if word == "RUN" else word for word in words]
+    result = _call("serve", *arguments, "--store", tmp_path / "h.db", "--port", "0")
     assert result.exit_code == 2
     assert message in result.output
 
@@ -250,14 +250,14 @@ def test_serve_reports_an_unreachable_vllm_server(
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
     monkeypatch.setattr("personaplug.serving.engines.vllm.find_model", Path)
-    with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
+    with closing(logging.FileHandler(tmp_path / "log")) as handler:  # like the log file of a host application
         result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
         assert handler.stream is not None, "a server closes nobody's log"
     assert (result.exit_code, "Cannot reach a vLLM server at http://127.0.0.1:9" in result.output) == (1, True)
 
 
 class _CountingEngine(Engine):
-    """An engine from outside the package, which answers with the number of its soft tokens."""
+    """A plugin engine that answers with the number of soft tokens."""
 
     models = ("counting",)
 

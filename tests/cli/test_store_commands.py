@@ -1,4 +1,4 @@
-"""The commands that back a store up and restore it."""
+"""The store commands: backup, restore, replayed erasures and stated preferences."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_preferences_are_set_listed_and_removed(tmp_path: Path, run: Path) -> None:
     store = HistoryStore.open(tmp_path / "h.db", ENCODER, settings=StoreSettings(keep_text=True, shards=2))
     place = ("--store", tmp_path / "h.db", "--user", "ann")
-    for sentences, told in (
+    for sentences, output in (
         (["No horror.", "Old films"], "2 new, 0 as before, 0 removed\n"),
         (["Old films", "Old films", "No spoilers"], "1 new, 2 as before, 1 removed\n"),
     ):
         done = call("set-preferences", *sentences, *place, "--run", run)
-        assert (done.exit_code, done.output) == (0, told)
-    listed = json.loads(call("list-preferences", *place).stdout)
-    assert [each["preference"] for each in listed] == ["Old films", "No spoilers"]
+        assert (done.exit_code, done.output) == (0, output)
+    preferences = json.loads(call("list-preferences", *place).stdout)
+    assert [each["preference"] for each in preferences] == ["Old films", "No spoilers"]
     assert store.load_history("default", "ann").kind_ids.tolist() == [2, 2]
     done = call("set-preferences", *place)
     assert (done.exit_code, done.output) == (0, "0 new, 0 as before, 2 removed\n")
@@ -81,13 +81,13 @@ def test_preferences_are_set_listed_and_removed(tmp_path: Path, run: Path) -> No
 )
 def test_set_preferences_refuses_invalid_input(tmp_path: Path, run: Path, words: list[str], message: str) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
-    given = [{"RUN": str(run), "nowhere.db": str(tmp_path / "nowhere.db")}.get(word, word) for word in words]
-    done = call("set-preferences", "--store", tmp_path / "h.db", "--user", "ann", *given)
+    arguments = [{"RUN": str(run), "nowhere.db": str(tmp_path / "nowhere.db")}.get(word, word) for word in words]
+    done = call("set-preferences", "--store", tmp_path / "h.db", "--user", "ann", *arguments)
     assert (done.exit_code, message in done.output) == (2, True), done.output
     assert not (tmp_path / "nowhere.db").exists()
 
 
-def test_restore_refuses_an_invalid_backup(tmp_path: Path) -> None:
+def test_restore_refuses_an_invalid_backup_and_backup_an_existing_file(tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
     (tmp_path / "backup").write_text("something else")
     done = call("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db")

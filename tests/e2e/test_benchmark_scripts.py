@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, on toy parts; what they measure is in `benchmarks/LOG.md`."""
+"""The calculations of the benchmark scripts, with toy models; `benchmarks/LOG.md` has their results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answe
 
 def _speed_stage(folder: Path, *settings: str) -> tuple[Run, Models, list[EncodedSample]]:
     write_simulation(SimulationConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
-    config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as the benchmarks have it
+    config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as in the benchmarks
     models = open_models(config)
     run = Run(folder / "run", config, load_task(folder), folder / "vectors")
     samples = run.read_samples(open_dataset(folder, "train", task=run.task), run.open_vectors(models.encoder))
@@ -53,18 +53,18 @@ def test_speed_lower_bound_counts_only_used_operations(tmp_path: Path, monkeypat
 
     linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if speed._linear(n, p))
     width = model.num_hidden_layers * model.hidden_size
-    soft, target = 4, 2  # one instruction token and three of a persona; a digit and the end of text
+    soft, target = 4, 2  # one instruction and three persona tokens; a digit and the end-of-text token
     live = soft + target - 1
-    # Behind a kept prompt, a longer one costs attention to it and nothing else; before the text, the whole model.
+    # A longer cached prompt only adds attention to it; without a cache, it adds a pass of the whole model.
     assert work(104, kept=True) - work(100, kept=True) == pytest.approx(2 * 4 * width * live * 4)
     longer = 4 * linear * 4 + 3 * 4 * width * ((104 + live) ** 2 - (100 + live) ** 2) / 2
     assert work(104, kept=False) - work(100, kept=False) == pytest.approx(longer)
-    # A label without its end: one position and one row of the output layer less.
+    # A label without the end-of-text token saves one position and one row of the output layer.
     head = 2 * model.vocab_size * model.hidden_size
     shorter = 4 * linear + 2 * head + 2 * 4 * width * (100 + (live**2 - (live - 1) ** 2) / 2)
     without_end = work(100, kept=True, labels=run.task.labels)
     assert work(100, kept=True) - without_end == pytest.approx(shorter)
-    # The inner layer runs for every item, the outer one once for a user.
+    # The inner layer runs once per item, the outer layer once per user.
     with_items = work(100, kept=True)
     plug.config = replace(plug.config, max_history=1)
     assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * head_of(plug).projector.inner.weight.numel())
@@ -72,18 +72,18 @@ def test_speed_lower_bound_counts_only_used_operations(tmp_path: Path, monkeypat
 
 def test_reference_step_has_the_same_loss_as_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
-    monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
+    monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is truncated
     table = run.open_vectors(models.encoder)
-    found = []
+    steps = []
     for kind in (speed.ReferenceObjective, PlugObjective):
         plug = build_plug(run, models, seed=0)
         loss: Any
         loss, tokens = kind(plug, models.llm, table=table, labels=run.task.labels).loss(samples)
         loss.backward()
         assert head_of(plug).projector.inner.weight.grad is not None
-        found.append((float(loss.detach()), int(tokens), head_of(plug).projector.inner.weight.grad))
-    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
-    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
+        steps.append((float(loss.detach()), int(tokens), head_of(plug).projector.inner.weight.grad))
+    assert steps[0][:2] == pytest.approx(steps[1][:2], rel=1e-4)
+    torch.testing.assert_close(steps[0][2], steps[1][2], rtol=1e-3, atol=1e-4)
 
 
 def test_the_memory_benchmark_has_short_and_long_prompts() -> None:
@@ -94,7 +94,7 @@ def test_the_memory_benchmark_has_short_and_long_prompts() -> None:
 
 
 def _few(folder: Path) -> None:
-    """Write a set of few samples under the shipped experiment's name, and one with more in place of synthetic ones."""
+    """Write a small set with the name from the packaged experiment, and a larger set instead of a synthetic one."""
     whole = folder / "whole"
     write_simulation(SimulationConfig(users=12, queries_per_user=2, dev_users=5, min_items=2, max_items=4), whole)
     for name, samples in (("Critic_rating-50", 8), ("Critic_rating-50+synthetic", 16)):

@@ -1,4 +1,4 @@
-"""What the documents show works: shipped configs load, shown code runs, results files keep their promised shape."""
+"""The documents are correct: packaged configs load, code examples run, results files have the documented fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_packaged_config_is_valid(path: Path) -> None:
     "path", [p for p in RESULTS if "rows" in json.loads(p.read_text())], ids=lambda path: path.name
 )
 def test_published_results_have_the_documented_fields(path: Path) -> None:
-    told = json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(path.read_text(encoding="utf-8"))
     assert {
         "task",
         "split",
@@ -44,8 +44,8 @@ def test_published_results_have_the_documented_fields(path: Path) -> None:
         "rows",
         "pairs",
         "config",
-    } <= told.keys()
-    for row in told["rows"]:
+    } <= results.keys()
+    for row in results["rows"]:
         assert {"method", "n", "metrics", "intervals"} <= row.keys()
 
 

@@ -1,4 +1,4 @@
-"""Files of two runs that were mixed up: each is refused, as its numbers would be those of another training."""
+"""Files that were copied between two runs are refused, because they belong to another training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _metrics(folder: Path) -> object:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders, each with data and a run that is trained on them with the same settings."""
+    """Two folders, each with data and a run that was trained on it, with the same settings."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for seed, folder in enumerate((one, two)):
         users = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=1, max_items=5, seed=seed)

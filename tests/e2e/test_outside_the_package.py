@@ -1,4 +1,4 @@
-"""A row, a reader, an encoder and a metric from outside the package, without editing any file of it."""
+"""Plugins: a row, a reader, an encoder and a metric that are registered from outside the package."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LatestAnswer(Method):
 
 # ---- a reader
 class ReviewTable(RecordReader):
-    """Read a table of reviews; each user's last review is the question."""
+    """Read a table of reviews; the last review of each user becomes the question."""
 
     def __init__(self, path: str | Path, split: str, **limits: Any) -> None:
         task = Task("Reviews", "rating", ("text",), "score", ("mae",), labels=("1", "2", "3", "4", "5"))
@@ -75,7 +75,7 @@ class ReviewTable(RecordReader):
 
 # ---- an encoder
 class LengthQueries(QueryEncoder):
-    """Encode queries as LengthEncoder encodes items."""
+    """Encode queries like LengthEncoder encodes items."""
 
     width = 2
 
@@ -102,7 +102,7 @@ class LengthEncoder:
 
 # ---- a metric
 class TooHigh(Metric):
-    """The share of ratings above the gold."""
+    """The share of predicted ratings above the reference."""
 
     name = "too_high"
     greater_is_better = False

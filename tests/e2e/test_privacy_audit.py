@@ -1,4 +1,4 @@
-"""The attacks of `benchmarks/privacy.py` on toy parts, and the tables of docs/privacy.md."""
+"""The attacks of `benchmarks/privacy.py` with toy models, and the tables of docs/privacy.md."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_auc_and_ranks_match_their_definitions() -> None:
     assert attacks.ranks_of(scores, np.array([0, 1, 0])).tolist() == [1, 1.5, 3]
 
 
-@pytest.mark.parametrize("rows", [20, 80])  # fewer and more than columns
+@pytest.mark.parametrize("rows", [20, 80])  # fewer and more rows than columns
 def test_ridge_matches_scikit_learn(rows: int) -> None:
     random = np.random.default_rng(1)
     x, y = random.normal(3, 2, (rows, 40)), random.normal(size=(rows, 3))
@@ -58,21 +58,21 @@ def test_linking_uses_features_that_vary_little_within_a_user() -> None:
     first, second = (own + noise * random.normal(size=own.shape) for _ in range(2))
     link = attacks.best_linker(first[:40], second[:40], slice_=np.arange(40) % 3 == 0)
     people = np.arange(20)
-    found = attacks.ranking(link(first[40:]) @ link(second[40:]).T, people, people)
+    ranks = attacks.ranking(link(first[40:]) @ link(second[40:]).T, people, people)
     raw = attacks.ranking(attacks.unit(first[40:]) @ attacks.unit(second[40:]).T, people, people)
-    assert found["top_1"].value > raw["top_1"].value + 0.5
+    assert ranks["top_1"].value > raw["top_1"].value + 0.5
 
 
-def test_names_differ_from_capitalized_first_words() -> None:
+def test_proper_names_exclude_capitalized_first_words() -> None:
     texts = [
         "Great fun with Uma Thurman. Tarantino at his best!",
         "The best of tarantino's films? I saw Pulp.",
         "great",
     ]
     assert attacks.proper_names(texts) == {"uma", "thurman", "pulp"}
-    held = attacks.vocabulary(texts, ["best", "great", "missing"]).holds
-    assert held.astype(int).tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0]]
-    hits = attacks.hits_at(np.array([[9, 1, 0], [9, 1, 0], [9, 1, 0.0]]), held, 1)
+    contains = attacks.vocabulary(texts, ["best", "great", "missing"]).holds
+    assert contains.astype(int).tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0]]
+    hits = attacks.hits_at(np.array([[9, 1, 0], [9, 1, 0], [9, 1, 0.0]]), contains, 1)
     assert attacks.f1(hits) == pytest.approx(2 * 2 / (3 + 4))
 
 
@@ -98,7 +98,7 @@ def test_noise_option_adds_noise_of_the_given_norm() -> None:
     noisy = option("noise", noise=1.0).vectors(stored, seed=0).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(noisy, axis=1), 1, atol=1e-2)
     cosines = (noisy * stored).sum(axis=1)
-    assert cosines.mean() == pytest.approx(1 / 2**0.5, abs=0.02)  # noise as long as the vector
+    assert cosines.mean() == pytest.approx(1 / 2**0.5, abs=0.02)  # the noise has the norm of the vector
 
 
 def test_audit_detects_real_leaks_and_none_in_shuffled_vectors(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_audit_detects_real_leaks_and_none_in_shuffled_vectors(toy_run: Path, mo
     assert stored["vectors"]["text, encoder known"]["top_1"].value == 1
     assert stored["vectors"]["text, shuffled vectors"]["top_1"].value < 0.2
     assert noisy["vectors"]["text, encoder known"]["mrr"].value < 0.8
-    # Of the same items behind another prompt, the tokens that weigh all items alike are equal.
+    # State tokens weigh all items equally, so they are equal for the same items with another prompt.
     assert stored["soft_tokens"]["user, same items, other prompt"]["mrr"].value > 0.5
     assert stored["answers"]["change, removed, its prompt"]["median"].value > 0
     assert set(stored["use"]) >= {"nll", "accuracy"}

@@ -57,7 +57,7 @@ def test_soft_tokens_from_word_embeddings_equal_the_text(smollm: CausalLM) -> No
     rows = [smollm.prompt_tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     losses, _ = smollm.loss(PromptBatch(PROMPTS, soft), targets)
     for row, target, loss in zip(rows, targets, losses, strict=True):
-        # The reference sees ids alone: no soft prompt, no padding.
+        # The reference uses token ids only, without soft prompt and padding.
         before = [*row.ids[: row.soft_position], *ids.tolist(), *row.ids[row.soft_position :]]
         answer = smollm.prompt_tokenizer.encode_target(target)
         logits = smollm.model(input_ids=torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]

@@ -1,4 +1,4 @@
-"""The attacks of `benchmarks/robustness.py`: each finds nothing wrong, and the bench itself sees what is wrong."""
+"""The attacks of `benchmarks/robustness.py`: none finds a fault, and the benchmark detects faults that tests inject."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attacks.lab import Lab, Server, free_port, watched
 
 from personaplug.errors import UserError
 
-GOAL_S = 0.5  # longest time without an answer to /health on a machine with nothing else to do
+GOAL_S = 0.5  # longest time without an answer to /health on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_attack_causes_no_fault(lab: Lab, name: str) -> None:
     robustness.print_row(row)
     assert row["tried"]
     assert row["wrong"] == []
-    assert (row["health_gap_s"] or 0) < 10 * GOAL_S  # a shared machine may halt for a while
+    assert (row["health_gap_s"] or 0) < 10 * GOAL_S  # a shared machine may pause for a while
 
 
 def test_faults_and_broken_attacks_are_reported_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

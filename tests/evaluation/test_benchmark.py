@@ -1,4 +1,4 @@
-"""A benchmark: every row of a table on tiny parts, resumed trial by trial, never twice."""
+"""Benchmarks: all rows of a table with tiny models, resumed trial by trial."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def _folders(folder: Path, data: Path) -> Folders:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def test_benchmark_runs_every_row(tmp_path: Path, data: Path) -> None:
@@ -125,20 +125,20 @@ def test_finished_trials_do_not_run_again(tmp_path: Path, data: Path, monkeypatc
     run_benchmark(_experiment(tmp_path, rows[:4]), folders, seeds=[0])
     first = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.jsonl")}
     assert len(first) == 2
-    asked: list[str] = []
+    trials: list[str] = []
     real = personaplug.evaluation.evaluator.Evaluator.trial
 
-    def told(self: Any, method: Any, *, seed: int) -> Any:
-        asked.append(f"{method.name} {seed}")
+    def trial(self: Any, method: Any, *, seed: int) -> Any:
+        trials.append(f"{method.name} {seed}")
         return real(self, method, seed=seed)
 
-    monkeypatch.setattr(personaplug.evaluation.evaluator.Evaluator, "trial", told)
+    monkeypatch.setattr(personaplug.evaluation.evaluator.Evaluator, "trial", trial)
     run_benchmark(_experiment(tmp_path, rows[:4]), folders, seeds=[0])
-    assert asked == []
+    assert trials == []
     run_benchmark(_experiment(tmp_path, rows), folders, sets=["Two"], methods=["bm25:2", "plug"])
-    assert asked == ["plug 1", "bm25:2 0"]
+    assert trials == ["plug 1", "bm25:2 0"]
     written = run_benchmark(_experiment(tmp_path, rows), folders, sets=["Two"]).written
-    assert asked[2:] == ["instruction-only 1", "wrong-user 1"]
+    assert trials[2:] == ["instruction-only 1", "wrong-user 1"]
     for path, before in first.items():
         assert path.read_bytes().startswith(before)
     assert [row["method"] for row in _read(written[0])["rows"]] == rows
@@ -182,12 +182,12 @@ def test_changed_settings_change_the_trial_keys(tmp_path: Path, data: Path) -> N
     changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
     written = run_benchmark(changed, folders).written
     assert [row["n"] for row in _read(written[0])["rows"]] == [3]
-    kept = list((tmp_path / "results").rglob("One.trials*.jsonl"))
-    assert len(kept) == 2  # the earlier samples' cells are put aside, not lost
-    first = next(path for path in kept if path.name != "One.trials.jsonl").read_bytes()
+    trial_files = list((tmp_path / "results").rglob("One.trials*.jsonl"))
+    assert len(trial_files) == 2  # the trials of the earlier samples are moved aside, not deleted
+    first = next(path for path in trial_files if path.name != "One.trials.jsonl").read_bytes()
     run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders)
     assert [row["n"] for row in _read(written[0])["rows"]] == [8]
-    assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and taken back
+    assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and restored
 
 
 def test_variants_have_separate_tables_and_missing_models_are_reported(tmp_path: Path, data: Path) -> None:
@@ -207,7 +207,7 @@ def test_missing_set_does_not_stop_the_other_sets(tmp_path: Path, data: Path) ->
     folders = Folders(tmp_path / "nowhere", tmp_path / "out", tmp_path / "results")
     assert (
         run_benchmark(_experiment(tmp_path, ["plain"], sets="[One]"), folders).written == []
-    )  # what lies there is of before
+    )  # the existing file is from an earlier run
 
 
 def test_failed_row_does_not_stop_the_other_rows(tmp_path: Path, data: Path) -> None:
@@ -275,8 +275,8 @@ def test_trained_parts_of_another_experiment_are_reused(
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, ["plug"], sets="[One]"), folders)
     monkeypatch.setattr(personaplug.training.parts, "fit", lambda *_, **__: pytest.fail("trained again"))
-    told = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
-    (tmp_path / "curve.yaml").write_text(f"{told}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    (tmp_path / "curve.yaml").write_text(f"{text}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
     written = run_benchmark(load_experiment(tmp_path / "curve.yaml"), folders).written
     assert [part["name"] for part in _read(written[0])["subgroups"]] == ["items=1", "items=all"]
 
@@ -299,7 +299,7 @@ def test_packaged_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> None
     configs = {key: with_values(config, tiny) for key, config in experiment.configs.items()}
     outcome = run_benchmark(replace(experiment, configs=configs), _folders(tmp_path, tmp_path / "data"))
     assert (len(outcome.written), outcome.failed) == (1, [])
-    assert len(outcome.absent) == len(experiment.sets) - 1  # the sets that are not here
+    assert len(outcome.absent) == len(experiment.sets) - 1  # the sets without data here
     results = _read(outcome.written[0])
     assert [row["method"] for row in results["rows"]] == [method.name for method in experiment.methods]
     assert len(results["subgroups"]) == 5 + 1 + 4

@@ -1,4 +1,4 @@
-"""Rows on conversations, end to end on toy parts: what each shows the model, and how often right answers win."""
+"""Rows on conversations, end to end with toy models: the prompts of each row, and choice metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _item(user: str, kind: Any, word: str, *, answer: str) -> HistoryItem:
     return HistoryItem(f"{user}-{kind}-{word}", fields, "answer", kind=kind)
 
 
-def _said(user: str, text: str) -> HistoryItem:
+def _preference(user: str, text: str) -> HistoryItem:
     return HistoryItem(f"{user}-{text}", (("preference", text),), kind="preference")
 
 
@@ -47,9 +47,9 @@ def _history(user: str) -> tuple[HistoryItem, ...]:
     return (
         *(_item(user, "answer", word, answer=f"{user} likes {word}") for word in WORDS[:3]),
         _item(user, "rejection", "tea", answer=f"{user} hates tea"),
-        _said(user, f"I am {user}"),
+        _preference(user, f"I am {user}"),
         _item(user, "answer", "bread", answer=f"{user} likes bread"),
-        _said(user, f"{user} is brief"),
+        _preference(user, f"{user} is brief"),
     )
 
 
@@ -67,7 +67,7 @@ def _sample(user: str, word: str) -> Sample:
 
 
 class Stage:
-    """A run that is trained on conversations, and its evaluations."""
+    """A run that was trained on conversations, and its evaluations."""
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
@@ -113,7 +113,7 @@ def _exchange(user: str, word: str) -> tuple[Turn, Turn]:
 
 
 def _source(inputs: ModelInputs, index: int) -> str:
-    """Return the user whose history a sample is shown."""
+    """Return the user whose history a sample uses."""
     source = inputs.assignments[index].source
     assert source is not None
     return str(inputs.samples[source].user_id)
@@ -125,9 +125,9 @@ def test_stated_row_adds_only_preferences_to_the_prompt(stage: Stage, row: str) 
     for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
         user = _source(inputs, index)
         assert (user == sample.user_id) == (row == "stated")
-        said = f"The user has said: I am {user}. {user} is brief."
+        stated = f"The user has said: I am {user}. {user} is brief."
         own = turns_of(bare.prompt)
-        system = ("system", f"Be kind.\n\n{said}") if own[0][0] == "system" else ("system", said)
+        system = ("system", f"Be kind.\n\n{stated}") if own[0][0] == "system" else ("system", stated)
         assert sample.prompt == Chat((system, *(turn for turn in own if turn[0] != "system")))
     assert inputs.items_used == [2] * len(inputs.samples)
     assert inputs.cut_items_rate == 0
@@ -137,16 +137,16 @@ def test_stated_row_adds_only_preferences_to_the_prompt(stage: Stage, row: str) 
 def test_retrieved_exchanges_are_accepted_answers_before_the_context(stage: Stage, row: str) -> None:
     inputs, plain = stage.inputs(row), stage.inputs("plain")
     for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
-        user, asked = _source(inputs, index), sample.id.split("-")[1]
+        user, word = _source(inputs, index), sample.id.split("-")[1]
         own = turns_of(bare.prompt)
         start = int(own[0][0] == "system")
         turns = turns_of(sample.prompt)
-        shown = turns[start : len(turns) - len(own) + start]
-        assert (*turns[:start], *turns[start + len(shown) :]) == own
-        assert len(shown) == 4
-        # Of equal scores the later item is better; the best one stands last.
-        assert shown[2:] == (_exchange(user, f"{asked}") if asked in WORDS else ())
-        assert all(text.startswith(("What of", f"{user} likes")) for _, text in shown)
+        exchange = turns[start : len(turns) - len(own) + start]
+        assert (*turns[:start], *turns[start + len(exchange) :]) == own
+        assert len(exchange) == 4
+        # If scores are equal, the later item ranks higher. The best item comes last.
+        assert exchange[2:] == (_exchange(user, f"{word}") if word in WORDS else ())
+        assert all(text.startswith(("What of", f"{user} likes")) for _, text in exchange)
         assert _system(sample.prompt) == _system(bare.prompt)
 
 
@@ -228,7 +228,7 @@ def test_choice_and_margin_match_the_losses_of_the_model(stage: Stage) -> None:
 
 @pytest.fixture
 def neutral(stage: Stage) -> Iterator[Stage]:
-    """The stage, asked for the divergence from the plain model too."""
+    """The stage with the divergence from the plain model as an additional metric."""
     run = stage.run
     stage.run = run.asked(replace(CHAT, metrics=("rouge_1", "divergence")))
     yield stage
@@ -242,13 +242,13 @@ def _divergences(stage: Stage, rows: str, *settings: str) -> dict[str, float]:
 
 def test_divergence_is_zero_only_for_the_plain_model_and_scale_0(neutral: Stage) -> None:
     rows = "plain,stated,bm25:2,plug,wrong-user,plug+bm25:1"
-    found = _divergences(neutral, rows)
-    assert list(found) == rows.split(",")
-    assert found.pop("plain") == 0
-    assert min(found.values()) > 0
+    divergences = _divergences(neutral, rows)
+    assert list(divergences) == rows.split(",")
+    assert divergences.pop("plain") == 0
+    assert min(divergences.values()) > 0
     scaled = [_divergences(neutral, "plug", f"persona_scale={scale}")["plug"] for scale in (0, 0.5)]
     assert scaled[0] == 0
-    assert 0 < scaled[1] != found["plug"]
+    assert 0 < scaled[1] != divergences["plug"]
 
 
 def test_divergence_is_cached_and_rows_without_it_are_reported(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +258,8 @@ def test_divergence_is_cached_and_rows_without_it_are_reported(neutral: Stage, m
     assert "divergence ↓" in results_table(results)
     path = neutral.run.folder / "evaluations" / "dev" / "plug.seed-0"
     scores = json.loads(Path(f"{path}.scores.json").read_text())
-    kept = json.loads(Path(f"{path}.predictions.json").read_text())["divergence"]
-    assert [line["divergence"] for line in scores] == pytest.approx([total / tokens for total, tokens in kept])
+    cached = json.loads(Path(f"{path}.predictions.json").read_text())["divergence"]
+    assert [line["divergence"] for line in scores] == pytest.approx([total / tokens for total, tokens in cached])
     monkeypatch.setattr(neutral.models.llm, "divergence", None)
     again = neutral.evaluate("plain,plug")
     assert again.by_name["plug"].metrics == results.by_name["plug"].metrics
@@ -271,8 +271,8 @@ def test_likelihoods_of_each_sample_are_cached(stage: Stage, monkeypatch: pytest
     scores = json.loads(Path(f"{path}.scores.json").read_text())
     assert {"nll", "choice", "margin"} <= scores[0].keys()
     assert [line["choice"] is None for line in scores] == [line["id"].endswith("cats") for line in scores]
-    kept = json.loads(Path(f"{path}.predictions.json").read_text())["nll"]
-    assert [len(row) for row in kept[:3]] == [6, 4, 2]
+    cached = json.loads(Path(f"{path}.predictions.json").read_text())["nll"]
+    assert [len(row) for row in cached[:3]] == [6, 4, 2]
     monkeypatch.setattr(stage.models.llm, "loss", None)
     again = stage.evaluate("stated")
     assert again.by_name["stated"].metrics == first.by_name["stated"].metrics
@@ -288,11 +288,11 @@ def test_rows_with_a_suffix_plug_compute_each_conversation_once(stage: Stage, mo
     states.clear()
     real = states.compute
 
-    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
+    def recorded(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
         return real(rows)
 
-    monkeypatch.setattr(states, "compute", noted)
+    monkeypatch.setattr(states, "compute", recorded)
     for path in (stage.run.folder / "evaluations" / "dev").glob("*.predictions.json"):
         path.unlink()
     stage.evaluate("plug,wrong-user,shuffled")

@@ -1,4 +1,4 @@
-"""Evaluation end to end on toy parts: rows, rates, pairs, files, and what is not done twice."""
+"""Evaluation end to end with toy models: rows, rates, pairs, files and caches."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ TINY = [
 
 
 def _evaluate(run: Run, reader: Reader, **arguments: Any) -> dict[str, Any]:
-    """The results as the object of a results file."""
+    """The results as the JSON object of a results file."""
     return evaluate(run, reader, **arguments).to_json()
 
 
 class Stage:
-    """A trained run and what is needed to evaluate it."""
+    """A trained run with its data, config and models."""
 
     def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = (), base: Config | None = None) -> None:
         self.data = place / "data"
@@ -93,7 +93,7 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 @pytest.fixture(scope="module")
 def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """With the paper's plug, in front of the text; `rating` has the default one, behind it."""
+    """With the paper's plug (placement=prefix); `rating` has the default plug (placement=suffix)."""
     return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
 
 
@@ -133,11 +133,11 @@ def test_rows_of_a_suffix_plug_share_the_prompt_cache(tmp_path: Path, monkeypatc
     states = stage.models.llm.prompt_states
     real = states.compute
 
-    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
+    def recorded(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
         return real(rows)
 
-    monkeypatch.setattr(states, "compute", noted)
+    monkeypatch.setattr(states, "compute", recorded)
     results = stage.evaluate("plain,instruction-only,wrong-user,shuffled,plug,mean-persona,random-vectors")
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10
@@ -156,8 +156,8 @@ def test_instruction_labels_row_adds_label_counts_to_the_instruction(tmp_path: P
         soft = Personalizer(plug, table=table).soft_prompt(samples)
     assert soft.label_bias is not None
     assert (soft.vectors == soft.vectors[:1]).all()
-    known = torch.tensor([bool((sample.label_ids >= 0).any()) for sample in samples])
-    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
+    has_labels = torch.tensor([bool((sample.label_ids >= 0).any()) for sample in samples])
+    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, has_labels)
     folder = stage.run.folder / "evaluations" / "dev"
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.predictions.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
@@ -184,27 +184,27 @@ def test_pair_differences_are_advantages_that_match_the_rows(rating: Stage) -> N
 
 
 def _loss(label: str, line: list[float], *, power: int) -> float:
-    """Expected loss of answering a label of 1 to 5 under their probabilities."""
+    """Return the expected loss of a label, given the probabilities of the labels 1 to 5."""
     return sum(share * abs(float(label) - star) ** power for star, share in enumerate(line, start=1))
 
 
 def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> None:
     results = rating.evaluate("plain,instruction-only,wrong-user,plug", oracle=True)
-    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # and "nll", for who has probabilities
+    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # also "nll" for rows with probabilities
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     folder = rating.run.folder / "evaluations" / "dev"
     changed = 0
     for row in results["rows"]:
         for key in ("metrics", "intervals", "per_user"):
             assert list(row[key]) == columns + ["nll"] * (row["method"] != ORACLE.name)
-        if row["method"] == ORACLE.name:  # it has no probabilities: its answers stand
+        if row["method"] == ORACLE.name:  # without probabilities, the predictions are scored directly
             assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
             assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
             continue
         absolute, squared = [], []
         for seed in row["seeds"]:
-            told = json.loads((folder / f"{row['method']}.seed-{seed}.predictions.json").read_text())
-            for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
+            cached = json.loads((folder / f"{row['method']}.seed-{seed}.predictions.json").read_text())
+            for line, text, gold in zip(cached["probabilities"], cached["texts"], golds, strict=True):
                 median, mean = (
                     min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
                 )
@@ -213,7 +213,7 @@ def test_scored_ratings_have_error_matched_point_estimates(rating: Stage) -> Non
                 changed += (median != text) + (mean != text)
         assert row["metrics"]["mae@median"] == pytest.approx(np.mean(absolute))
         assert row["metrics"]["rmse@mean"] == pytest.approx(np.sqrt(np.mean(squared)))
-    assert changed > 10  # or nothing above was put to the test
+    assert changed > 10  # otherwise the checks above tested nothing
     gains = {pair["metric"] for pair in results["pairs"] if (pair["a"], pair["b"]) == ("plug", "wrong-user")}
     assert gains == {*columns, "nll"}
     scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
@@ -224,10 +224,10 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
     written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert list(written["metrics"]) == ["mae", "rmse", "accuracy", "nll"]
     assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
-    # asked for by the task, such a column scores what was written
+    # if the task requests such a column, it scores the generated text
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
     config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
-    asked = _evaluate(
+    values = _evaluate(
         replace(rating.run, task=task),
         open_dataset(rating.data, "dev", task=task),
         split="dev",
@@ -235,8 +235,8 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
         methods=[find_method("plain")],
         models=rating.models,
     )["rows"][0]["metrics"]
-    assert list(asked) == [*task.metrics, "nll"]
-    assert asked["mae@median"] == asked["mae"]
+    assert list(values) == [*task.metrics, "nll"]
+    assert values["mae@median"] == values["mae"]
     assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
         *task.metrics,
         "rmse@mean",
@@ -247,13 +247,13 @@ def test_generated_ratings_and_other_tasks_have_no_point_estimates(rating: Stage
 
 
 def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style: Stage) -> None:
-    """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
+    """For a closed set, NLL is over the labels; for texts, it is over the tokens."""
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     rows = {row["method"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
     assert "nll" not in rows[ORACLE.name]["metrics"]
-    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
+    cached = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
     places = [rating.run.task.labels.index(gold) for gold in golds]
-    shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
+    shares = [line[place] for line, place in zip(cached["probabilities"], places, strict=True)]
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)), rel=1e-4)
     assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
 
@@ -272,7 +272,7 @@ def test_every_row_with_a_language_model_has_reference_nll(rating: Stage, style:
 
 
 def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] = ()) -> Any:
-    """The rows once more, in a folder that has nothing but the trained plug."""
+    """Evaluate the rows again, in a folder that contains only the trained plug."""
     moved = replace(stage.run, folder=folder)
     if not (folder / "plug").exists():
         for name in ("plug", "run.json"):
@@ -302,11 +302,11 @@ def test_results_report_mean_and_spread_of_seeds(rating: Stage) -> None:
 def test_predictions_have_lamps_format_and_scores_per_sample(rating: Stage) -> None:
     rating.evaluate()
     folder = rating.run.folder / "evaluations" / "dev"
-    told = json.loads((folder / "plug.seed-1.json").read_text())
+    predictions = json.loads((folder / "plug.seed-1.json").read_text())
     questions = json.loads((rating.data / "dev_questions.json").read_text())
-    assert told["task"] == rating.run.task.name
-    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
-    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    assert predictions["task"] == rating.run.task.name
+    assert [gold["id"] for gold in predictions["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in predictions["golds"]} <= set(rating.run.task.labels)
     scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
     assert [line["id"] for line in scores] == [question["id"] for question in questions]
     assert {"user_id", "accuracy", "mae", "history_items"} <= scores[0].keys()
@@ -344,7 +344,7 @@ def test_shuffled_histories_do_not_change_an_order_free_plug(rating: Stage) -> N
 def test_generated_labels_are_recorded_in_the_row(rating: Stage) -> None:
     row = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
     assert row["decoding"] == "generated"
-    assert row["invalid_rate"] > 0.5  # an untrained toy does not write digits
+    assert row["invalid_rate"] > 0.5  # an untrained toy model generates no digits
     assert rating.evaluate("plain")["rows"][0]["decoding"] == "scored"
 
 
@@ -435,7 +435,7 @@ def test_settings_that_the_task_does_not_support_are_refused_before_training(rat
 
 
 def test_options_are_compared_if_the_task_has_options(tmp_path: Path) -> None:
-    asked = (
+    template = (
         'For an author who has written the paper with the title "{}", which reference is related? '
         'Just answer with [1] or [2] without explanation. [1]: "{}" [2]: "{}"'
     )
@@ -446,7 +446,7 @@ def test_options_are_compared_if_the_task_has_options(tmp_path: Path) -> None:
             title, other = words[place % 4], words[(place + 1) % 4]
             pair = (title, other) if place % 2 else (other, title)
             items = [{"id": str(k), "title": words[(place + k) % 4], "abstract": ""} for k in range(place % 3)]
-            prompt = asked.format(title, *pair)
+            prompt = template.format(title, *pair)
             questions.append({"id": str(place), "user_id": f"u{place}", "input": prompt, "profile": items})
             golds.append({"id": str(place), "output": f"[{pair.index(title) + 1}]"})
         (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
@@ -497,15 +497,15 @@ def test_persona_scale_0_equals_the_plain_model(kind: str, soft: int, request: p
     stage: Stage = request.getfixturevalue(kind)
     folder = stage.run.folder / "evaluations" / "dev"
 
-    def told(row: str, persona_scale: str) -> list[dict[str, str]]:
+    def predictions(row: str, persona_scale: str) -> list[dict[str, str]]:
         results = stage.evaluate(row, settings=(f"persona_scale={persona_scale}",))
         tokens.append(results["rows"][0]["prompt_tokens_mean"])
         return json.loads((folder / f"{row}.seed-0.json").read_text())["golds"]  # type: ignore[no-any-return]
 
     tokens: list[float] = []
-    assert told("plug", "0") == told("plain", "1")
+    assert predictions("plug", "0") == predictions("plain", "1")
     assert tokens[0] == tokens[1]
-    told("plug", "1")
+    predictions("plug", "1")
     assert tokens[2] == tokens[1] + soft
 
 
@@ -513,7 +513,7 @@ def test_the_task_determines_the_answer_channel(tmp_path: Path) -> None:
     settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
     for kind, channel in (("rating", "label"), ("style", "style")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
-        stage.run.check_unchanged(stage.config)  # which still says auto
+        stage.run.check_unchanged(stage.config)  # this config still has `auto`
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
         assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
@@ -538,7 +538,7 @@ def test_paper_plug_is_a_row_in_the_same_run(tmp_path: Path) -> None:
     tokens = {row["method"]: row["prompt_tokens_mean"] for row in results["rows"]}
     assert tokens["plug"] - tokens["paper-plug"] == 7 - 2
     assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
-    # It reads items with their answers, the run's own plug without: each sees vectors of its own.
+    # The paper's plug encodes items with answers, the run's own plug without, so each needs separate vectors.
     config = stage.config.evaluation
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     context = EvalContext(stage.run, reader, models=stage.models, config=config)
@@ -582,10 +582,10 @@ def test_predict_works_without_reference_answers(rating: Stage, tmp_path: Path) 
         models=rating.models,
     )
     assert [path.name for path in paths] == ["plain.seed-0.json", "plug.seed-0.json", "plug.seed-1.json"]
-    told = json.loads(paths[1].read_text())
+    predictions = json.loads(paths[1].read_text())
     questions = json.loads((rating.data / "dev_questions.json").read_text())
-    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
-    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    assert [gold["id"] for gold in predictions["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in predictions["golds"]} <= set(rating.run.task.labels)
 
 
 def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
@@ -617,8 +617,8 @@ def test_random_vectors_row_reads_no_answers(tmp_path: Path) -> None:
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     context = EvalContext(stage.run, reader, models=stage.models, config=stage.config.evaluation)
     own = context.assign("own", seed=0)
-    shown = find_method("random-vectors").build_inputs(context, own, seed=0)
-    assert all((sample.label_ids == -1).all() for sample in shown.samples)
+    inputs = find_method("random-vectors").build_inputs(context, own, seed=0)
+    assert all((sample.label_ids == -1).all() for sample in inputs.samples)
     assert any(
         (sample.label_ids >= 0).any() for sample in find_method("plug").build_inputs(context, own, seed=0).samples
     )
@@ -635,7 +635,7 @@ def test_failed_likelihood_drops_the_column_but_keeps_the_predictions(
         first = _moved(style, tmp_path, "plain,plug")
     assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
     assert "no likelihood of the reference answers (IndexError)" in caplog.text
-    # The answers are kept; only what was missing is asked for.
+    # The predictions are cached; only the missing likelihoods are computed.
     monkeypatch.setattr(style.models.llm, "generate", None)
     second = _moved(style, tmp_path, "plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):

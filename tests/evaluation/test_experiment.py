@@ -1,4 +1,4 @@
-"""Experiments in YAML: every shipped one is valid, and mistakes are said."""
+"""Experiment files: the packaged experiments are valid, and invalid files are refused."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_invalid_experiment_is_refused(tmp_path: Path, text: str, said: str) -> 
 
 
 def test_curves_include_the_table_itself(tmp_path: Path) -> None:
-    told = "sets: [A]\nmethods: [plain]\nmax_eval_history: [0, 2]\npersona_scales: [1.5, 0, 0.5]\n"
-    items, persona_scales = load_experiment(_written(tmp_path, told)).curves
+    text = "sets: [A]\nmethods: [plain]\nmax_eval_history: [0, 2]\npersona_scales: [1.5, 0, 0.5]\n"
+    items, persona_scales = load_experiment(_written(tmp_path, text)).curves
     assert [probe.name for probe in items] == ["items=0", "items=2", "items=all"]
     assert [probe.name for probe in persona_scales] == [
         "persona_scale=0",
@@ -95,8 +95,8 @@ def test_curves_include_the_table_itself(tmp_path: Path) -> None:
 
 
 def test_item_kinds_are_points_of_a_curve(tmp_path: Path) -> None:
-    told = "sets: [A]\nmethods: [plain]\nitem_kinds: [answers, preferences]\n"
-    (kinds,) = load_experiment(_written(tmp_path, told)).curves
+    text = "sets: [A]\nmethods: [plain]\nitem_kinds: [answers, preferences]\n"
+    (kinds,) = load_experiment(_written(tmp_path, text)).curves
     assert [(point.name, point.changes) for point in kinds] == [
         ("item_kinds=answers", {"item_kinds": "answers"}),
         ("item_kinds=preferences", {"item_kinds": "preferences"}),

@@ -119,7 +119,7 @@ def test_json_lines_survive_a_kill_and_contain_no_nan(tmp_path: Path) -> None:
     for cut in range(1, len(whole.splitlines()[-1]) + 2):
         lines.path.write_bytes(whole[:-cut])
         lines.append({"more": True})
-        values = [{"c": 2}] if cut == 1 else []  # without its line end alone, the line is whole
+        values = [{"c": 2}] if cut == 1 else []  # the line is complete if only its line end is missing
         assert list(lines) == [{"a": None, "b": "é\u2028"}, *values, {"more": True}]
     with pytest.raises(StorageError):
         JsonLines(tmp_path).append({})

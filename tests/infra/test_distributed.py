@@ -1,4 +1,4 @@
-"""Data-parallel runs: two real processes train what one trains; an error in one ends all; only `train` shares."""
+"""Data-parallel runs: two processes train the same plug as one, and an error in one process ends both."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def _train(
 
 
 def _started(*words: object) -> subprocess.Popen[str]:
-    """Two processes, as the documents start them."""
+    """Start two processes like the documents do."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launcher, "--main_process_port", "0", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _distance(file: Path, other_file: Path) -> float:
-    """The largest difference between two files of tensors, relative to each tensor's norm."""
+    """Return the largest difference between two files of tensors, relative to the norm of each tensor."""
     tensors, others = load_file(file), load_file(other_file)
     assert tensors.keys() == others.keys()
     pairs = [(value.double(), others[name].double()) for name, value in tensors.items()]
@@ -135,13 +135,13 @@ def test_two_processes_share_work_and_errors(tmp_path: Path, data: Path) -> None
 
 
 def _few(run: Path) -> dict[str, dict[str, float]]:
-    """Losses of held-out users of few items, with personas and without."""
+    """Losses of held-out users with few items, with and without personas."""
     losses: dict[str, dict[str, float]] = json.loads((run / "plug/seed-0/fit.json").read_text())["loss_of_few_items"]
     return losses
 
 
 def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
-    """Values and errors that one of two processes sees."""
+    """Values and errors in one of two processes."""
     connect("cpu")
     assert world_size() == 2
     results: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     results["main fails"] = _error(lambda: on_main(lambda: _fail(in_main=True)))
     _train(out / "two", data, *ALONE, rows=ROWS)
     results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/ranking_targets.jsonl").open())
-    # In the second process alone, from the second step on.
+    # only in the second process, from the second step on
     results["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
     vars(tensor_files)["save_file"] = _full
     results["full"] = _error(lambda: _train(out / "full", data, *ODD))
@@ -208,7 +208,7 @@ def test_other_commands_refuse_several_processes(command: str, monkeypatch: pyte
     def stop(_: float) -> None:
         raise SystemExit(143)
 
-    # The launcher ends the second process as soon as the first, which has reported the error, has ended.
+    # The first process prints the error and exits. Then the launcher kills the second process.
     monkeypatch.setattr(time, "sleep", stop)
     monkeypatch.setenv("WORLD_SIZE", "2")
     outputs = []

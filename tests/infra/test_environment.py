@@ -1,4 +1,4 @@
-"""Versions and machine facts that results record."""
+"""Package versions and machine facts for results files."""
 
 from __future__ import annotations
 

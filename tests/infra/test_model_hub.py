@@ -1,4 +1,4 @@
-"""Model names, the places they lead to, and the fingerprint of weights."""
+"""Resolution of model names, and fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where Python looks for installed packages."""
+    """A folder on Python's search path for installed packages."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -48,7 +48,7 @@ def make_model_folder(folder: Path, *, description: str = "config.json") -> Path
 
 
 def install(site: Path, name: str, folder: Path | None = None) -> None:
-    """Make the files in a folder, or all that there are, those of an installed package."""
+    """Register the given files of a folder, or all its files, as an installed package."""
     files = [str(path.relative_to(site)) for path in (folder or site).rglob("*") if path.is_file()]
     info = site / f"{name.replace('-', '_')}-1.2.dist-info"
     info.mkdir()
@@ -119,7 +119,7 @@ def test_package_with_one_model_folder_is_found_by_its_name(site: Path, descript
     folder = make_model_folder(site / "some_model" / "files", description=description)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
-    make_model_folder(folder / "2_Dense")  # a part of the model, not another one
+    make_model_folder(folder / "2_Dense")  # part of the model, not a second model
     install(site, "some-model")
     assert find_model("package:some-model") == folder
     assert revision_of("package:some-model", folder) == "some-model==1.2"

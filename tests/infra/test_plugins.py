@@ -1,4 +1,4 @@
-"""Plugins: installed distributions that register their own parts under the entry point group "personaplug"."""
+"""Plugins: installed distributions with entry points in the group "personaplug"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder where Python looks for installed distributions."""
+    """A folder on Python's search path for installed distributions."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)

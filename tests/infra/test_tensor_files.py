@@ -1,4 +1,4 @@
-"""Safetensors files: any damage, NaN or other shape is refused."""
+"""Safetensors files: loading refuses damage, NaN and unexpected shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentence about the first of pydantic's errors."""
+"""Messages for pydantic's validation errors."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sentence_lengths import percentile_90, sentences, word_counts
+from sentence_lengths import ROOT, percentile_90, sentences, word_counts
 
 
 def test_sentences_end_at_punctuation_before_a_new_sentence() -> None:
@@ -38,3 +38,7 @@ def test_links_count_as_their_words_and_code_as_one_word() -> None:
 def test_percentile_90_is_the_length_of_an_actual_sentence() -> None:
     assert percentile_90([1] * 9 + [40]) == 40
     assert percentile_90([1] * 10 + [40]) == 1
+
+
+def test_readme_has_fewer_than_1500_words() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1500

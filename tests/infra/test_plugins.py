@@ -107,5 +107,5 @@ def test_unknown_benchmark_error_lists_readers_of_plugins(site: Path, tmp_path: 
 def test_register_reader_refuses_a_duplicate_name() -> None:
     register_reader("My_Papers", LongLampReader)
     register_reader("my-papers", LongLampReader)
-    with pytest.raises(ConfigError, match="The reader 'my-papers' exists already"):
+    with pytest.raises(ConfigError, match="The reader 'my-papers' already exists"):
         register_reader("my-papers", LampQAReader)

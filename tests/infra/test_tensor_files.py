@@ -68,5 +68,5 @@ def test_load_tensors_refuses_other_shapes(path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_load_tensors_refuses_nan_and_infinity(tmp_path: Path, value: float) -> None:
     save_tensors(tmp_path / "x.safetensors", {"a": torch.tensor([0.0, value])})
-    with pytest.raises(DamagedFile, match="a holds NaN or infinite values"):
+    with pytest.raises(DamagedFile, match="a contains NaN or infinite values"):
         load_tensors(tmp_path / "x.safetensors", remedy="Restore it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -253,12 +254,14 @@ def test_persona_with_nan_is_refused_and_does_not_affect_other_requests(toy: Cau
 
 def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, logits, calls = toy.prefill, toy.cached_prefix.logits, list[str]()
+    are_submitted = threading.Event()
 
     def recorded_prefill(*args: Any, **kwargs: Any) -> Any:
         calls.append("p")
         return prefill(*args, **kwargs)
 
     def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        are_submitted.wait(timeout=60)
         calls.append("s")
         return logits(*args, **kwargs)
 
@@ -267,8 +270,13 @@ def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pyte
 
     async def ask(engine: InProcessEngine) -> None:
         long = asyncio.create_task(engine.respond(_chat("long", max_tokens=100)))
-        await asyncio.gather(*(engine.respond(_chat(f"short {n}", max_tokens=1)) for n in range(60)))
-        await long
+        while not calls:
+            await asyncio.sleep(0.001)
+        shorts = [asyncio.create_task(engine.respond(_chat(f"short {n}", max_tokens=1))) for n in range(60)]
+        while len(engine._scheduler._waiting) < len(shorts) - 1:  # one may run already
+            await asyncio.sleep(0.001)
+        are_submitted.set()
+        await asyncio.gather(long, *shorts)
 
     _run(toy, ask, max_rows=2)
     order = "".join(calls)

@@ -149,7 +149,7 @@ def test_tokenizer_that_splits_a_text_is_refused() -> None:
     def odd(text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1, 2] if add_special_tokens else [3]}
 
-    with pytest.raises(ConfigError, match="one piece"):
+    with pytest.raises(ConfigError, match="changes the tokens of the text"):
         frame_of(odd)
 
 

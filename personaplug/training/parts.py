@@ -343,7 +343,11 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(sole_trainer(run.folder)))
         trainings = Trainings(run, reader, models=models)
-        return [trainings.train(part, seed=seed) for seed in run.config.training.seeds for part in parts]
+        pairs = [(part, seed) for seed in run.config.training.seeds for part in parts]
+        if len(pairs) > 1:
+            order = ", ".join(f"{part.name} (seed {seed})" for part, seed in pairs)
+            logger.info("%d trainings, one after the other: %s", len(pairs), order)
+        return [trainings.train(part, seed=seed) for part, seed in pairs]
 
 
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:

@@ -92,8 +92,8 @@ class DateColumn:
     is_numeric: bool
 
     def describe(self) -> str:
-        more = ", …" if len(self.shapes) > _MAX_SHOWN_FORMS else ""
-        listed = ", ".join(self.shapes[:_MAX_SHOWN_FORMS]) + more
+        more = " | …" if len(self.shapes) > _MAX_SHOWN_FORMS else ""
+        listed = " | ".join(self.shapes[:_MAX_SHOWN_FORMS]) + more  # a form may hold a comma
         forms = "the form" if len(self.shapes) == 1 else f"{len(self.shapes)} forms:"
         return f"{self.readable:.0%} of its values are dates, in {forms} {listed}"
 

@@ -1,4 +1,4 @@
-# Each target does all its set-up: a virtual environment in .venv, torch's CPU build, the package, two small models.
+# Each target sets up what it needs: a virtual environment in .venv, torch's CPU build, the package, two small models.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -12,7 +12,7 @@ OUT    ?= runs/quickstart
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
-# torch comes first and by itself: a free version range would pull gigabytes of CUDA packages onto a machine without one.
+# Install torch first, from a fixed version: a free range pulls gigabytes of CUDA packages onto a machine without a GPU.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -28,15 +28,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 quickstart: install
 	$(BIN)/personaplug quickstart --out $(OUT)
 
-# Two processes with a thread each; a file's tests stay together because they share what they set up.
+# Run two processes with one thread each. The tests of a file stay together, because they share fixtures.
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow
 
-# The clients of docs/clients.md, in an environment of their own and a folder that is removed again: LiteLLM brings its
-# own versions of what the server needs.
+# Test the clients of docs/clients.md in a separate environment and a temporary folder, because LiteLLM needs other
+# versions of the server's packages.
 test-clients: install-dev $(CLIENTS)/.installed
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && npm install --silent --prefix $$folder openai@6 && \
 	PERSONAPLUG_CLIENTS_PYTHON=$(abspath $(CLIENTS))/bin/python PERSONAPLUG_CLIENTS_NODE_MODULES=$$folder/node_modules \
@@ -55,7 +55,7 @@ check: install-dev
 	$(BIN)/mypy
 	$(BIN)/python tests/sentence_lengths.py
 
-# The site of the documents, in site/; a broken link, an unlisted page or a wrong docstring ends the build.
+# Build the site of the documents in site/. The build fails on a broken link, an unlisted page or a wrong docstring.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -63,8 +63,8 @@ $(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
 	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@
 
-# vLLM's CPU build, in an environment of its own beside the project's: 3 minutes, 3.4 GB. What torch is here decides what
-# it may bring along; its audio and vision packages have no CPU build and are of no use to a text model.
+# Install vLLM's CPU build in a separate environment: 3 minutes, 3.4 GB. The version of torch limits vLLM's packages.
+# Omit its audio and vision packages: they have no CPU build, and text models do not need them.
 vllm: $(VLLM)/.installed
 
 $(VLLM)/.installed: benchmarks/vllm_needs.py

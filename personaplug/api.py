@@ -104,7 +104,7 @@ class Plug(ModelHubMixin):
         skip_bad: int = 0,
         **settings: Any,
     ) -> Self:
-        """Train a plug, and its control without history. The same call again goes on where it stopped.
+        """Train a plug and its control without history. Repeat the call to resume a stopped training.
 
         Whole users are held out: a share for `evaluate`, and of the others `validation_share` to choose the checkpoint.
 
@@ -127,7 +127,10 @@ class Plug(ModelHubMixin):
             settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.
         """
         if (_is_folder(rows) and (kind or labels)) or (task and not _is_folder(rows)):
-            raise ConfigError("A folder in LaMP's layout has a `task`; other rows have a `kind` and `labels`.")
+            raise ConfigError(
+                "Only a folder in LaMP's layout takes `task`; only other rows take `kind` and `labels`. Remove the "
+                "arguments that do not apply."
+            )
         config = with_values(Config(), settings if llm is None else {"llm": llm, **settings})
         folder = Path(out) if out else Path("runs", _name_of(rows))
         connect(choose_device(config.model.device))
@@ -229,11 +232,11 @@ class Plug(ModelHubMixin):
         )
 
     def evaluate(self, rows: object = None, *, methods: str | None = None, **settings: Any) -> Results:
-        """Compare the plug with its controls and with free rivals; `print` shows the verdict and the table.
+        """Compare the plug with its controls and with rivals that cost nothing; `print` shows verdict and table.
 
         Args:
             rows: other rows with the columns of the training rows; None = the users that `train` held out.
-            methods: rows of the table, as for `personaplug evaluate`; None = the plug, its controls and free rivals.
+            methods: rows of the table, as for `personaplug evaluate`; None = the default.
             settings: as for `personaplug evaluate`: limit=200, num_beams=1.
         """
         config = with_values(self.run.config, settings)
@@ -367,7 +370,7 @@ def _is_folder(rows: object) -> bool:
 def _link(data: Path, link: Path) -> None:
     """Link to a data set instead of copying it, or check an earlier call's link."""
     if link.exists() and link.resolve() != data.resolve():
-        raise RunConflict(f"{link} is other data than {data}. Give the same folder, or choose another `out`.")
+        raise RunConflict(f"{link} leads to other data than {data}. Give the same folder, or choose another `out`.")
     if not link.exists():
         with storage_errors(link):
             link.symlink_to(data.resolve(), target_is_directory=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LIMIT, LIMIT_OF_BENCHMARKS = 25, 30
 """Maximum words of nine in ten sentences."""
 
-_NOT_PROSE = re.compile(r"<!--.*?-->|^(```|~~~).*?^\1|^---\n.*?^---\n", re.DOTALL | re.MULTILINE)
+_NOT_PROSE = re.compile(r"<!--.*?-->|^ *(```|~~~).*?^ *\1|^---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 _SKIPPED_LINE = re.compile(r"\s*(?:\||#|<|!!!|\$\$|={3,}|-{3,})")
 _LIST_MARK = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+|\s*>\s*")
 _LINK = re.compile(r"!?\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")

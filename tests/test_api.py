@@ -302,7 +302,7 @@ def test_a_log_line_says_how_the_rows_are_read(plug: Plug, caplog: pytest.LogCap
         (ROWS, {"user": "product"}, ConfigError, "no user has two rows.*Give another column by user="),
         ("no.csv", {}, MissingData, "There is no file no.csv"),
         (ROWS, {"kind": "stars"}, ConfigError, "one of label, rating, text, chat; found 'stars'"),
-        (ROWS, {"task": "LaMP_3"}, ConfigError, "A folder in LaMP's layout has a `task`"),
+        (ROWS, {"task": "LaMP_3"}, ConfigError, "Only a folder in LaMP's layout takes `task`"),
         (ROWS, {"epoch": 3}, ConfigError, "There is no setting 'epoch'; did you mean 'epochs'"),
     ],
 )

@@ -1,7 +1,9 @@
-"""The files of the wheel and of the source archive."""
+"""The files of the wheel and of the source archive, and the wheel without the checkout."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("personaplug", "tests", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+WITHOUT_CHECKOUT = """
+import json
+from importlib.metadata import version
+from pathlib import Path
+import personaplug
+from personaplug.data import LAMP_TASKS
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.evaluation.experiment import EXPERIMENTS, find_experiment, load_experiment
+names = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+experiments = [load_experiment(find_experiment(name)).name for name in names]
+write_simulation(SimulationConfig(task="manners", users=2, dev_users=2), Path("simulated"))
+print(json.dumps([personaplug.__file__, version("personaplug"), experiments, sorted(LAMP_TASKS)]))
+"""
 BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 
 
@@ -52,3 +67,17 @@ def test_source_archive_contains_build_files_and_no_tests(built: Path) -> None:
     other_files = {name.partition("/")[0] for name in names - _package_files()}
     generated = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
     assert other_files == {*generated, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+
+
+def test_wheel_has_experiments_tasks_and_topics_without_the_checkout(built: Path, tmp_path: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    command, environment = [sys.executable, "-c", WITHOUT_CHECKOUT], {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    file, version, experiments, tasks = json.loads(done.stdout)
+    assert file == str(site / "personaplug" / "__init__.py")
+    assert f"-{version}-" in wheel.name
+    assert len(experiments) == len(list((ROOT / "personaplug/evaluation/experiments").glob("*.yaml"))) > 0
+    assert "LaMP_3" in tasks
+    assert (tmp_path / "simulated" / "train_questions.json").is_file()

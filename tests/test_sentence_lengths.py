@@ -25,7 +25,15 @@ def test_each_list_item_is_a_paragraph() -> None:
 
 
 @pytest.mark.parametrize(
-    "markdown", ["# A heading.", "| a | table. |", "```\nA line. Of code.\n```", "<!-- a. comment\n\nof lines. -->", ""]
+    "markdown",
+    [
+        "# A heading.",
+        "| a | table. |",
+        "```\nA line. Of code.\n```",
+        "   ```sh\n   A line. Of code.\n   ```",
+        "<!-- a. comment\n\nof lines. -->",
+        "",
+    ],
 )
 def test_non_prose_has_no_sentences(markdown: str) -> None:
     assert sentences(markdown) == []

@@ -122,7 +122,7 @@ def storage_errors(target: Path) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except Exception as error:
-        # safetensors reports a full disk as an error class of its own.
+        # safetensors reports a full disk as SafetensorError, not as OSError.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise StorageError(

@@ -111,7 +111,7 @@ class HistoryStore:
         check_settings(info.settings, settings or info.settings)
         _check_encoder(info.encoder, identity)
         for number in range(info.settings.shards):
-            if not database.indexes_fit(Shard(number).users):  # else a user that the index misses would be created anew
+            if not database.indexes_fit(Shard(number).users):  # an index without a user would create the user again
                 raise damaged("the index of users")
         store = cls(database, key, info.settings, info.encoder, encoder, info.retention)
         with suppress(StorageError):  # a reader may block this; the store opens anyway, and the next `open` retries

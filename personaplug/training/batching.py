@@ -97,7 +97,7 @@ def _thinned(order: npt.NDArray[np.intp], shares: npt.NDArray[np.float64]) -> np
 def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:
     """Split a batch into parts of at most `max_tokens` tokens, padding included; 0 = one part.
 
-    A sample with more tokens is a part by itself.
+    A sample with more tokens becomes a separate part.
     """
     if not max_tokens:
         return [list(batch)] if batch else []

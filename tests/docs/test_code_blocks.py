@@ -1,6 +1,7 @@
-"""Code in the documentation: commands and imports exist, and marked blocks run.
+"""Code in the documentation: commands and imports exist, and every Python block runs.
 
-A Python block runs if the line before it is `<!-- run -->`. The blocks of a page run in order and share a namespace.
+A Python block runs here if the line before it is `<!-- run -->`. The blocks of a page run in order and share a
+namespace. RUN_BY names the tests that run the other blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 import click
 import pytest
@@ -24,6 +26,7 @@ from personaplug.config_parsing import load_config
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError
 from personaplug.methods import parse_methods
+from personaplug.serving import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -31,7 +34,8 @@ PAGES = [
     *ROOT.glob("docs/**/*.md"),
 ]
 _FENCE = re.compile(
-    r"^(?P<mark><!-- run -->\n+)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<mark><!-- run -->\n+)?(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
 )
 _INLINE = re.compile(r"`(personaplug [^`]+)`")
 _SEPARATORS = {"&&", "||", ";", "|", ">", ">>", "&"}
@@ -54,12 +58,22 @@ class Block:
 def _blocks(path: Path) -> list[Block]:
     page = path.relative_to(ROOT).as_posix()
     fences = _FENCE.finditer(path.read_text(encoding="utf-8"))
-    return [Block(page, each["language"], each["code"], each["mark"] is not None) for each in fences]
+    return [Block(page, each["language"], dedent(each["code"]), each["mark"] is not None) for each in fences]
 
 
 BLOCKS = [block for path in sorted(PAGES) for block in _blocks(path)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 PAGES_THAT_RUN = sorted({block.page for block in PYTHON if block.runs})
+RUN_BY = {
+    "README.md": "e2e/test_docs.py",
+    "docs/clients.md": "clients/test_page.py",
+    "docs/getting-started/app-engineer.md": "clients/test_other_pages.py",
+    "docs/python.md": "test_api.py",
+    "docs/serving.md": "clients/test_other_pages.py",
+    "docs/store.md": "store/test_opening.py",
+    "docs/your-data.md": "e2e/test_docs.py",
+}
+"""The page of each Python block without a mark, and the test file that runs the block."""
 
 
 def _commands(code: str) -> Iterator[list[str]]:
@@ -164,7 +178,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN)
-def test_marked_python_runs(page: str, quickstart: Path) -> None:
+def test_marked_python_runs(page: str, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_ENGINES", dict(engines._ENGINES))  # a page registers an engine
     namespace: dict[str, object] = {"__name__": page}
     with contextlib.chdir(quickstart):
         for block in PYTHON:
@@ -172,5 +187,14 @@ def test_marked_python_runs(page: str, quickstart: Path) -> None:
                 exec(compile(block.code, page, "exec"), namespace)
 
 
-def test_some_pages_have_blocks_that_run() -> None:
+def test_every_python_block_is_marked_or_has_a_test() -> None:
     assert len(PAGES_THAT_RUN) >= 3
+    assert {block.page for block in PYTHON if not block.runs} == set(RUN_BY)
+    for page, test in RUN_BY.items():
+        code = (ROOT / "tests" / test).read_text(encoding="utf-8") + (ROOT / "tests/client_page.py").read_text("utf-8")
+        assert Path(page).name in code, page
+
+
+def test_a_block_in_a_list_is_found() -> None:
+    [block] = [block for block in PYTHON if block.page == "docs/serving.md"]
+    assert block.code.startswith("import httpx\n")

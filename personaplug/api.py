@@ -19,6 +19,7 @@ from personaplug.analysis.results_file import Results
 from personaplug.config import Config
 from personaplug.config_parsing import with_values
 from personaplug.data import load_task, open_dataset
+from personaplug.data.logs.answers import labels_of
 from personaplug.data.logs.log import Log, read_log, read_rows
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import RowForm
@@ -26,6 +27,7 @@ from personaplug.data.logs.writing import describe_columns, describe_rows, descr
 from personaplug.data.records import Chat, Prompt
 from personaplug.data.task import Reader
 from personaplug.data.user_histories import Histories, History
+from personaplug.data.values import Flaw, as_text
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import Answer, ItemInfluence
@@ -89,10 +91,10 @@ class Plug(ModelHubMixin):
         cls,
         rows: object,
         *,
-        user: str = "user",
-        question: str = "question",
-        answer: str = "answer",
-        date: str | None = None,
+        user: str | int = "user",
+        question: str | int = "question",
+        answer: str | int = "answer",
+        date: str | int | None = None,
         date_format: str | None = None,
         kind: str | None = None,
         labels: Sequence[object] = (),
@@ -111,7 +113,7 @@ class Plug(ModelHubMixin):
         Args:
             rows: a file (CSV, TSV, JSON lines, JSON, Parquet, also .gz), a DataFrame, a Hugging Face data set, any
                 iterable of mappings, or a folder in LaMP's layout, which has its own users, task and dev split.
-            user: the column of the user's name or id.
+            user: the column of the user's name or id. A column without a name is named by its number.
             question: the column of the question.
             answer: the column of the user's answer.
             date: the column of the time; None = the rows of a user are in time order.
@@ -137,10 +139,10 @@ class Plug(ModelHubMixin):
         log = None
         if not _is_folder(rows):
             options = LogOptions(
-                user=user,
-                questions=(question,),
-                answer=answer,
-                date=date,
+                user=str(user),
+                questions=(str(question),),
+                answer=str(answer),
+                date=None if date is None else str(date),
                 date_formats=(date_format,) if date_format else (),
                 no_date=date is None,
                 kind=kind,
@@ -219,35 +221,36 @@ class Plug(ModelHubMixin):
         *,
         user: object = None,
         history: History | None = None,
-        answer: str | None = None,
+        answer: object = None,
     ) -> list[ItemInfluence]:
         """Return the items of the history with their weights in the persona, the heaviest first; see `answer`.
 
         Args:
             answer: also return how much likelier each item makes this answer, and sort by this effect.
         """
-        items = self._histories.find(user=user, history=history)
+        items, label = self._histories.find(user=user, history=history), self._label(answer)
         return inference.explain(
-            self.run, self._prompt(question), history=items, answer=answer, models=self.models, plug=self._plug
+            self.run, self._prompt(question), history=items, answer=label, models=self.models, plug=self._plug
         )
 
-    def evaluate(self, rows: object = None, *, methods: str | None = None, **settings: Any) -> Results:
+    def evaluate(self, rows: object = None, *, methods: str | Sequence[str] | None = None, **settings: Any) -> Results:
         """Compare the plug with its controls and with rivals that cost nothing; `print` shows verdict and table.
 
         Args:
             rows: other rows with the columns of the training rows; None = the users that `train` held out.
-            methods: rows of the table, as for `personaplug evaluate`; None = the default.
+            methods: rows of the table, as a list or as for `personaplug evaluate`; None = the default.
             settings: as for `personaplug evaluate`: limit=200, num_beams=1.
         """
         config = with_values(self.run.config, settings)
         self.run.check_unchanged(config)
+        names = methods if isinstance(methods, str) else ",".join(methods or ())
         split, reader = ("dev" if rows is None else "rows"), self._reader(rows)
         with self._writable() as run:
             return evaluate(
                 run,
                 reader,
                 split=split,
-                methods=parse_methods(methods) if methods else self._default_methods(),
+                methods=parse_methods(names) if names else self._default_methods(),
                 config=config.evaluation,
                 models=self.models,
                 train=None if self._data is None else self._split("train"),
@@ -307,6 +310,16 @@ class Plug(ModelHubMixin):
         if not isinstance(question, str) or not question.strip():
             raise ConfigError("A question is a text that is not blank; found another value.")
         return self._form.prompt_of(question)
+
+    def _label(self, answer: object) -> str | None:
+        """Return the label or the text of an answer, as in the rows: 5 and "5.0" are the label "5"."""
+        if answer is None:
+            return None
+        try:
+            text = as_text(answer, "`answer`")
+        except Flaw as flaw:
+            raise ConfigError(f"{flaw}.") from None
+        return labels_of(self.run.task).read(text) or text
 
     def _reader(self, rows: object) -> Reader:
         if rows is None:

@@ -138,6 +138,31 @@ def test_answers_match_those_of_the_lower_level_functions(plug: Plug) -> None:
     )
 
 
+def test_a_history_is_any_iterable_of_rows(plug: Plug) -> None:
+    expected = plug.answer(QUESTION, history=history_of("c2"))
+    frame = pytest.importorskip("pandas").DataFrame(ROWS)
+    for history in ((row for row in history_of("c2")), frame[frame.customer == "c2"]):
+        assert plug.answer(QUESTION, history=history) == expected
+    for wrong in (3, True, history_of("c2")[0]):
+        with pytest.raises(ConfigError, match="Rows should be"):
+            plug.answer(QUESTION, history=wrong)  # type: ignore[arg-type]
+
+
+def test_columns_without_names_are_named_by_numbers(plug: Plug) -> None:
+    frame = pytest.importorskip("pandas").DataFrame([list(row.values()) for row in ROWS])
+    with pytest.raises(ConfigError, match="no column '4' with values; expected one of: 0, 1, 2, 3"):
+        Plug.train(frame, user=0, question=1, answer=4, date=3, out=plug.run.folder.parent, **TOY)
+
+
+def test_explain_takes_an_answer_as_in_the_rows(plug: Plug) -> None:
+    expected = plug.explain(QUESTION, user="c3", answer="5")
+    for answer in (5, 5.0, "5.0"):
+        assert plug.explain(QUESTION, user="c3", answer=answer) == expected
+    for wrong in (6, [5]):
+        with pytest.raises(ConfigError, match="`answer`"):
+            plug.explain(QUESTION, user="c3", answer=wrong)
+
+
 def test_explain_returns_weights_and_leave_one_out_effects(plug: Plug) -> None:
     items = plug.explain(QUESTION, user="c3", answer="5")
     effects = [item.effect for item in items if item.effect is not None]
@@ -165,7 +190,10 @@ def test_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
     assert [row.name for row in results.rows] == [row.name for row in default_rows(plug.run.task)]
     assert {row.n for row in results.rows} == {8}
     assert str(results).startswith("Is plug personal?")
-    assert [row.name for row in plug.evaluate(methods="plain,user-median", limit=2).rows] == ["plain", "user-median"]
+    assert [row.name for row in plug.evaluate(methods=["plain", "user-median"], limit=2).rows] == [
+        "plain",
+        "user-median",
+    ]
 
 
 def test_saved_plug_gives_the_same_answers_and_contains_no_user_text(plug: Plug, saved: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, numbered from 1."""
-    with _broken_after_line(path) as numbers, open_plain(path) as stream:
+    with broken_after_line(path) as numbers, open_plain(path) as stream:
         for numbers[0], line in enumerate(stream, 1):
             yield numbers[0], line
 
@@ -153,23 +153,27 @@ def text_lines(path: Path, *, encoding: str | None = None) -> Iterator[str]:
 
     A byte that is not UTF-8 becomes a lone surrogate, so `as_text` rejects only the record with this byte.
     """
-    with _broken_after_line(path) as numbers, open_plain(path, encoding=encoding) as stream:
+    with broken_after_line(path) as numbers, open_plain(path, encoding=encoding) as stream:
         for numbers[0], line in enumerate(TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), 1):
             yield line
 
 
 @contextmanager
-def _broken_after_line(path: Path) -> Iterator[list[int]]:
+def broken_after_line(path: Path) -> Iterator[list[int]]:
     """Turn the errors of a broken file into a RecordError. The caller stores the last line number in the list."""
     numbers = [0]
     try:
         yield numbers
     except _GZIP_ERRORS:
-        raise RecordError(path, f"after line {numbers[0]}", reason=_BROKEN_GZIP) from None
-    except UnicodeDecodeError:
+        raise RecordError(path, _after(numbers[0]), reason=_BROKEN_GZIP) from None
+    except UnicodeError:
         raise RecordError(
-            path, f"after line {numbers[0]}", reason="the bytes are not valid text in the encoding of the file"
+            path, _after(numbers[0]), reason="the bytes are not valid text in the encoding of the file"
         ) from None
+
+
+def _after(line: int) -> str:
+    return f"after line {line}" if line else "at the start"
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
@@ -187,7 +191,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
 
 def holds_list(path: Path) -> bool:
     """Return whether a file's first character that is not blank opens a JSON list."""
-    with _broken_after_line(path), open_plain(path) as stream:
+    with broken_after_line(path), open_plain(path) as stream:
         while (chunk := stream.read(1024)) and not chunk.strip():
             pass
         return chunk.lstrip().startswith(b"[")

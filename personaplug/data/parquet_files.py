@@ -22,7 +22,8 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedReco
         # Parquet is read from its end, so a gzipped file is unpacked in memory.
         source = pyarrow.BufferReader(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
         with parquet.ParquetFile(source) as file:
-            check_columns(path, file.schema_arrow.names, columns)
+            names = file.schema_arrow.names
+            check_columns(path, names, columns or names)
             # A row with all columns may contain a whole history, so batches of such rows are small.
             batches = file.iter_batches(1 << 16, columns=list(columns)) if columns else file.iter_batches(64)
             for batch in batches:

@@ -44,7 +44,7 @@ class Table:
             rows: Iterable[object] = source.select(columns or source.columns).iter_rows(named=True)
             return rows
         if hasattr(source, "to_batches"):
-            check_columns(self.name, source.column_names, columns)
+            check_columns(self.name, source.column_names, columns or source.column_names)
             table = source.select(list(columns or source.column_names))
             return (row for batch in table.to_batches(max_chunksize=1 << 16) for row in batch_records(batch))
         return source  # type: ignore[no-any-return]
@@ -55,7 +55,7 @@ class Table:
         levels = [level for level in named if level in columns or not columns]
         frame = frame.reset_index(levels) if levels else frame
         header = [*map(str, frame.columns)]
-        check_columns(self.name, header, columns)
+        check_columns(self.name, header, columns or header)
         names = list(columns or header)
         series = [frame.iloc[:, header.index(name)] for name in names]
         # NaN, NaT and NA all stand for a missing value.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import Any
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.lamp import open_dataset, read_items, splits_in
 from personaplug.data.logs.log import read_rows
-from personaplug.data.logs.row_form import RowForm, is_missing, texts_of
+from personaplug.data.logs.row_form import RowForm, is_missing, texts_of, user_name
 from personaplug.data.logs.writing import HISTORIES
 from personaplug.data.record_files import RecordSource
 from personaplug.data.records import HistoryItem
+from personaplug.data.tables import Table
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw
 from personaplug.errors import ConfigError, MissingData
 
-History = Sequence[HistoryItem | Mapping[str, Any]]
-"""Items of one user, or rows of a log that become items."""
+History = Iterable[HistoryItem | Mapping[str, Any]]
+"""Items of one user, or rows of a log that become items: a list, a DataFrame, or another iterable of mappings."""
 
 _ONE_USER = "the user"
 
@@ -60,7 +61,7 @@ class Histories:
             name = as_id(user, "the user")
         except Flaw as flaw:
             raise ConfigError(f"A user cannot be found: {flaw}.") from None
-        name = name.strip() if self.form else name
+        name = user_name(name) if self.form else name
         if name not in self._by_user:
             raise MissingData(
                 f"There is no user {short_id(name)} among the {len(self._by_user):,} users that the training rows "
@@ -69,11 +70,12 @@ class Histories:
         return self._by_user[name]
 
     def _of_items(self, history: History) -> tuple[HistoryItem, ...]:
-        items = tuple(item for item in history if isinstance(item, HistoryItem))
-        rows = [item for item in history if isinstance(item, Mapping)]
-        if len(items) == len(history):
+        given = history if isinstance(history, Sequence) else [row for _, _, row in Table(history).records(())]
+        items = tuple(item for item in given if isinstance(item, HistoryItem))
+        rows = [item for item in given if isinstance(item, Mapping)]
+        if len(items) == len(given):
             return items
-        if len(rows) < len(history):
+        if len(rows) < len(given):
             raise ConfigError("A history is a list of mappings, or of HistoryItems; found a list of something else.")
         return _read_rows(rows, self.form) if self.form else read_items(rows, task=self.task)
 

@@ -33,6 +33,7 @@ Applied = Literal["user", "population", "plain"]
 
 BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
 
+_OTHER_STORE = "Name another store; `personaplug load` creates one. In Python, create it with `store_settings(plug)`."
 _ENTRY_BYTES = 1024  # size of an entry without its arrays
 
 
@@ -204,12 +205,12 @@ def check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
         kinds = ["of items without the user's answer", "of whole items"]
         raise StoreConflict(
             f"The plug reads vectors {kinds[config.encodes_answers]} (answer_channel={config.answer_channel}), but the "
-            f"store has vectors {kinds[settings.encodes_answers]}. Create a store with `store_settings(plug)`."
+            f"store has vectors {kinds[settings.encodes_answers]}. {_OTHER_STORE}"
         )
     if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(
             f"The plug has {len(plug.spec.labels)} labels; the store was created with other labels "
-            f"({len(settings.labels)}). Create a store with `store_settings(plug)`."
+            f"({len(settings.labels)}). {_OTHER_STORE}"
         )
 
 

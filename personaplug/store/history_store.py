@@ -40,6 +40,7 @@ from personaplug.store.writes import (
 __all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "ReplaceResult", "Retention", "StoreSettings"]
 __all__ += ["StoredHistory", "StoredItem", "Ticket"]
 
+_SQLITE_MARK = b"SQLite format 3\0"
 _OPENING_S = 2.0  # the longest time that `open` spends on the removal of expired items
 
 _UserInTransaction = tuple[Connection, Shard, UserRow | None]
@@ -96,7 +97,11 @@ class HistoryStore:
         identity = encoder.identity if encoder else None
         identity_of_new = identity if create else None
         if is_new_file and identity_of_new is None:
-            raise MissingData(f"There is no history store at {database.file}. To create one, give an encoder.")
+            raise MissingData(
+                f"There is no history store at {database.file}. Check the path. `personaplug load` creates a store; in "
+                f"Python, give an encoder."
+            )
+        _check_is_database(database)
         _check_not_emptied(database)
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
         secret_hash = key.hash("store")
@@ -406,6 +411,18 @@ def _old_items(
     if ids is None:
         return writes.find_preferences(connection, shard, user_no)
     return writes.find_items(connection, shard, [(user_no, item_id) for item_id in ids])
+
+
+def _check_is_database(database: Database) -> None:
+    """Raise ConfigError for a folder or a file of another kind, whose secret nobody can restore."""
+    file, secret = database.file, database.secret_file
+    if file is None or secret is None or not file.exists() or secret.exists():
+        return
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder, but a history store is a file. Name the file.")
+    with file.open("rb") as stream:
+        if stream.read(len(_SQLITE_MARK)) not in (_SQLITE_MARK, b""):
+            raise ConfigError(f"{file} is no history store, but another file. Name the file of the store.")
 
 
 def _check_not_emptied(database: Database) -> None:

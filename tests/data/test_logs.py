@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from personaplug.data.logs.answers import decide_answers
@@ -14,7 +18,7 @@ from personaplug.data.logs.date_forms import learn_dates
 from personaplug.data.logs.log import Log, read_log, read_rows
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import RowForm
-from personaplug.errors import ConfigError, MissingData, RecordError
+from personaplug.errors import ConfigError, MissingData, RecordError, UserError
 
 HEADER = "user_id,created_at,title,stars\n"
 ROWS = [f"{user},2024-01-{day:02},film {day} of {user},{day % 5 + 1}\n" for user in "abc" for day in range(1, 9)]
@@ -34,6 +38,7 @@ def _read(path: Path, text: str, *, encoding: str = "utf-8", **options: Any) -> 
         (["Jan 5, 2024", "2024-02-01"], datetime(2024, 1, 5)),
         (["Fri, 05 Jan 2024 10:00:00 +0000", "1704067200"], datetime(2024, 1, 5, 10)),
         (["5th January 2024", "25.01.24 10:30"], datetime(2024, 1, 5)),
+        (["Fri Jan 05 10:00:00 +0200 2024", "Fri Jan  5 10:00:00 2024"], datetime(2024, 1, 5, 8)),
     ],
 )
 def test_dates_of_mixed_forms_are_read(texts: list[str], moment: datetime) -> None:
@@ -57,6 +62,8 @@ def test_day_or_month_first_is_not_guessed() -> None:
         (["3,5", "4", "5"] * 5, "rating", ("3.5", "4", "4.5", "5")),
         (["1", "2", "3"] * 400 + ["33"], "rating", ("1", "2", "3")),
         (["0", "1"] * 5, "label", ("0", "1")),
+        (["0", "1.0", "0.0", "1", " 1 "] * 5, "label", ("0", "1")),
+        (["1.0", "1.1"] * 10, "label", ("1.0", "1.1")),
         (["Yes", "yes ", "No", "yes", "no", "no"] * 3, "label", ("no", "yes")),
         ([f"some words of answer {n}" for n in range(20)], "text", ()),
     ],
@@ -73,6 +80,7 @@ def test_the_kind_of_answers_is_decided(texts: list[str], kind: str, labels: tup
         ([str(n) for n in range(60)], LogOptions(in_python=True), "60 different numbers.*kind='text'.*answer="),
         ([f"tag {n % 60}" for n in range(600)], LogOptions(), "--kind label or --kind text"),
         ([f"tag {n % 60}" for n in range(600)], LogOptions(in_python=True), "kind='label' or kind='text'"),
+        (["4"] * 30, LogOptions(), "All answers in the column 'answer' are equal.*--answer"),
         (["a", "b"], LogOptions(kind="rating"), "is no rating.*--label"),
         (["a", "b"], LogOptions(kind="rating", in_python=True), "is no rating.*labels="),
         (["a", "b"], LogOptions(kind="stars"), "one of label, rating, text, chat; found 'stars'"),
@@ -203,3 +211,72 @@ def test_a_log_of_which_no_row_can_be_used_says_why(tmp_path: Path) -> None:
     rows = "".join(ROWS[:4])
     with pytest.raises(MissingData, match="4 whose answer is none of the labels"):
         _read(tmp_path / "log.csv", HEADER + rows, labels=("8", "9", "10"))
+
+
+@pytest.mark.parametrize(
+    "date", ["2024-01-{:02} 12:00 EST", "2024-01-{:02}T12:00+01:00[Europe/Berlin]", "2024年1月{}日"]
+)
+def test_a_column_of_dates_that_cannot_be_read_is_not_ignored(tmp_path: Path, date: str) -> None:
+    rows = [{"user": user, "when": date.format(day), "title": f"film {day}", "stars": day} for user in "abc"
+            for day in range(1, 6)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Of the column 'when', 0% of the values are dates.*--no-date"):
+        read_log([rows], LogOptions())
+    words = [{**row, "when": "about the day, in words"} for row in rows]
+    assert read_log([words], LogOptions()).found.date is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"), [(None, "Not read: 'stars', because several"), ("stars", "2 columns 'stars'")]
+)
+def test_columns_with_the_same_name_are_not_read(tmp_path: Path, answer: str | None, error: str) -> None:
+    twice = HEADER.replace("stars", "stars,stars") + "".join(row.replace("\n", ",5\n") for row in ROWS)
+    with pytest.raises(ConfigError, match=error):
+        _read(tmp_path / "log.csv", twice, answer=answer)
+    notes = HEADER.replace("stars", "note,note,stars") + "".join(",x,y,".join(row.rsplit(",", 1)) for row in ROWS)
+    log = _read(tmp_path / "log.csv", notes)
+    assert (log.found.answer, log.found.unused) == ("stars", ())
+    assert "not read: 'note', because several columns have this name" in log.report.files[0]
+
+
+def test_data_frames_and_tables_with_a_column_twice_are_refused() -> None:
+    rows = [["a", "x", 1, 2], ["a", "y", 2, 1]]
+    names = ["user", "title", "stars", "stars"]
+    table = pa.Table.from_arrays([pa.array(list(column)) for column in zip(*rows, strict=True)], names=names)
+    for source in (pd.DataFrame(rows, columns=names), table):
+        with pytest.raises(ConfigError, match="has 2 columns 'stars'"):
+            read_log([source], LogOptions())
+
+
+def test_users_that_a_program_wrote_as_decimals_are_whole_numbers(tmp_path: Path) -> None:
+    rows = "".join(ROWS).replace("\na,", "\n7.0,").replace("\nb,", "\n7,").replace("\nc,", "\n07.0,")
+    log = _read(tmp_path / "log.csv", HEADER + rows)
+    assert {row["user_id"] for row in log.rows} == {"a", "7", "07.0"}
+
+
+@pytest.mark.parametrize("cut", [gzip.compress(HEADER.encode())[:-8], HEADER.encode()])
+def test_broken_gzip_is_a_record_error(tmp_path: Path, cut: bytes) -> None:
+    (tmp_path / "log.csv.gz").write_bytes(cut)
+    with pytest.raises(RecordError, match="at the start: the gzip data is broken or cut short"):
+        read_log([tmp_path / "log.csv.gz"], LogOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"encoding": "base64"}, ConfigError, "There is no encoding 'base64'"),
+        ({"encoding": "utf-16"}, RecordError, "not valid text in the encoding"),
+        ({"delimiter": "|"}, ConfigError, "the delimiter '|' does not split its first line"),
+        ({"prompt": "no column"}, ConfigError, "does not show what is asked. Write {title}"),
+    ],
+)
+def test_options_that_do_not_fit_the_file_are_refused(
+    tmp_path: Path, options: dict[str, Any], error: type[UserError], message: str
+) -> None:
+    (tmp_path / "log.csv").write_text(HEADER + "".join(ROWS), encoding="utf-8")
+    with pytest.raises(error, match=re.escape(message)):
+        read_log([tmp_path / "log.csv"], LogOptions(**options))
+
+
+def test_a_header_may_have_a_line_break_in_a_name(tmp_path: Path) -> None:
+    log = _read(tmp_path / "log.csv", HEADER.replace("stars", '"star\nrating"') + "".join(ROWS))
+    assert log.found.answer == "star\nrating"

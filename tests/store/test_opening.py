@@ -88,6 +88,13 @@ def test_open_sqlite_url_equals_path(tmp_path: Path) -> None:
     assert HistoryStore.open(tmp_path / "s.db").version("t", "u") > 0
 
 
+def test_open_refuses_a_folder_and_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,title,stars\n", encoding="utf-8")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "log.csv", "is no history store")):
+        with pytest.raises(ConfigError, match=message):
+            HistoryStore.open(path)
+
+
 def test_open_without_encoder_creates_no_store(place: Place, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="give an encoder"):
         place.open(encoder=None)

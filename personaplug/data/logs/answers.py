@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _MAX_RATINGS = 21  # 0 to 10 in half steps, or 0 to 20
 _MIN_ROWS_PER_LABEL = 5
 _MAX_LABEL_LENGTH = 40
 _MIN_NUMBERS = 0.95  # share of numbers among the answers of a rating
+_WHOLE = re.compile(r"([+-]?\d+)(?:[.,]0+)?", re.ASCII)
 _MAX_RARE = 0.002  # share of a number that counts as a typing error
 
 
@@ -51,6 +53,7 @@ def decide_answers(texts: Sequence[str], *, column: str, options: LogOptions) ->
 
     Raise ConfigError if the kind is unclear.
     """
+    texts = _whole(texts)
     counts, option = Counter(comparable(text) for text in texts), options.option
     kind, labels = _checked(options.kind), _label_texts(options.labels)
     if labels:
@@ -58,6 +61,11 @@ def decide_answers(texts: Sequence[str], *, column: str, options: LogOptions) ->
         return _closed(kind or ("rating" if is_scale else "label"), labels, f"{len(labels)} labels were given")
     if kind in ("text", "chat"):
         return AnswerKind(kind, (), option("kind", kind), {})
+    if kind is None and len(counts) == 1:
+        raise ConfigError(
+            f"All answers in the column {column!r} are equal, so there is nothing to learn. Give another column by "
+            f"{option('answer')}, or all possible answers by {option('label')}."
+        )
     if kind != "label" and (scale := _scale(texts)):
         step = "half steps" if any("." in label for label in scale) else "steps of 1"
         return _closed("rating", scale, f"numbers from {scale[0]} to {scale[-1]} in {step}")
@@ -145,6 +153,12 @@ def _spelled(texts: Sequence[str]) -> tuple[str, ...]:
         spellings.setdefault(comparable(text), Counter())[text.strip()] += 1
     labels = [spelled.most_common(1)[0][0] for spelled in spellings.values()]
     return tuple(sorted(labels, key=lambda label: (number_or_none(label) or 0.0, label)))
+
+
+def _whole(texts: Sequence[str]) -> Sequence[str]:
+    """Return whole numbers without decimals, 1.0 as 1; other texts as they are if one of them is no whole number."""
+    matches = [_WHOLE.fullmatch(text.strip()) for text in texts]
+    return [match[1] for match in matches if match] if all(matches) else texts
 
 
 def _plain(number: float) -> str:

@@ -28,6 +28,8 @@ from personaplug.errors import ConfigError, nearest
 _MIN_DATES = 0.8  # share of a column's values that are dates
 _MIN_TEXT_LENGTH = 12  # characters on average, if the values are texts
 _MAX_SHOWN = 30
+_MAX_DATE_LENGTH = 80
+_YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)", re.ASCII)
 _ORDER = ("user", "date", "question", "answer", "id")
 
 
@@ -64,7 +66,9 @@ class Column:
 
     def describe(self) -> str:
         """Name the column and count its values, without showing one."""
-        kind = "objects" if self.is_nested else "numbers" if self.is_number and self.texts else "texts"
+        if self.is_nested:
+            return f"{short_id(self.name)!r} (lists or objects, which are not read)"
+        kind = "numbers" if self.is_number and self.texts else "texts"
         return f"{short_id(self.name)!r} ({self.distinct:,} different {kind}, {self.rows - len(self.texts):,} missing)"
 
 
@@ -167,7 +171,7 @@ class _Finder:
             if dates.readable >= _MIN_DATES and (name in named or not dates.is_numeric)
         }  # fmt: skip
         for name in sorted(named - readable) if not readable else ():
-            if not self.free[name].is_text:
+            if not self.free[name].is_text or _are_like_dates(self.free[name].texts):
                 self._check_dates(name, learned[name])
         if not readable:
             self.roles.append(Role("date", (), "no column holds dates: the rows count as in time order"))
@@ -289,6 +293,15 @@ def _rank(key: str, common: Sequence[str]) -> int | None:
     words = key.split("_")
     places = [common.index(word) for word in words if word in common]
     return len(common) + min(places) if places else None
+
+
+def _are_like_dates(texts: Sequence[str]) -> bool:
+    """Return True for values with a year and other numbers, such as `Jan 5 12:00 EST 2024`, which no form may fit."""
+    return sum(map(_is_like_date, texts)) >= _MIN_DATES * len(texts)
+
+
+def _is_like_date(text: str) -> bool:
+    return len(text) <= _MAX_DATE_LENGTH and bool(_YEAR.search(text)) and len(re.findall(r"\d+", text)) >= 3
 
 
 def _has_any(key: str, words: Sequence[str]) -> bool:

@@ -27,6 +27,9 @@ _DAY_NAME = re.compile(
     rf"{_WEEKDAY}(\d{{1,2}})(?:st|nd|rd|th|\.)?[ -]([a-z]{{3,9}})\.?,?[ -](\d{{4}}){_CLOCK}", re.IGNORECASE
 )
 _NAME_DAY = re.compile(rf"{_WEEKDAY}([a-z]{{3,9}})\.? (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}}){_CLOCK}", re.IGNORECASE)
+_YEAR_LAST = re.compile(  # as C's asctime writes it, and exports of tweets
+    rf"{_WEEKDAY}([a-z]{{3}}) (\d{{1,2}}) (\d\d):(\d\d):(\d\d)(?: (Z|UTC|GMT|[+-]\d\d:?\d\d))? (\d{{4}})", re.IGNORECASE
+)
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
@@ -68,6 +71,9 @@ class DateForms:
             day, name, year, *clock = match.groups()
         elif match := _NAME_DAY.fullmatch(text):
             name, day, year, *clock = match.groups()
+        elif match := _YEAR_LAST.fullmatch(text):
+            name, day, hour, minute, second, zone, year = match.groups()
+            clock = [hour, minute, second, None, zone]
         else:
             return None
         month = name.lower()[:3]

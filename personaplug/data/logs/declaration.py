@@ -48,6 +48,8 @@ def declare(
     answer_field = field_name(answer)
     if prompt is None:
         prompt = _wording(list(fields), answer_field, answers)
+    elif not any(f"{{{field}" in prompt for field in fields):
+        raise ConfigError(f"The prompt does not show what is asked. Write {{{next(iter(fields))}}} where it belongs.")
     marker = _marker(prompt)
     declared: dict[str, Any] = {
         "name": name,

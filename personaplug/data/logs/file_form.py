@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from personaplug.data.dates import as_datetime
-from personaplug.data.delimited_files import DELIMITERS
-from personaplug.data.json_stream import open_plain, text_lines
+from personaplug.data.delimited_files import DELIMITERS, check_columns
+from personaplug.data.json_stream import broken_after_line, open_plain, text_lines
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.numbers import number_or_none
 from personaplug.data.values import Flaw
@@ -26,7 +26,7 @@ _MAX_HIGH_SHARE = 0.25  # of the letters of a text in a Western European languag
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _UNASSIGNED = re.compile("[\udc81\udc8d\udc8f\udc90\udc9d]")  # bytes that Windows-1252 gives no character
 _LETTERS = re.compile("[A-Za-z]")
-_DELIMITER_NAMES = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+_DELIMITER_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class FileForm:
     Attributes:
         encoding: None = UTF-8, or what the byte order mark says.
         columns: the names that stand once in the header, or numbers for a file without header.
+        repeated: the names that several columns have; none of these columns is read.
         reason: how encoding and delimiter were found, in words.
     """
 
     encoding: str | None
     delimiter: str
     columns: tuple[str, ...]
+    repeated: tuple[str, ...]
     reason: str
 
 
@@ -58,15 +60,25 @@ def find_form(path: Path, options: LogOptions) -> FileForm:
     if not lines:
         raise MissingData(f"{path} holds no rows.")
     chosen = _DELIMITER_NAMES.get(delimiter, delimiter) if delimiter else _find_delimiter(path, lines)
-    header = _rows(lines[:1], chosen)[0]
-    columns = _columns(path, header, options.named_columns)
-    return FileForm(encoding, chosen, columns, f"{words}, split at {chosen!r}")
+    header = _rows(lines, chosen)[0]
+    if len(header) == 1:
+        raise ConfigError(
+            f"{path}: the delimiter {chosen!r} does not split its first line into columns. Give another delimiter by "
+            f"--delimiter, or none."
+        )
+    names = [name.strip("\ufeff \t\r\n") for name in header]
+    columns = _columns(path, names, options.named_columns)
+    repeated = () if columns[0] == "1" else tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
+    if both := set(repeated) & set(options.named_columns):
+        check_columns(path, names, sorted(both))
+    return FileForm(encoding, chosen, columns, repeated, f"{words}, split at {chosen!r}")
 
 
 def _codec(encoding: str) -> str:
     try:
+        "".encode(encoding)  # fails for codecs that are no encodings of text, such as base64
         return codecs.lookup(encoding).name
-    except LookupError:
+    except (LookupError, UnicodeError):
         raise ConfigError(
             f"There is no encoding {encoding!r}; expected a name such as utf-8, utf-16, windows-1252 or windows-1251."
         ) from None
@@ -77,7 +89,7 @@ def _find_encoding(path: Path) -> tuple[str | None, str]:
     valid = broken = letters = 0
     has_unassigned = False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    with open_plain(path) as stream:
+    with broken_after_line(path), open_plain(path) as stream:
         chunk = stream.read(_CHUNK)
         if b"\0" in chunk:
             return _without_mark(path, chunk)
@@ -142,8 +154,7 @@ def _find_delimiter(path: Path, lines: Sequence[str]) -> str:
     return chosen
 
 
-def _columns(path: Path, header: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
-    names = [name.strip("\ufeff \t\r\n") for name in header]
+def _columns(path: Path, names: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
     if named and all(name.isdecimal() for name in named) and not set(named) <= set(names):
         return tuple(str(number) for number in range(1, len(names) + 1))
     if any(map(_is_value, names)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from personaplug.data.delimited_files import NumberedRecord
 from personaplug.data.event_log import ColumnMapping, EventLogReader
+from personaplug.data.ids import short_id
 from personaplug.data.logs.answers import AnswerKind, decide_answers, labels_of
 from personaplug.data.logs.columns import Column, FoundColumns, check_named, find_columns
 from personaplug.data.logs.declaration import declare, declare_for, is_request
@@ -19,7 +20,7 @@ from personaplug.data.logs.row_form import RowForm, Texts, is_missing, texts_of
 from personaplug.data.record_files import DELIMITED_KINDS, kind_of, record_source
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw
-from personaplug.errors import MissingData, RecordError
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 _SNIFFED_ROWS = 20_000  # enough to find the meaning of the columns
 _MAX_SHOWN_PROBLEMS = 5
@@ -32,12 +33,14 @@ class LogReport:
     Attributes:
         files: how each file was read.
         dropped: rows that are left out, by the reason in words ("without a user").
+        repeated: names that several columns of a file have; these columns are not read.
         problems: positions of the first rows that are no records, and their defects.
         max_dropped: how many rows may be left out; None = any number.
     """
 
     rows: int = 0
     files: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     max_dropped: int | None = None
@@ -97,7 +100,12 @@ def read_log(
     names, rows = _read_rows(sources, options, report)
     answer_field = task.answer_field if task else None
     fields = [name for name in task.field_names if name != answer_field] if task else []
-    found = find_columns(_columns(rows), options, fields=fields, answer_field=answer_field)
+    try:
+        found = find_columns(_columns(rows), options, fields=fields, answer_field=answer_field)
+    except ConfigError as error:
+        if not report.repeated:
+            raise
+        raise ConfigError(f"{error} Not read: {_repeated(report.repeated)}.") from None
     if task is None:
         answers = _decide(rows, found, options)
         name = options.name or Path(names[0]).name.partition(".")[0] or "log"
@@ -138,7 +146,7 @@ def _read_rows(sources: Sequence[object], options: LogOptions, report: LogReport
     """Return the names of the sources and their rows."""
     names, rows = list[str](), list[_Row]()
     for source in sources:
-        name, how, records = _open(source, options)
+        name, how, records = _open(source, options, report)
         names.append(name)
         report.files.append(f"{name}: {how}")
         for position, _, record in records:
@@ -156,7 +164,7 @@ def _read_rows(sources: Sequence[object], options: LogOptions, report: LogReport
     return names, rows
 
 
-def _open(source: object, options: LogOptions) -> tuple[str, str, Iterator[NumberedRecord]]:
+def _open(source: object, options: LogOptions, report: LogReport) -> tuple[str, str, Iterator[NumberedRecord]]:
     """Return the name of a source, how it is read, and its records."""
     if not isinstance(source, str | Path):
         rows = record_source(source)
@@ -166,7 +174,19 @@ def _open(source: object, options: LogOptions) -> tuple[str, str, Iterator[Numbe
         return str(path), kind_of(path).removeprefix("."), record_source(path).read(())
     form = find_form(path, options)
     records = record_source(path, delimiter=form.delimiter, encoding=form.encoding).read(form.columns)
-    return str(path), form.reason, records
+    if not form.repeated:
+        return str(path), form.reason, records
+    report.repeated += [name for name in form.repeated if name]
+    how = f"{form.reason}; not read: {_repeated(form.repeated)}"
+    return str(path), how, ((at, number, _without(record, form.repeated)) for at, number, record in records)
+
+
+def _without(record: object, names: Sequence[str]) -> object:
+    return {key: value for key, value in record.items() if key not in names} if isinstance(record, Mapping) else record
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return f"{', '.join(repr(short_id(name)) for name in dict.fromkeys(names))}, because several columns have this name"
 
 
 def _columns(rows: Sequence[_Row]) -> list[Column]:

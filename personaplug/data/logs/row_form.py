@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from personaplug.data.values import Flaw, as_text
 Texts = dict[str, str | None]
 """The values of a row as texts; None for a value that is no text, such as a list."""
 
+_WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
 
 
@@ -67,7 +69,7 @@ class RowForm:
         if is_missing(user):
             return "without a user"
         try:
-            as_id(user.strip(), "it")
+            user = as_id(user_name(user), "it")
         except Flaw:
             return "whose user is no id (longer than 255 characters, or with control characters)"
         if is_missing(answer):
@@ -77,7 +79,7 @@ class RowForm:
             return "whose answer is none of the labels"
         if not (questions[first] or "").strip():
             return f"without a value in {first!r}"
-        values: dict[str, Any] = {mapping.user: user.strip(), **questions, mapping.answer: label}
+        values: dict[str, Any] = {mapping.user: user, **questions, mapping.answer: label}
         if mapping.date and self.dates:
             date = row.get(mapping.date, "")
             if date is None or is_missing(date):
@@ -95,6 +97,13 @@ class RowForm:
 def texts_of(record: Mapping[Any, object]) -> Texts:
     """Return the values of a record as texts."""
     return {str(name).strip(): _text(value) for name, value in record.items()}
+
+
+def user_name(text: str) -> str:
+    """Return the user's id. Programs write a column of whole numbers with gaps as 7.0; the user is 7."""
+    text = text.strip()
+    match = _WHOLE_NUMBER.fullmatch(text)
+    return match[1] if match else text
 
 
 def is_missing(text: str | None) -> bool:

@@ -48,6 +48,7 @@ def write_log(log: Log, folder: Path, *, samples_per_user: int = MAX_SAMPLES_PER
     with atomic_folder(folder) as draft:
         for split, reader in readers.items():
             write_lamp(reader, draft, split, task=log.task)
+        check_new(folder)  # else it would replace a folder that another import has written meanwhile
     return WrittenLog(readers["train"].report, readers["dev"].report)
 
 

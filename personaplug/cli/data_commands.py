@@ -1,4 +1,4 @@
-"""The commands that create data sets: `import` from an app's data, `synthesize` from a small data set."""
+"""The commands that create data sets: `import` from an app's data, `synthesize` from a small data set, `simulate`."""
 
 from __future__ import annotations
 
@@ -174,3 +174,37 @@ def synthesize(
             )
     copy_with_train(data, out, [*train, *written], task=reader.task)
     click.echo(f"{out}: train {len(train)} real samples and {len(written)} synthetic samples")
+
+
+@click.command()
+@click.option("--out", required=True, type=FOLDER, help="Folder to write the data set to.")
+@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
+@click.option(
+    "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
+)
+@click.option(
+    "--closed-share",
+    default=0.0,
+    show_default=True,
+    help="Kind manners: share of the train questions that have one right answer (arithmetic, copying, yes or no).",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the simulation.")
+def simulate(out: Path, kind: str, users: int, closed_share: float, seed: int) -> None:
+    """Write a data set of simulated users, and the best score that is possible if their tastes are known.
+
+    rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
+    user's manners. Kind manners writes more folders: in OUT-instructed-length, -layout, -emoji and -casing, prompts
+    tell dev users to break with a manner; OUT-closed asks questions with known answers. --closed-share adds such
+    questions to train: a plug that was trained without them answers them wrongly.
+    """
+    from personaplug.data.simulation import SimulationConfig, write_simulation
+
+    config = SimulationConfig(
+        kind,  # type: ignore[arg-type]
+        users=users,
+        dev_users=max(1, users // 4),
+        closed_share=closed_share,
+        seed=seed,
+    )
+    write_simulation(config, out)
+    click.echo((out / "oracle.json").read_text(encoding="utf-8"))

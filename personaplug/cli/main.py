@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
-from personaplug.cli.data_commands import import_command, synthesize
+from personaplug.cli.data_commands import import_command, simulate, synthesize
 from personaplug.cli.run_commands import (
     encode,
     estimate,
@@ -22,7 +22,6 @@ from personaplug.cli.run_commands import (
     predict,
     quickstart,
     schema,
-    simulate,
     train,
 )
 from personaplug.cli.serving_commands import (

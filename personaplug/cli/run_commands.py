@@ -1,4 +1,4 @@
-"""Commands that encode, train, evaluate and generate; also `quickstart`, `simulate`, `estimate` and `schema`.
+"""Commands that encode, train, evaluate and generate; also `quickstart`, `estimate` and `schema`.
 
 A command parses its arguments, calls one function and prints. It imports modules when it runs, so `--help` is fast.
 """
@@ -104,27 +104,6 @@ def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings:
 
     out = out or Path("runs", "quickstart-chat" if chat else "quickstart")
     run_quickstart(out, demo=CHATS if chat else RATINGS, config_file=config_file, settings=settings)
-
-
-@click.command()
-@click.option("--out", required=True, type=FOLDER, help="Folder to write the data set to.")
-@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
-@click.option(
-    "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the simulation.")
-def simulate(out: Path, kind: str, users: int, seed: int) -> None:
-    """Write a data set of simulated users, and the best score that is possible if their tastes are known.
-
-    rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
-    user's manners. Kind manners writes more folders: in OUT-instructed-length, -layout, -emoji and -casing, prompts
-    tell dev users to break with a manner; OUT-closed asks questions with known answers.
-    """
-    from personaplug.data.simulation import SimulationConfig, write_simulation
-
-    config = SimulationConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
-    write_simulation(config, out)
-    click.echo((out / "oracle.json").read_text(encoding="utf-8"))
 
 
 @click.command()

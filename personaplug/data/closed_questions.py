@@ -6,7 +6,7 @@ answers, so a model can be scored by likelihood, without generated text. A seed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from personaplug.data.task import Task
 CLOSED_QUESTIONS = Task(
     "Closed_questions", "chat", ("question", "answer"), "answer", ("answered", "divergence"), max_new_tokens=48
 )
+
+TRAINED_KINDS = ("arithmetic", "copying", "yes-or-no")
+"""The kinds that may be asked in training; the other kinds show whether what is learned carries over."""
 
 _WRONG = 3  # wrong answers of a question that is not yes or no
 
@@ -36,13 +39,14 @@ class ClosedQuestion:
     wrong: tuple[str, ...]
 
 
-def closed_questions(count: int, *, seed: int = 0) -> list[ClosedQuestion]:
-    """Return different questions, equally many of each kind."""
+def closed_questions(count: int, *, seed: int = 0, kinds: Sequence[str] = ()) -> list[ClosedQuestion]:
+    """Return different questions, equally many of each kind; without `kinds`, of all kinds."""
     rng = np.random.default_rng([seed, 11])
+    names = list(kinds or _KINDS)
     questions: dict[str, ClosedQuestion] = {}
     while len(questions) < count:
-        kind, make = list(_KINDS.items())[len(questions) % len(_KINDS)]
-        prompt, answer, wrong = make(rng)
+        kind = names[len(questions) % len(names)]
+        prompt, answer, wrong = _KINDS[kind](rng)
         questions.setdefault(prompt, ClosedQuestion(kind, prompt, answer, tuple(wrong)))
     return list(questions.values())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from personaplug.data.closed_questions import closed_questions
+from personaplug.data.closed_questions import TRAINED_KINDS, closed_questions
 from personaplug.data.manner_wording import INSTRUCTIONS, stated
 from personaplug.data.manners import DIMENSIONS, NONE, ONE, PROSE, SEVERAL_SENTENCES, VALUES, Manners
 from personaplug.data.records import PREFERENCE, HistoryItem, ItemKind, Sample, Turn
@@ -161,6 +161,12 @@ class MannerlyUser:
         )
         return [SimulatedQuery(s, {"mode": s.target or ""}, {"mode": {"answered": 1.0}}) for s in samples]
 
+    def with_closed(
+        self, queries: Sequence[SimulatedQuery], rng: np.random.Generator, *, share: float
+    ) -> list[SimulatedQuery]:
+        """Replace a share of the questions, drawn at random, with closed questions and their right answers."""
+        return [_closed_in_place_of(query, rng) if rng.random() < share else query for query in queries]
+
     def _drawn(self, name: str, rng: np.random.Generator, items: int) -> tuple[tuple[HistoryItem, ...], list[Exchange]]:
         """Draw the history, and exchanges about the other topics."""
         topics = self.world.topics(is_dev=self.is_dev)
@@ -208,6 +214,21 @@ class MannerlyUser:
             answer = self.world.draw_manners(rng, is_dev=self.is_dev).apply(exchange.sentences)
             if answer != target:
                 return answer
+
+
+def _closed_in_place_of(query: SimulatedQuery, rng: np.random.Generator) -> SimulatedQuery:
+    """Return a query whose question is a closed one. Its answer obeys the question's wording, not the manners."""
+    kind = _pick(rng, TRAINED_KINDS)
+    (closed,) = closed_questions(1, seed=int(rng.integers(2**31)), kinds=(kind,))
+    sample = replace(
+        query.sample,
+        query=closed.prompt,
+        prompt=closed.prompt,
+        target=closed.answer,
+        context=(),
+        rejected=closed.wrong[:1],
+    )
+    return replace(query, sample=sample, oracle={"mode": closed.answer})
 
 
 @dataclass(frozen=True, repr=False)

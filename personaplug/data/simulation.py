@@ -79,6 +79,7 @@ class SimulationConfig:
         habit_chance: style: the probability of the phrase and, independently, of the emoji; at least .5, so that the
             likeliest message has both.
         differing: manners: the dimensions in which users differ; the others have the defaults of `Manners`.
+        closed_share: manners: the share of train questions that are closed questions of `TRAINED_KINDS`.
     """
 
     task: SimulatedTask = "rating"
@@ -94,6 +95,7 @@ class SimulationConfig:
     noise_sd: float = 0.5
     habit_chance: float = 0.9
     differing: tuple[str, ...] = DIMENSIONS
+    closed_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,6 +116,8 @@ class SimulationConfig:
         in_order = self.differing == tuple(name for name in DIMENSIONS if name in self.differing)
         expected = f"{_FEWEST_MANNERS} or more of {', '.join(DIMENSIONS)}, in this order"
         self._require("differing", in_order and len(self.differing) >= _FEWEST_MANNERS, expected)
+        is_share = 0 <= self.closed_share < 1 and (self.task == "manners" or not self.closed_share)
+        self._require("closed_share", is_share, "a share from 0 to below 1, and 0 unless the task is 'manners'")
         self._require("seed", self.seed >= 0, "0 or more")
 
     def _require(self, name: str, is_valid: bool, expected: str) -> None:
@@ -204,8 +208,11 @@ def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQ
         return simulated.instructed(name, rng, items=items, dimension=split.removeprefix(_INSTRUCTED))
     if isinstance(simulated, MannerlyUser) and split == _CLOSED:
         return simulated.closed(name, rng, items=items, questions=_CLOSED_QUESTIONS)
-    queries = config.queries_per_user if part == "train" else config.dev_queries_per_user
-    return simulated.queries(name, rng, items=items, queries=queries)
+    count = config.queries_per_user if part == "train" else config.dev_queries_per_user
+    queries = simulated.queries(name, rng, items=items, queries=count)
+    if isinstance(simulated, MannerlyUser) and part == "train" and config.closed_share:
+        return simulated.with_closed(queries, rng, share=config.closed_share)
+    return queries
 
 
 def _drawn_user(config: SimulationConfig, rng: np.random.Generator, part: str) -> Rater | Writer | MannerlyUser:

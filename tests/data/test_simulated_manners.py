@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,3 +240,25 @@ def test_too_few_unordered_or_unknown_manners_are_refused(differing: tuple[str, 
 def test_each_manner_has_a_metric_and_obedience_is_the_main_one(dev: Simulation) -> None:
     assert dev.task.metrics == ("manners", "rouge_1", *(metric.name for metric in MANNER_METRICS))
     assert simulate(CONFIG, "instructed-emoji").task.metrics == ("manners_emoji", "manners")
+
+
+def test_closed_share_replaces_train_questions_only() -> None:
+    plain, mixed = (simulate(replace(CONFIG, closed_share=share), "train").samples for share in (0.0, 0.5))
+    pairs = [(before, after) for before, after in zip(plain, mixed, strict=True) if before != after]
+    assert 0.3 < len(pairs) / len(plain) < 0.7
+    assert all((before.id, before.history) == (after.id, after.history) for before, after in pairs)
+    assert all(after.rejected and after.target not in after.rejected for _, after in pairs)
+    sums = [re.match(r"What is (\d+) (plus|minus) (\d+)\?", after.prompt) for _, after in pairs]
+    for (_, after), numbers in zip(pairs, sums, strict=True):
+        if numbers:
+            left, right = int(numbers[1]), int(numbers[3])
+            assert after.target == str(left + right if numbers[2] == "plus" else left - right)
+    assert 0.2 < sum(map(bool, sums)) / len(pairs) < 0.5
+    assert not any("alphabetical" in after.prompt or "come from" in after.prompt for _, after in pairs)
+    assert simulate(replace(CONFIG, closed_share=0.5), "dev") == simulate(CONFIG, "dev")
+
+
+@pytest.mark.parametrize(("task", "share"), [("manners", 1.0), ("manners", -0.1), ("rating", 0.2)])
+def test_rejects_a_closed_share_out_of_range(task: Any, share: float) -> None:
+    with pytest.raises(ConfigError, match="closed_share should be a share from 0 to below 1"):
+        SimulationConfig(task, closed_share=share)

@@ -58,8 +58,16 @@ class Place:
             return b"".join(path.read_bytes() for path in Path(self.where).parent.iterdir() if path.is_file())
         self.server.execute("CHECKPOINT")
         folders = [f"base/{self.server.number_of(self.where)}", *(["pg_wal"] if log else [])]
-        paths = [path for name in folders for path in (self.server.folder / name).rglob("*") if path.is_file()]
-        return b"".join(path.read_bytes() for path in paths)
+        paths = [path for name in folders for path in (self.server.folder / name).rglob("*")]
+        return b"".join(map(_bytes_of, paths))
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Return the bytes of a file; the server may remove a file of its own, such as pg_internal.init, at any time."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        return b""
 
 
 def item(name: str, text: str = "a film", *, answer: str | None = "2", day: date | None = None) -> HistoryItem:

@@ -287,7 +287,7 @@ def test_lamp_folder_defines_prompts_and_fields(plug: Plug, tmp_path: Path) -> N
     prompt = next(iter(plug._split("train"))).prompt
     assert other.answer(prompt, user="c1") == other.answer(prompt, history=history_of("c1"))
     assert {row.n for row in other.evaluate(data, methods="plain,plug").rows} == {8}
-    with pytest.raises(ConfigError, match="other rows have a `kind`"):
+    with pytest.raises(ConfigError, match="only other rows take `kind`"):
         Plug.train(data, labels=["1"], out=tmp_path / "other", **TOY)
     with pytest.raises(RecordError, match="its 'product' is missing"):
         other.answer(prompt, history=[{"question": SECRET, "stars": 5}])

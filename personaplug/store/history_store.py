@@ -22,6 +22,7 @@ from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store import expiry, reads, secure_delete, writes
 from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table, sa
+from personaplug.store.file_checks import check_is_database, check_not_emptied
 from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
 from personaplug.store.row_checksums import damaged
@@ -40,7 +41,6 @@ from personaplug.store.writes import (
 __all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "ReplaceResult", "Retention", "StoreSettings"]
 __all__ += ["StoredHistory", "StoredItem", "Ticket"]
 
-_SQLITE_MARK = b"SQLite format 3\0"
 _OPENING_S = 2.0  # the longest time that `open` spends on the removal of expired items
 
 _UserInTransaction = tuple[Connection, Shard, UserRow | None]
@@ -101,8 +101,8 @@ class HistoryStore:
                 f"There is no history store at {database.file}. Check the path. `personaplug load` creates a store; in "
                 f"Python, give an encoder."
             )
-        _check_is_database(database)
-        _check_not_emptied(database)
+        check_is_database(database)
+        check_not_emptied(database)
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
         secret_hash = key.hash("store")
         with database.write_transaction() as connection:
@@ -411,30 +411,6 @@ def _old_items(
     if ids is None:
         return writes.find_preferences(connection, shard, user_no)
     return writes.find_items(connection, shard, [(user_no, item_id) for item_id in ids])
-
-
-def _check_is_database(database: Database) -> None:
-    """Raise ConfigError for a folder or a file of another kind, whose secret nobody can restore."""
-    file, secret = database.file, database.secret_file
-    if file is None or secret is None or not file.exists() or secret.exists():
-        return
-    if file.is_dir():
-        raise ConfigError(f"{file} is a folder, but a history store is a file. Name the file.")
-    with file.open("rb") as stream:
-        if stream.read(len(_SQLITE_MARK)) not in (_SQLITE_MARK, b""):
-            raise ConfigError(f"{file} is no history store, but another file. Name the file of the store.")
-
-
-def _check_not_emptied(database: Database) -> None:
-    """Raise StorageError for an empty file beside a secret, because `open` would silently create a new store."""
-    file, secret = database.file, database.secret_file
-    if file is None or secret is None or not (file.exists() and secret.exists()):
-        return
-    if not file.stat().st_size and not file.with_name(f"{file.name}-wal").exists():
-        raise StorageError(
-            f"The store {database} is an empty file, although its secret exists. Restore the store from a backup. If "
-            f"the store was never used, delete both files."
-        )
 
 
 def _open_secret(secret: bytes | Path | None, database: Database, *, create: bool) -> Secret:

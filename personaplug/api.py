@@ -167,6 +167,8 @@ class Plug(ModelHubMixin):
     @classmethod
     def open(cls, out: str | Path) -> Self:
         """Open the folder `out` of a finished `train`, with the users' histories."""
+        if Path(out, "run.json").is_file():
+            raise ConfigError(f"{out} holds a saved Plug, without histories. Load it with Plug.from_pretrained.")
         run = Run.open(Path(out, _RUN))
         return cls(run, form=_read_form(run), data=Path(out, _DATA))
 

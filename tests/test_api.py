@@ -258,6 +258,8 @@ def test_save_overwrites_only_a_saved_plug(plug: Plug, saved: Path, tmp_path: Pa
             plug.save_pretrained(folder)
     with pytest.raises(MissingData, match="holds no saved Plug"):
         Plug.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds a saved Plug, without histories"):
+        Plug.open(saved)
 
 
 def test_conversations_need_no_wording(tmp_path: Path) -> None:

@@ -26,11 +26,14 @@ def write_outputs(path: Path, answers: list[Any], *, task: Any = "LaMP_3") -> Pa
     return path
 
 
+def write_pair(folder: Path, golds: list[Any], predictions: list[Any], *, task: Any = "LaMP_3") -> tuple[Path, Path]:
+    """Write the right answers and the predictions; return both files."""
+    gold = write_outputs(folder / "gold.json", golds, task=task)
+    return gold, write_outputs(folder / "predictions.json", predictions, task=task)
+
+
 def score(folder: Path, predictions: list[Any], golds: list[Any], *, task: str = "LaMP_3", **settings: Any) -> Results:
-    gold, predicted = (
-        write_outputs(folder / "gold.json", golds, task=task),
-        write_outputs(folder / "predictions.json", predictions, task=task),
-    )
+    gold, predicted = write_pair(folder, golds, predictions, task=task)
     return score_lamp(gold, predicted, resamples=50, **settings)
 
 
@@ -223,10 +226,7 @@ def test_files_of_different_tasks_are_an_error(tmp_path: Path) -> None:
 
 
 def test_error_counts_missing_ids_and_names_three(tmp_path: Path) -> None:
-    gold, predicted = (
-        write_outputs(tmp_path / "gold.json", ["1"] * 7),
-        write_outputs(tmp_path / "predictions.json", ["1"] * 2),
-    )
+    gold, predicted = write_pair(tmp_path, ["1"] * 7, ["1"] * 2)
     with pytest.raises(
         MissingData, match=r'predictions\.json: of 7 golds, 5 ids \("3", "4", "5", …\) are without'
     ) as caught:
@@ -238,10 +238,7 @@ def test_error_counts_missing_ids_and_names_three(tmp_path: Path) -> None:
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
-    gold, predicted = (
-        write_outputs(tmp_path / "gold.json", ["1"] * 2),
-        write_outputs(tmp_path / "predictions.json", ["1"] * 4),
-    )
+    gold, predicted = write_pair(tmp_path, ["1"] * 2, ["1"] * 4)
     with pytest.raises(
         RecordError, match=r'predictions\.json, its ids: 2 ids \("3", "4"\) are not among the golds of .*gold'
     ):
@@ -256,10 +253,7 @@ def test_unknown_ids_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["gold.json", "predictions.json"])
 def test_repeated_ids_are_refused_in_both_files(tmp_path: Path, broken: str) -> None:
-    gold, predicted = (
-        write_outputs(tmp_path / "gold.json", ["1"] * 2),
-        write_outputs(tmp_path / "predictions.json", ["1"] * 2),
-    )
+    gold, predicted = write_pair(tmp_path, ["1"] * 2, ["1"] * 2)
     # 1 and "1" are the same id.
     golds = [{"id": each, "output": "1"} for each in ("1", 1, "2", "2", "2")]
     (tmp_path / broken).write_text(json.dumps({"task": "LaMP_3", "golds": golds}))

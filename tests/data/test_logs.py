@@ -232,6 +232,8 @@ def test_columns_with_the_same_name_are_not_read(tmp_path: Path, answer: str | N
     twice = HEADER.replace("stars", "stars,stars") + "".join(row.replace("\n", ",5\n") for row in ROWS)
     with pytest.raises(ConfigError, match=error):
         _read(tmp_path / "log.csv", twice, answer=answer)
+    with pytest.raises(ConfigError, match="2 columns 'a'"):
+        _read(tmp_path / "log.csv", "a,a\nx,1\ny,2\n", answer=answer)
     notes = HEADER.replace("stars", "note,note,stars") + "".join(",x,y,".join(row.rsplit(",", 1)) for row in ROWS)
     log = _read(tmp_path / "log.csv", notes)
     assert (log.found.answer, log.found.unused) == ("stars", ())

@@ -14,19 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PATHS = [*(ROOT / path for path in PAGES), *sorted(DOCS.rglob("*.md"))]
 GENERATED = ("reference/cli.md", "reference/settings.md", "reference/http.md", "reference/python.md")
-_CODE = re.compile(r"^ *(```|~~~).*?^ *\1|`[^`\n]*`", flags=re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^ *(```|~~~).*?^ *\1", flags=re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
 def _links(path: Path) -> Iterator[str]:
     """Yield the links of a page to files and headings of the project."""
-    text = _CODE.sub("", path.read_text(encoding="utf-8"))
+    text = _INLINE.sub("", _FENCED.sub("", path.read_text(encoding="utf-8")))
     yield from (link for link in _LINK.findall(text) if not re.match(r"[a-z]+:", link))
 
 
 def _anchors(path: Path) -> set[str]:
     """Return the anchors of a page's headings, as the site makes them."""
-    text = re.sub(r"^ *(```|~~~).*?^ *\1", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = _FENCED.sub("", path.read_text(encoding="utf-8"))
     headings = (re.sub(r"[^\w\s-]", "", heading).strip() for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
     return {re.sub(r"[-\s]+", "-", heading.lower()) for heading in headings}
 

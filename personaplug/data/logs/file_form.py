@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -67,10 +68,15 @@ def find_form(path: Path, options: LogOptions) -> FileForm:
             f"--delimiter, or none."
         )
     names = [name.strip("\ufeff \t\r\n") for name in header]
-    columns = _columns(path, names, options.named_columns)
-    repeated = () if columns[0] == "1" else tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
-    if both := set(repeated) & set(options.named_columns):
-        check_columns(path, names, sorted(both))
+    counts, repeated = Counter(names), tuple[str, ...]()
+    if _are_numbers(options.named_columns, names):
+        columns = tuple(map(str, range(1, len(names) + 1)))
+    else:
+        _check_header(path, names)
+        columns = tuple(name for name in names if name and counts[name] == 1)
+        repeated = tuple(name for name, count in counts.items() if count > 1)
+    named = options.named_columns if columns else repeated
+    check_columns(path, names, sorted({*repeated} & {*named}))
     return FileForm(encoding, chosen, columns, repeated, f"{words}, split at {chosen!r}")
 
 
@@ -154,16 +160,18 @@ def _find_delimiter(path: Path, lines: Sequence[str]) -> str:
     return chosen
 
 
-def _columns(path: Path, names: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
-    if named and all(name.isdecimal() for name in named) and not set(named) <= set(names):
-        return tuple(str(number) for number in range(1, len(names) + 1))
+def _are_numbers(named: Sequence[str], header: Sequence[str]) -> bool:
+    """Return True if the caller names the columns by their numbers, because the file has no header."""
+    return bool(named) and all(name.isdecimal() for name in named) and not set(named) <= set(header)
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
     if any(map(_is_value, names)):
         raise ConfigError(
             f"{path}: its first line has {len(names)} values, and some are numbers, dates or long texts, so they are "
             f"no names of columns. If the file has no header, name the columns by their numbers: --user 1 --answer 3, "
             f"or user='1', answer='3' in Python."
         )
-    return tuple(name for name in names if name and names.count(name) == 1)
 
 
 def _is_value(name: str) -> bool:

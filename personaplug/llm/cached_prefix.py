@@ -96,6 +96,21 @@ class CachedPrefixRunner(Runner):
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
+    def compute_states(self, shared: Tensor, prompts: Sequence[Ids]) -> list[Tensor]:
+        """Return the states of prompts, each (2 · layers, heads, n, head width).
+
+        Args:
+            shared: states of the tokens with which all prompts begin, (2 · layers, heads, m, head width), m < n.
+        """
+        start = shared.shape[2]
+        suffixes = [ids[start:] for ids in prompts]
+        prefix = CachedPrefix(*pad_states([shared], device=self.llm.device))
+        # Padding comes after all tokens of a row, so it needs no mask.
+        embeds = self.llm.embed(pad(suffixes, fill=0, side="right").to(self.llm.device))
+        self.logits(embeds, prefix, columns=torch.tensor([0]))  # logits of one column, because a model returns some
+        live = prefix.live_states()
+        return [torch.cat([shared, live[:, row, :, : len(ids)]], dim=2) for row, ids in enumerate(suffixes)]
+
     def load_prefix(self, prompts: Sequence[Prompt], *, share: bool = False) -> CachedPrefix:
         """Return the states of prompts. With `share`, equal neighbors share states if all repeat equally often."""
         rows = [row.ids for row in self.llm.prompt_tokenizer.encode_prompts(prompts)]

@@ -17,12 +17,13 @@ from personaplug.llm.chunked_cross_entropy import log_softmax
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
 from personaplug.llm.model_cache import cache_argument, cache_of
 from personaplug.llm.model_check import check_model
-from personaplug.llm.padding import pad, pad_with_mask
+from personaplug.llm.padding import common_prefix, pad, pad_with_mask
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.row_by_row import RowByRowRunner, UncachedRunner
 from personaplug.llm.soft_prompt import IGNORED, Spliced
 
 _LABEL_ROWS = 64  # (sample, label) rows per pass; limits the copies of the prompt's cache
+_MIN_SHARED_TOKENS = 256  # a separate pass over a common prefix pays only if it saves this many tokens
 
 
 class CausalLM(LanguageModel):
@@ -126,7 +127,16 @@ class CausalLM(LanguageModel):
         return [states[:, row, :, start:] for row, start in enumerate(starts)], logits[:, -1]
 
     def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the keys and values of each prompt, (2 · layers, heads, n, head width)."""
+        """Return the keys and values of each prompt, (2 · layers, heads, n, head width).
+
+        The tokens with which all prompts begin (system message, instruction of the task) are computed once.
+        """
+        shared = common_prefix(prompts)
+        if (len(prompts) - 1) * len(shared) >= _MIN_SHARED_TOKENS and self.supports_prompt_cache:
+            return self.cached_prefix.compute_states(self._compute_in_full([shared])[0], prompts)
+        return self._compute_in_full(prompts)
+
+    def _compute_in_full(self, prompts: Sequence[Ids]) -> list[Tensor]:
         ids, mask = pad_with_mask(prompts, side="left", device=self.device)
         return self.prefill(self.embed(ids), mask)[0]
 

@@ -41,6 +41,14 @@ def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tenso
     return stacked, torch.tensor(lengths, device=device)
 
 
+def common_prefix(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the longest prefix of all rows that leaves at least one token of each row."""
+    first, last = min(rows), max(rows)  # in lexical order, so all rows between them share their prefix
+    longest = min(map(len, rows)) - 1
+    length = next((index for index in range(longest) if first[index] != last[index]), max(0, longest))
+    return first[:length]
+
+
 def left_padding_mask(lengths: Tensor, size: int) -> Tensor:
     """Return (B, size) bool: True at the last `lengths[b]` columns of each row."""
     return torch.arange(size, device=lengths.device) >= size - lengths[:, None]

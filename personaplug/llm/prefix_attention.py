@@ -50,9 +50,14 @@ class CachedPrefix(Cache):
 
     def all_states(self) -> Tensor:
         """Return the states of prompts and live tokens, (2 · layers, P, heads, T + L, head width); needs R = P."""
+        live = self.live_states()
+        return torch.cat([self.states, live], dim=3) if len(live) else self.states
+
+    def live_states(self) -> Tensor:
+        """Return the states of the live tokens, (2 · layers, R, heads, L, head width), or an empty tensor."""
         live = [layer.live for layer in self.layers if isinstance(layer, _PrefixLayer)]
         parts = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
-        return torch.cat([self.states, torch.stack(parts)], dim=3) if parts else self.states
+        return torch.stack(parts) if parts else self.states[:0]
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]

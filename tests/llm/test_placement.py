@@ -17,6 +17,7 @@ from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import GenerationConfig, PromptBatch
+from personaplug.llm.padding import common_prefix
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
@@ -284,3 +285,30 @@ def _greedy(llm: Any, prompt: str, vectors: Tensor) -> str:
         encoder = torch.tensor([llm.prompt_tokenizer.encode_prompt(prompt).ids])
         ids.append(int(llm.model(input_ids=encoder, decoder_inputs_embeds=read).logits[0, -1].argmax()))
     return str(llm.prompt_tokenizer.decode(ids[: ids.index(end)] if end in ids else ids))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_states_of_prompts_with_a_common_prefix_equal_those_of_each_prompt(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = small_llm(family, chat=True)
+    texts = [f"name the best film about {rest}" for rest in ("trains and a long war at sea", "a cat", "two old maps")]
+    prompts = [llm.prompt_tokenizer.encode_prompt(text).ids for text in texts]
+    expected = [llm.compute_prompt_states([ids])[0] for ids in prompts]
+    monkeypatch.setattr("personaplug.llm.causal_lm._MIN_SHARED_TOKENS", 1)
+    rows = list[int]()
+    monkeypatch.setattr(
+        llm, "_compute_in_full", lambda ids: rows.append(len(ids)) or type(llm)._compute_in_full(llm, ids)
+    )
+    states = llm.compute_prompt_states(prompts)
+    assert rows == [1]
+    for ids, own, full in zip(prompts, states, expected, strict=True):
+        assert own.shape == full.shape and full.shape[2] == len(ids)
+        assert float((own - full).norm() / full.norm()) < 1e-5
+
+
+def test_common_prefix_leaves_a_token_of_each_row() -> None:
+    assert common_prefix([(1, 2, 3, 4), (1, 2, 9), (1, 2, 3, 5)]) == (1, 2)
+    assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == (1,)
+    assert common_prefix([(5,), (5, 6)]) == ()
+    assert common_prefix([(1, 2), (3, 4)]) == ()

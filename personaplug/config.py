@@ -144,10 +144,12 @@ class PlugConfig:
         "the similarity of each option to the question and to the user's items; auto = compare if the "
         "task's query_pattern has a group for each label",
     )
-    label_prior: Literal["own", "none"] = Field(
-        default="none",
-        description="own = add log(P(label | user) / P(label)), scaled by a trained weight, to the label scores; "
-        "needs a closed set and history items with answers from it; none = the paper",
+    label_prior: Literal["neighbors", "counts", "none", "auto"] = Field(
+        default="auto",
+        description="add the log frequency of each label in the user's answers, relative to all users, to the label "
+        "scores: neighbors = above all in answers to similar questions, by a trained metric; counts = in all answers; "
+        "none = the paper; auto = neighbors for closed sets with answers in the items, if labels are scored and no "
+        "tasks share the plug; else none",
     )
     max_history: int = Field(
         default=512,
@@ -170,7 +172,7 @@ class PlugConfig:
     @property
     def reads_history(self) -> bool:
         """Whether the plug uses the user's items."""
-        return self.persona_tokens > 0 or self.label_prior == "own"
+        return self.persona_tokens > 0 or self.label_prior != "none"
 
     @property
     def projects_labels(self) -> bool:
@@ -180,7 +182,7 @@ class PlugConfig:
     @property
     def reads_labels(self) -> bool:
         """Whether the plug uses the label of an item's answer."""
-        return self.label_prior == "own" or self.projects_labels
+        return self.label_prior != "none" or self.projects_labels
 
     @property
     def reads_style(self) -> bool:

@@ -30,11 +30,12 @@ def resolved(config: Config, task: Task) -> Config:
             f"options=compare needs a task whose query_pattern has a group for each label; {task.name} declares none. "
             f"Remove this setting, or give options=auto."
         )
-    if config.plug.label_prior == "own" and not (has_labels and config.training.train_eos == "auto"):
+    scores_labels = has_labels and config.training.train_eos == "auto"
+    if config.plug.label_prior in ("counts", "neighbors") and not scores_labels:
         raise ConfigError(
-            f"label_prior=own needs history items with answers from a closed set, and train_eos=auto. Task "
-            f"{task.name} has {'' if has_labels else 'no '}such items; found train_eos={config.training.train_eos}. "
-            f"Remove label_prior."
+            f"label_prior={config.plug.label_prior} needs history items with answers from a closed set, and "
+            f"train_eos=auto. Task {task.name} has {'' if has_labels else 'no '}such items; found "
+            f"train_eos={config.training.train_eos}. Remove label_prior."
         )
     values = {}
     if config.plug.answer_channel == "auto":
@@ -43,6 +44,8 @@ def resolved(config: Config, task: Task) -> Config:
         values["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
         values["plug.options"] = "compare" if task.has_options else "ignore"
+    if config.plug.label_prior == "auto":
+        values["plug.label_prior"] = "neighbors" if scores_labels and config.plug.persona_tokens else "none"
     return with_learning_rates(with_values(config, values), [task])
 
 

@@ -188,9 +188,9 @@ def _shared_config(config: Config, tasks: Sequence[Task]) -> Config:
         raise ConfigError(
             f"Tasks that share a plug need answer_channel=all; found {config.plug.answer_channel}. Remove this setting."
         )
-    if config.plug.label_prior != "none":
-        raise ConfigError("label_prior=own works for one task only; tasks that share a plug need label_prior=none.")
-    return with_learning_rates(with_values(config, {"plug.answer_channel": "all"}), tasks)
+    if config.plug.label_prior not in ("auto", "none"):
+        raise ConfigError("A label prior works for one task only; tasks that share a plug need label_prior=none.")
+    return with_learning_rates(with_values(config, {"plug.answer_channel": "all", "plug.label_prior": "none"}), tasks)
 
 
 def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float]) -> None:

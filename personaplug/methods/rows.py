@@ -5,6 +5,7 @@
     instruction+bm25:4  plug+bm25:1  profile+bm25:4          soft tokens trained on such prompts; a profile before them
     plug+phrases  instruction+phrases  plug+bm25:1+phrases   with the n-grams of the user's past answers mixed in
     instruction+labels                                       soft tokens, and counts of the user's own labels
+    instruction+neighbors                                    the same, and labels of the user's similar items
     profile                                                  a description of the user that the model wrote
     stated  stated+bm25:4                                    the user's stated preferences in the system message
     lora  lora-per-user                                      a LoRA in the model: the task's; each user's on top of it
@@ -43,7 +44,8 @@ from personaplug.methods.registry import (
     register_method,
     unknown_method,
 )
-from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, PAPER_PLUG, PLUG
+from personaplug.training.label_prior_part import LABEL_COUNTS, NEIGHBORS
+from personaplug.training.parts import INSTRUCTION, PAPER_PLUG, PLUG
 
 _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; the row without extensions is `instruction-only`
@@ -173,6 +175,11 @@ _FIXED: tuple[Method, ...] = (
         LABEL_COUNTS,
         info=MethodInfo("instruction+labels", "counts", "own", is_seeded=True),
         rationale="whether counts of the user's past labels, beside tokens without a history, do as well as a persona",
+    ),
+    LanguageModelMethod(
+        NEIGHBORS,
+        info=MethodInfo("instruction+neighbors", "counts", "own", is_seeded=True),
+        rationale="whether the labels of similar past questions, beside tokens without a history, do as well",
     ),
     RandomVectorsMethod(
         PLUG,

@@ -19,7 +19,6 @@ from personaplug.errors import ShapeMismatch
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
-_INITIAL_DOUBT = 4.0  # number of answers at which the user's label frequencies and the overall ones weigh the same
 
 
 class FrozenQueryEncoder:
@@ -207,36 +206,6 @@ class OptionHint(nn.Module):
         others = (features.sum(dim=0) - features) / (len(options) - 1)
         preference = torch.tanh((features - others) @ self.log_sharpness.exp())
         return preference @ self.option_vectors
-
-
-class LabelPrior(nn.Module):
-    """Shift the log-probability of each label by its frequency in the user's answers.
-
-    b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ). n_c of the user's n answers have label c. π_c is the
-    frequency of label c in all training answers. doubt and trust are trained. A user without answers has b = 0.
-    """
-
-    def __init__(self, labels: int) -> None:
-        super().__init__()
-        self.log_doubt = nn.Parameter(torch.tensor(math.log(_INITIAL_DOUBT)))
-        self.trust = nn.Parameter(torch.tensor(1.0))
-        self.usual: Tensor
-        self.register_buffer("usual", torch.full((labels,), 1 / labels))
-
-    def start_from(self, label_ids: Tensor) -> None:
-        """Set π from training answers: (n,) label indices, -1 for an answer that is not a label."""
-        counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # add-one smoothing
-        self.usual.copy_(counts / counts.sum())
-
-    def forward(self, label_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Return b of each user, (B, C), from the label indices of all items' answers, (M,), -1 for no label."""
-        labels, users = len(self.usual), len(lengths)
-        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=label_ids.device))
-        cells = (owners * labels + label_ids)[label_ids >= 0]
-        counts = torch.bincount(cells, minlength=users * labels).view(users, labels).to(self.usual)
-        doubt = self.log_doubt.exp()
-        own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)
-        return self.trust * (own / self.usual).log()
 
 
 class ColdStart(nn.Module):

@@ -23,12 +23,14 @@ from personaplug.infra.tensor_files import load_tensors, save_tensors, shapes_of
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug import saving
 from personaplug.plug.history_batch import HistoryBatch
-from personaplug.plug.layers import ColdStart, LabelPrior
+from personaplug.plug.label_prior import LabelPrior
+from personaplug.plug.layers import ColdStart, FrozenQueryEncoder
 from personaplug.plug.persona_head import PersonaHead
 from personaplug.plug.saving import PlugSpec
 
 _KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens") | dict.fromkeys(
-    ("population_score", "log_sharpness", "log_doubt", "trust"), "numbers"
+    ("population_score", "log_sharpness", "log_doubt", "trust", "log_near_doubt", "near_trust", "log_temperature"),
+    "numbers",
 )
 _COLD_TOKENS = "cold_start.tokens"
 _MAX_COLD_ITEMS = "cold_start.max_items"  # in the file of the weights, so that prompts depend on one file
@@ -47,18 +49,24 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         self.training_facts: Mapping[str, Any] = {}  # for the model card
         width, labels = spec.llm.width, len(spec.labels)
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
-        self.label_prior = LabelPrior(labels) if config.label_prior == "own" else None
+        near_width = encoder.width if config.label_prior == "neighbors" else 0
+        self.label_prior = None if config.label_prior == "none" else LabelPrior(labels, width=near_width)
         self.persona = (
             PersonaHead(config, encoder=encoder, width=width, labels=labels, options=spec.option_count)
             if config.persona_tokens
             else None
         )
+        self._query_vectors = FrozenQueryEncoder(encoder) if self.persona is None else self.persona.frozen_encoder
         self.cold_start = ColdStart()
 
     @property
     def ignores_query(self) -> bool:
         head = self.persona
-        return head is None or (head.query_encoder is None and head.hint is None)
+        return not self._compares_items and (head is None or (head.query_encoder is None and head.hint is None))
+
+    @property
+    def _compares_items(self) -> bool:
+        return self.label_prior is not None and self.label_prior.metric is not None
 
     @property
     def known_kinds(self) -> tuple[ItemKind, ...]:
@@ -105,9 +113,15 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             persona = self.persona(queries, visible, options=options, persona_scale=persona_scale)
             tokens = torch.cat([tokens, persona], dim=1)
         if self.label_prior is not None:
-            bias = self.cold_start.mask_bias(self.label_prior(visible.label_ids, visible.lengths), is_cold)
-            bias = persona_scale * bias
+            bias = persona_scale * self.cold_start.mask_bias(self.label_bias(queries, visible), is_cold)
         return self._soft_prompt(self.cold_start.replace_tokens(tokens, is_cold), label_bias=bias)
+
+    def label_bias(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+        """Return the label prior of each user, (B, C), without the cold start and the persona scale."""
+        assert self.label_prior is not None
+        vectors = self._query_vectors(queries).to(self.instruction.device) if self._compares_items else None
+        bias: Tensor = self.label_prior(history, vectors)
+        return bias
 
     @torch.no_grad()
     def population_prompt(self) -> SoftPrompt:
@@ -136,6 +150,8 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
         """Encode and cache queries and options in advance, if a frozen encoder encodes them."""
+        if self._compares_items:
+            self._query_vectors.cache(queries)
         if self.persona is not None:
             self.persona.cache_queries(queries, options)
 
@@ -144,6 +160,8 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         kinds: dict[str, list[nn.Parameter]] = {"tokens": [], "numbers": [], "encoder": [], "layers": []}
         has_copy = self.config.query_encoder == "trained"
         for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
             is_of_copy = has_copy and name.startswith("persona.query_encoder.")
             kinds["encoder" if is_of_copy else _KINDS.get(name.rpartition(".")[2], "layers")].append(parameter)
         return kinds
@@ -205,13 +223,14 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 def _check_config(config: PlugConfig, *, labels: int, options: int) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
-    if "auto" in (config.answer_channel, config.options):
+    if "auto" in (config.answer_channel, config.options, config.label_prior):
         raise ConfigError(
-            "answer_channel and options of a plug must not be auto. Resolve them with `config_resolution.resolved`."
+            "answer_channel, options and label_prior of a plug must not be auto. Resolve them with "
+            "`config_resolution.resolved`."
         )
     if config.reads_labels and config.answer_channel != "all" and not labels:
         raise ConfigError(
-            "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
+            "answer_channel=label and label_prior need a task with a closed set of labels; this one has none. Use "
             "answer_channel=text and label_prior=none."
         )
     if 0 < config.persona_tokens < config.state_tokens:

@@ -57,6 +57,10 @@ class Personalizer:
         soft: SoftPrompt = self.plug(queries, history, options=options, persona_scale=self.persona_scale)
         return soft
 
+    def label_bias(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
+        """Return the plug's label prior for samples, (B, C), with gradients if they are enabled."""
+        return self.plug.label_bias([sample.query for sample in samples], self._gather(samples))
+
     def used_items(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
         """Return the items of a user that the plug uses: at most `max_history`, of kinds that the plug can read."""
         kinds = kind_ids(items)

@@ -21,7 +21,6 @@ from torch import nn
 from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.config import PAPER, PlugConfig
-from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
@@ -34,11 +33,13 @@ from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.training_facts import write_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start
+from personaplug.training.label_prior_fit import LabelPriorFit
 from personaplug.training.objectives import Objective, PlugObjective
 from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, fit, mean_loss
@@ -95,8 +96,16 @@ class Trainings:
             title=f"{part.name} (seed {seed})",
             owner=on_main(lambda: self.run.owner(part.name, seed=seed)),
         )
+        return self.facts(report, objective, seed=seed)
+
+    def facts(self, report: FitReport, objective: Objective, *, seed: int) -> dict[str, object]:
+        """Return the facts about a training for `fit.json`."""
         facts = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
         return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
+
+    def load_control(self, *, seed: int) -> PersonaPlug:
+        """Load the trained control without a history."""
+        return self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models)
 
     def samples_for(self, plug: PlugConfig, *, retrieval: Retrieval | None, seed: int) -> list[EncodedSample]:
         """Return the training samples encoded for a plug; with `retrieval`, their prompts contain retrieved texts."""
@@ -182,7 +191,7 @@ class SoftPromptPart(TrainedPart):
         """Return the objective of an untrained plug, and its training samples."""
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
-        if config.label_prior == "own" and run.shared_labels is not None:
+        if config.label_prior != "none" and run.shared_labels is not None:
             raise ConfigError(
                 f"{self.name} counts the labels of one task, but {run.folder} shares a plug with other tasks. "
                 f"Train it in a run of one task."
@@ -191,7 +200,9 @@ class SoftPromptPart(TrainedPart):
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
         with synchronized():
             plug = build_plug(run, models, part=self, seed=seed)
-            self._initialize(plug, samples, trainings, seed=seed)
+            if plug.config.instruction_start == "words":
+                _start_from_words(plug, samples, trainings.models, seed=seed)
+            _fit_label_prior(plug, samples, trainings, seed=seed)
         objective = PlugObjective(
             plug,
             models.llm,
@@ -216,15 +227,6 @@ class SoftPromptPart(TrainedPart):
         plug.training_facts = {key: value for key, value in facts.items() if key != "parameters"}
         on_main(lambda: plug.save_pretrained(run.plug_folder(self.name, seed=seed)))
         return facts
-
-    def _initialize(
-        self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
-    ) -> None:
-        """Initialize parameters from the training samples."""
-        if plug.config.instruction_start == "words":
-            _start_from_words(plug, samples, trainings.models, seed=seed)
-        if plug.label_prior is not None:
-            plug.label_prior.start_from(_label_ids(samples, trainings.run))
 
     def _finish(
         self,
@@ -278,7 +280,7 @@ class PlugPart(SoftPromptPart):
         config = run.config.training
         _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
         with synchronized():
-            control = run.load_plug(INSTRUCTION.name, seed=seed, models=trainings.models).instruction.detach()
+            control = trainings.load_control(seed=seed).instruction.detach()
         losses = set_best_cold_start(
             plug,
             control,
@@ -299,22 +301,6 @@ class InstructionPart(SoftPromptPart):
 
 
 @dataclass(frozen=True)
-class LabelCountsPart(InstructionPart):
-    """`InstructionPart` with a trained weight for how often each label occurs in the user's past answers."""
-
-    counts_labels: ClassVar[bool] = True
-
-    def check(self, task: Task) -> None:
-        if not task.has_labelled_items:
-            raise ConfigError(
-                f"{self.name} needs history items with labels; task {task.name} has none. Use instruction-only instead."
-            )
-
-    def plug_config(self, own: PlugConfig) -> PlugConfig:
-        return replace(super().plug_config(own), label_prior="own")
-
-
-@dataclass(frozen=True)
 class PaperPlugPart(SoftPromptPart):
     """The plug of the paper, with the placement of the run's plug."""
 
@@ -324,7 +310,6 @@ class PaperPlugPart(SoftPromptPart):
 
 PLUG = PlugPart("plug")
 INSTRUCTION = InstructionPart("instruction-only")
-LABEL_COUNTS = LabelCountsPart("instruction+labels")
 PAPER_PLUG = PaperPlugPart("paper-plug")
 
 
@@ -382,15 +367,21 @@ def _preference_loss(run: Run, llm: LanguageModel) -> PreferenceLoss | None:
     return PreferenceLoss(config.preference_loss, llm, config.preference_weight)
 
 
-def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:
-    """Return the label ids of the samples' answers, (n,)."""
-    if not closed_labels(run):
+def label_prior_fit(plug: PersonaPlug, trainings: Trainings) -> LabelPriorFit:
+    """Return the fit of a plug's label prior to samples of these trainings."""
+    assert plug.label_prior is not None
+    labels = closed_labels(trainings.run)
+    if not labels:
         raise ConfigError(
-            "label_prior=own needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
+            "label_prior needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
             "Otherwise use label_prior=none."
         )
-    label_set = LabelSet(run.task.labels)
-    return torch.tensor([label_set.index(sample.target) for sample in samples])
+    return LabelPriorFit(Personalizer(plug, table=trainings.embeddings), plug.label_prior, labels)
+
+
+def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int) -> None:
+    if plug.label_prior is not None:
+        label_prior_fit(plug, trainings).fit_alone(samples, config=trainings.run.config.training, seed=seed)
 
 
 def _parameter_count(module: nn.Module) -> int:

@@ -28,7 +28,8 @@ from personaplug.methods.context import EvalContext
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
-from personaplug.training.parts import LABEL_COUNTS, train
+from personaplug.training.label_prior_part import LABEL_COUNTS
+from personaplug.training.parts import train
 
 TINY = [
     "llm=toy",

@@ -30,7 +30,8 @@ from personaplug.shared_run import SharedRun, open_runs
 from personaplug.training import shared as shared_training
 from personaplug.training.batching import epoch_batches, user_split
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.parts import LABEL_COUNTS, PLUG, Trainings, train
+from personaplug.training.label_prior_part import LABEL_COUNTS
+from personaplug.training.parts import PLUG, Trainings, train
 from personaplug.training.shared import SharedObjective, train_shared
 from personaplug.training.task_mixture import TaskMixture, of_task, task_of
 from personaplug.training.trainer import fit

@@ -1,0 +1,89 @@
+"""LabelPrior: shift the score of each label by the labels of the user's past answers, above all of similar items."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from personaplug.plug.history_batch import HistoryBatch
+
+_INITIAL_DOUBT = 4.0  # number of answers at which the user's label frequencies and the overall ones weigh the same
+_INITIAL_NEAR_DOUBT = 1.0
+_INITIAL_TEMPERATURE = 0.2  # an item with a cosine of 0.8 counts e times less than an equal text
+
+
+class LabelPrior(nn.Module):
+    """Shift the log-probability of each label by its frequency in the user's answers.
+
+        b_c = trust · log(s_c / π_c) + near_trust · log(r_c / s_c)
+
+        s_c = (n_c + doubt · π_c) / (n + doubt)              frequencies in all of the user's n answers
+        r_c = (m_c + near_doubt · s_c) / (m + near_doubt)    frequencies in the answers to similar questions
+
+    π_c is the frequency of label c in all training answers. n_c of the user's answers have label c. m_c is the sum of
+    exp((cos(A·x, A·h_i) − 1) / temperature) over the items i with label c. x is the vector of the query, h_i that of
+    an item. A starts as the identity. A, the doubts, the trusts and the temperature are trained, see
+    `training/label_prior_fit.py`. A user without labels has b = 0.
+
+    Nearest neighbours of a vector with a trained metric are those of https://arxiv.org/abs/1703.05175; a distribution
+    of labels from neighbours beside a language model is that of https://arxiv.org/abs/1911.00172.
+
+    Args:
+        labels: number of labels (C).
+        width: width of the encoder (E), to count similar items; 0 = count all items alike, which means r = s.
+    """
+
+    def __init__(self, labels: int, *, width: int = 0) -> None:
+        super().__init__()
+        self.log_doubt = nn.Parameter(torch.tensor(math.log(_INITIAL_DOUBT)))
+        self.trust = nn.Parameter(torch.tensor(1.0))
+        self.metric = nn.Linear(width, width, bias=False) if width else None
+        if self.metric is not None:
+            nn.init.eye_(self.metric.weight)
+            self.log_near_doubt = nn.Parameter(torch.tensor(math.log(_INITIAL_NEAR_DOUBT)))
+            self.near_trust = nn.Parameter(torch.tensor(1.0))
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(_INITIAL_TEMPERATURE)))
+        self.usual: Tensor
+        self.register_buffer("usual", torch.full((labels,), 1 / labels))
+
+    def set_usual(self, label_ids: Tensor) -> None:
+        """Set π from training answers: (n,) label indices, -1 for an answer that is not a label."""
+        counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # add-one smoothing
+        self.usual.copy_(counts / counts.sum())
+
+    def forward(self, history: HistoryBatch, queries: Tensor | None = None) -> Tensor:
+        """Return b of each user, (B, C).
+
+        Args:
+            queries: (B, E) unit vectors of the queries; needed to count similar items.
+        """
+        owners = torch.repeat_interleave(torch.tensor(history.lengths, device=history.label_ids.device))
+        is_label = history.label_ids >= 0
+        cells = (owners * len(self.usual) + history.label_ids)[is_label]
+        own = self._frequencies(self._sums(cells, torch.ones_like(cells), history), self.usual, self.log_doubt)
+        bias = self.trust * (own / self.usual).log()
+        if self.metric is None:
+            return bias
+        assert queries is not None, "similar items depend on the query"
+        weights = self._similarity(queries, history.vectors[is_label], owners[is_label])
+        near = self._frequencies(self._sums(cells, weights, history), own, self.log_near_doubt)
+        return bias + self.near_trust * (near / own).log()
+
+    def _similarity(self, queries: Tensor, items: Tensor, owners: Tensor) -> Tensor:
+        """Return the weight of each item, (M,), for the query of its owner."""
+        assert self.metric is not None
+        x = nn.functional.normalize(self.metric(queries.to(self.usual)), dim=-1)
+        h = nn.functional.normalize(self.metric(items.to(self.usual)), dim=-1)
+        return (((h * x[owners]).sum(dim=1) - 1) / self.log_temperature.exp()).exp()
+
+    def _sums(self, cells: Tensor, weights: Tensor, history: HistoryBatch) -> Tensor:
+        """Sum the weights of items by user and label, (B, C); `cells` are indices into the flat result."""
+        sums = self.usual.new_zeros(len(history.lengths) * len(self.usual))
+        return sums.index_add(0, cells, weights.to(sums)).view(-1, len(self.usual))
+
+    @staticmethod
+    def _frequencies(counts: Tensor, prior: Tensor, log_doubt: Tensor) -> Tensor:
+        doubt = log_doubt.exp()
+        return (counts + doubt * prior) / (counts.sum(dim=1, keepdim=True) + doubt)

@@ -108,15 +108,26 @@ def backup(store: str, target: Path, secret: Path | None) -> None:
 
     with closing(HistoryStore.open(store, secret=secret)) as opened:
         back_up(opened, target)
+        kept = secret or opened.database.secret_file
+    click.echo(f"{target} does not hold the store's secret. Keep {kept} too, because a restore needs it.", err=True)
 
 
 @click.command()
 @click.option("--from", "source", required=True, type=FILE, help="File from `backup`.")
 @click.option("--to", "target", required=True, type=FILE, help="SQLite file to create.")
 @click.option("--current", help="Store in use until now; its erasures since the backup are replayed.")
-@secret_option
+@click.option(
+    "--secret",
+    type=FILE,
+    help="File with the secret of the store that was backed up.  [default: TO.secret; if it is missing, a copy of the "
+    "secret of --current]",
+)
 def restore(source: Path, target: Path, current: str | None, secret: Path | None) -> None:
-    """Restore a store of histories from a backup, after a check that the backup is undamaged."""
+    """Restore a store of histories from a backup, after a check that the backup is undamaged.
+
+    The backup does not hold the store's secret. The restored store needs it to open and to verify receipts: put the
+    file at TO.secret, or name it with --secret here and in each later command.
+    """
     check_installed()
     from personaplug.store import backup as backups
     from personaplug.store.history_store import HistoryStore
@@ -124,10 +135,17 @@ def restore(source: Path, target: Path, current: str | None, secret: Path | None
     with ExitStack() as stack:
         in_use = stack.enter_context(closing(HistoryStore.open(current, secret=secret))) if current else None
         backups.restore(source, target, secret=secret, current=in_use)
+    own = f"{target}.secret"
+    click.echo(
+        f"{target} is restored. It opens and verifies receipts only with its secret {secret or own}. "
+        + (f"Give --secret {secret} to each command, or copy this file to {own}." if secret else "Keep both files."),
+        err=True,
+    )
     if not current:
         click.echo(
             f"warning: the restored store contains users who were erased after the backup. To erase them again, run: "
-            f"personaplug replay-erasures --from STORE_IN_USE_UNTIL_NOW --to {target}",
+            f"personaplug replay-erasures --from STORE_IN_USE_UNTIL_NOW --to {target}"
+            f"{f' --secret {secret}' if secret else ''}",
             err=True,
         )
 

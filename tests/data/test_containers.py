@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import numpy as np
@@ -419,7 +419,7 @@ class ClassFeature:
 class NumberedRows(list[dict[str, Any]]):
     """Rows with the attribute `features` of a Hugging Face data set, which these tests do not require."""
 
-    features = {"user": object(), "question": object(), "genre": ClassFeature(GENRES)}
+    features: ClassVar[dict[str, object]] = {"user": object(), "question": object(), "genre": ClassFeature(GENRES)}
 
 
 @pytest.mark.parametrize("convert", [int, np.int64, lambda number: GENRES[number]])

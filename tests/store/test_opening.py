@@ -67,7 +67,7 @@ def test_open_without_secret_creates_file_beside_database(tmp_path: Path) -> Non
     assert len(bytes.fromhex(secret_file.read_text())) == 32
     assert add(place.open(secret=None), "t", "u", [item("a")]) == (0, 0, 1)
     secret_file.rename(tmp_path / "moved")
-    with pytest.raises(MissingData, match="Restore the file"):
+    with pytest.raises(MissingData, match="name it with --secret"):
         place.open(secret=None)
     assert place.open(secret=tmp_path / "moved").version("t", "u") > 0
 

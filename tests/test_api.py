@@ -328,6 +328,7 @@ def test_a_log_line_says_how_the_rows_are_read(plug: Plug, caplog: pytest.LogCap
         ),
         ([], {}, MissingData, "the list: it holds no records"),
         (ROWS[:15], {}, ConfigError, "Expected 4 or more users with a question.*; found 3"),
+        (ROWS, {"labels": [5], "skip_bad": 99}, UserError, r"30 rows read, \d+ kept, \d+ dropped: \d+ whose answer is"),
         ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: it is a row without an answer"),
         (ROWS, {"user": "product"}, ConfigError, "no user has two rows.*Give another column by user="),
         ("no.csv", {}, MissingData, "There is no file no.csv"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _STORE = click.option(
     "--store", required=True, help="Store of histories: a file or a postgresql:// URL. A server may be using it."
 )
 _TENANT = click.option("--tenant", default="default", show_default=True, help="Tenant of the user.")
+_MAX_WIDTH = 40  # characters of a column
 _USER = click.option("--user", required=True, help="Id of the user.")
 
 
@@ -88,12 +90,31 @@ def users(store: str, secret: Path | None, tenant: str | None, as_json: bool) ->
         click.echo(json.dumps([user.to_dict() for user in stored], indent=2, ensure_ascii=False))
         return
     rows = [("tenant", "user", "items", "last", "preferences")]
-    rows += [
-        (user.tenant, user.user, f"{user.items:,}", str(user.last or "-"), str(user.preferences)) for user in stored
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for user in stored:
+        counts = (f"{user.items:,}", str(user.last or "-"), str(user.preferences))
+        rows.append((_id_in_table(user.tenant), _id_in_table(user.user), *counts))
+    click.echo("\n".join(_table_lines(rows)))
+
+
+def _id_in_table(name: str) -> str:
+    """Return an id, in quotes if blanks in it would be unclear between the columns."""
+    is_clear = name == " ".join(name.split()) and name[0] != '"'
+    return name if is_clear else json.dumps(name, ensure_ascii=False)
+
+
+def _table_lines(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table. After a cell wider than its column, the row continues on the next line."""
+    widths = [max(len(cell) for cell in column if len(cell) <= _MAX_WIDTH) for column in zip(*rows, strict=True)]
     for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line, place = "", 0
+        for cell, width in zip(row, widths, strict=True):
+            place += width + 2
+            if len(cell) <= width:
+                line += cell.ljust(width + 2)
+            else:
+                yield line + cell
+                line = " " * place
+        yield line.rstrip()
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,30 @@ def test_erased_user_stays_erased_after_backup_and_restore(tmp_path: Path) -> No
     assert (done.exit_code, done.output) == (0, "1 erasures replayed\n")
     restored = HistoryStore.open(tmp_path / "late.db")
     assert [restored.count("default", user) for user in ("ann", "bob")] == [0, 1]
+
+
+def test_a_long_id_does_not_widen_the_table_of_users(tmp_path: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", ENCODER)
+    long, ids = "u" * 255, ("ann", "ann ", "bob  b", '"q"')
+    for user in (*ids, long):
+        add(store, "default", user, [item("1", day=date(2024, 1, 5))])
+    add(store, "t" * 41, long, [item("1", day=date(2024, 1, 5))])
+    lines = call("users", "--store", tmp_path / "h.db").output.splitlines()
+    counts = "1      2024-01-05  0"
+    assert lines[0] == "tenant   user      items  last        preferences"
+    assert lines[1:] == [
+        f'default  "\\"q\\""   {counts}',
+        f"default  ann       {counts}",
+        f'default  "ann "    {counts}',
+        f'default  "bob  b"  {counts}',
+        f"default  {long}",
+        f"                   {counts}",
+        "t" * 41,
+        f"         {long}",
+        f"                   {counts}",
+    ]
+    stored = json.loads(call("users", "--store", tmp_path / "h.db", "--json").output)
+    assert [user["user"] for user in stored] == ['"q"', "ann", "ann ", "bob  b", long, long]
 
 
 def test_restore_names_the_secret_with_which_the_store_opens_and_verifies_receipts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from stores import ENCODER, SECRET, Place, add, item
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import HashEncoder
+from personaplug.encoders.base import Vectors
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.loading import LoadResult, load_histories
 
@@ -129,9 +130,9 @@ class KilledEncoder(HashEncoder):
         super().__init__(ENCODER.width)
         self._countdown = countdown
 
-    def encode(self, texts: Sequence[str]) -> Any:
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         self._countdown()
-        return super().encode(texts)
+        return super().encode(texts, batch_size=batch_size)
 
 
 def load_until_killed(place: Place, rows: Mapping[str, Sequence[HistoryItem]], step: str, calls: int) -> None:
@@ -207,4 +208,4 @@ def test_processes_that_create_a_store_at_once_open_the_same_store(tmp_path: Pat
         place = Place(str(tmp_path / f"{number}.db"))
         results = load_at_once(place, *[histories(1)] * 3)
         assert sum(result.items.new for result in results) == ITEMS
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db"] * 10 + [".secret"] * 10
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []

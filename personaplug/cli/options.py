@@ -118,8 +118,10 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
     """
     from personaplug.data.splits import drawn
     from personaplug.methods import default_rows
+    from personaplug.training.parts import LABEL_COUNTS
 
-    rows = default_rows(run.task)
+    trained = run.trained_parts(LABEL_COUNTS.name)
+    rows = default_rows(run.task, trained=trained)
     users: set[str | None] | None = None
     with suppress(MissingData):
         train = train_of(data, rows, run=run, skip_bad=skip_bad)
@@ -130,7 +132,7 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
         return rows
     reason = "has no train split" if users is None else "does not have the train split that the run was trained on"
     click.echo(f"{data} {reason}; leaving out the rows that must be fitted on it", err=True)
-    return default_rows(run.task, has_train_split=False)
+    return default_rows(run.task, has_train_split=False, trained=trained)
 
 
 def tell_read(reader: Any, split: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _STORE = click.option(
     "--store", required=True, help="Store of histories: a file or a postgresql:// URL. A server may be using it."
 )
 _TENANT = click.option("--tenant", default="default", show_default=True, help="Tenant of the user.")
+_MAX_WIDTH = 40  # characters of a column
 _USER = click.option("--user", required=True, help="Id of the user.")
 
 
@@ -88,12 +90,31 @@ def users(store: str, secret: Path | None, tenant: str | None, as_json: bool) ->
         click.echo(json.dumps([user.to_dict() for user in stored], indent=2, ensure_ascii=False))
         return
     rows = [("tenant", "user", "items", "last", "preferences")]
-    rows += [
-        (user.tenant, user.user, f"{user.items:,}", str(user.last or "-"), str(user.preferences)) for user in stored
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for user in stored:
+        counts = (f"{user.items:,}", str(user.last or "-"), str(user.preferences))
+        rows.append((_id_in_table(user.tenant), _id_in_table(user.user), *counts))
+    click.echo("\n".join(_table_lines(rows)))
+
+
+def _id_in_table(name: str) -> str:
+    """Return an id, in quotes if blanks in it would be unclear between the columns."""
+    is_clear = name == " ".join(name.split()) and name[0] != '"'
+    return name if is_clear else json.dumps(name, ensure_ascii=False)
+
+
+def _table_lines(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table. After a cell wider than its column, the row continues on the next line."""
+    widths = [max(len(cell) for cell in column if len(cell) <= _MAX_WIDTH) for column in zip(*rows, strict=True)]
     for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line, place = "", 0
+        for cell, width in zip(row, widths, strict=True):
+            place += width + 2
+            if len(cell) <= width:
+                line += cell.ljust(width + 2)
+            else:
+                yield line + cell
+                line = " " * place
+        yield line.rstrip()
 
 
 @click.command()
@@ -108,15 +129,26 @@ def backup(store: str, target: Path, secret: Path | None) -> None:
 
     with closing(HistoryStore.open(store, secret=secret)) as opened:
         back_up(opened, target)
+        kept = secret or opened.database.secret_file
+    click.echo(f"{target} does not hold the store's secret. Keep {kept} too, because a restore needs it.", err=True)
 
 
 @click.command()
 @click.option("--from", "source", required=True, type=FILE, help="File from `backup`.")
 @click.option("--to", "target", required=True, type=FILE, help="SQLite file to create.")
 @click.option("--current", help="Store in use until now; its erasures since the backup are replayed.")
-@secret_option
+@click.option(
+    "--secret",
+    type=FILE,
+    help="File with the secret of the store that was backed up.  [default: TO.secret; if it is missing, a copy of the "
+    "secret of --current]",
+)
 def restore(source: Path, target: Path, current: str | None, secret: Path | None) -> None:
-    """Restore a store of histories from a backup, after a check that the backup is undamaged."""
+    """Restore a store of histories from a backup, after a check that the backup is undamaged.
+
+    The backup does not hold the store's secret. The restored store needs it to open and to verify receipts: put the
+    file at TO.secret, or name it with --secret here and in each later command.
+    """
     check_installed()
     from personaplug.store import backup as backups
     from personaplug.store.history_store import HistoryStore
@@ -124,10 +156,17 @@ def restore(source: Path, target: Path, current: str | None, secret: Path | None
     with ExitStack() as stack:
         in_use = stack.enter_context(closing(HistoryStore.open(current, secret=secret))) if current else None
         backups.restore(source, target, secret=secret, current=in_use)
+    own = f"{target}.secret"
+    click.echo(
+        f"{target} is restored. It opens and verifies receipts only with its secret {secret or own}. "
+        + (f"Give --secret {secret} to each command, or copy this file to {own}." if secret else "Keep both files."),
+        err=True,
+    )
     if not current:
         click.echo(
             f"warning: the restored store contains users who were erased after the backup. To erase them again, run: "
-            f"personaplug replay-erasures --from STORE_IN_USE_UNTIL_NOW --to {target}",
+            f"personaplug replay-erasures --from STORE_IN_USE_UNTIL_NOW --to {target}"
+            f"{f' --secret {secret}' if secret else ''}",
             err=True,
         )
 

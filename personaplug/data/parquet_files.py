@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import importlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from personaplug.data.class_names import name_classes, names_in_metadata
 from personaplug.data.delimited_files import NumberedRecord, check_columns
 from personaplug.data.values import Flaw, plain_value
 from personaplug.errors import MissingExtra, RecordError
@@ -34,10 +35,12 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedReco
         raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
 
 
-def batch_records(batch: Any) -> Iterator[Mapping[str, object]]:
-    """Yield the rows of a pyarrow.RecordBatch."""
+def batch_records(batch: Any) -> Iterator[object]:
+    """Yield the rows of a pyarrow.RecordBatch, with the class names of a Hugging Face data set."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
-    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    records = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    classes = names_in_metadata(batch.schema.metadata)
+    return name_classes(records, classes) if classes else records
 
 
 def _values(column: Any) -> Sequence[object]:

@@ -7,7 +7,7 @@ different combinations of manners. A user's history never has the topic of a que
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from personaplug.data.closed_questions import TRAINED_KINDS, closed_questions
+from personaplug.data.closed_questions import TRAINED_KINDS, ClosedQuestion, closed_questions
 from personaplug.data.manner_wording import INSTRUCTIONS, stated
 from personaplug.data.manners import DIMENSIONS, NONE, ONE, PROSE, SEVERAL_SENTENCES, VALUES, Manners
 from personaplug.data.records import PREFERENCE, HistoryItem, ItemKind, Sample, Turn
@@ -155,11 +155,11 @@ class MannerlyUser:
         """Draw closed questions for the user. The correct answers do not depend on the user's manners."""
         history, _ = self._drawn(name, rng, items)
         drawn_questions = closed_questions(questions, seed=int(rng.integers(2**31)))
-        samples = (
-            Sample(f"{name}-{each.kind}", name, each.prompt, each.prompt, each.answer, history, rejected=each.wrong)
+        answered = {"mode": {"answered": 1.0}}
+        return [
+            _closed_query(Sample(f"{name}-{each.kind}", name, "", "", None, history), each, expected=answered)
             for each in drawn_questions
-        )
-        return [SimulatedQuery(s, {"mode": s.target or ""}, {"mode": {"answered": 1.0}}) for s in samples]
+        ]
 
     def with_closed(
         self, queries: Sequence[SimulatedQuery], rng: np.random.Generator, *, share: float
@@ -217,18 +217,20 @@ class MannerlyUser:
 
 
 def _closed_in_place_of(query: SimulatedQuery, rng: np.random.Generator) -> SimulatedQuery:
-    """Return a query whose question is a closed one. Its answer obeys the question's wording, not the manners."""
+    """Return a query whose question is a closed one, drawn at random, with one rejected answer."""
     kind = _pick(rng, TRAINED_KINDS)
     (closed,) = closed_questions(1, seed=int(rng.integers(2**31)), kinds=(kind,))
-    sample = replace(
-        query.sample,
-        query=closed.prompt,
-        prompt=closed.prompt,
-        target=closed.answer,
-        context=(),
-        rejected=closed.wrong[:1],
+    return _closed_query(query.sample, replace(closed, wrong=closed.wrong[:1]), expected=query.expected)
+
+
+def _closed_query(
+    sample: Sample, closed: ClosedQuestion, *, expected: Mapping[str, Mapping[str, float]]
+) -> SimulatedQuery:
+    """Return a query with a closed question. Its answer obeys the question's wording, not the user's manners."""
+    asked = replace(
+        sample, query=closed.prompt, prompt=closed.prompt, target=closed.answer, context=(), rejected=closed.wrong
     )
-    return replace(query, sample=sample, oracle={"mode": closed.answer})
+    return SimulatedQuery(asked, {"mode": closed.answer}, expected)
 
 
 @dataclass(frozen=True, repr=False)

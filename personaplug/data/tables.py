@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from personaplug.data.class_names import name_classes, names_in_features
 from personaplug.data.delimited_files import NumberedRecord, check_columns
 from personaplug.data.parquet_files import batch_records
 from personaplug.errors import ConfigError
@@ -47,7 +48,8 @@ class Table:
             check_columns(self.name, source.column_names, columns or source.column_names)
             table = source.select(list(columns or source.column_names))
             return (row for batch in table.to_batches(max_chunksize=1 << 16) for row in batch_records(batch))
-        return source  # type: ignore[no-any-return]
+        names = names_in_features(getattr(source, "features", None))
+        return name_classes(source, names) if names else source
 
     def _pandas_rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
         frame = self._source

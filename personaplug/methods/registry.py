@@ -7,7 +7,7 @@ colon is the argument of the part before it. `rows.py` registers the rows of thi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from personaplug.analysis.method_info import SHUFFLED, WRONG_USER
@@ -19,6 +19,8 @@ from personaplug.training.parts import TrainedPart
 
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
 _FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
+
+_LABEL_COUNTS = "instruction+labels"
 
 MethodFactory = Callable[[str], Method]
 """Makes a row from the argument after the colon of its name ("" without a colon)."""
@@ -55,16 +57,18 @@ def known_methods() -> list[str]:
     return [*_METHODS, *_ALIASES]
 
 
-def default_rows(task: Task, *, has_train_split: bool = True) -> list[Method]:
-    """Return the default rows for a task: the plug, its controls, and baselines without a language model.
+def default_rows(task: Task, *, has_train_split: bool = True, trained: Collection[str] = ()) -> list[Method]:
+    """Return the default rows for a task: the plug, its controls, and the rivals that cost nothing.
 
-    `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` is left out, because
-    it needs another training.
+    `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` needs a training as
+    long as that of `instruction-only`, so it is left out unless the run has trained it.
 
     Args:
         has_train_split: whether rows can be fitted on the training split.
+        trained: names of the run's trained parts.
     """
-    baselines = [find_method(name) for name in _FREE_BASELINES]
+    counts = [_LABEL_COUNTS] if _LABEL_COUNTS in trained else []
+    baselines = [find_method(name) for name in (*_FREE_BASELINES, *counts)]
     suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")
     return [*map(find_method, first), *suitable, *map(find_method, last)]

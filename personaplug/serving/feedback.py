@@ -104,6 +104,7 @@ def _feedback_item(task: Task, item_id: str, query: str, answer: object) -> Hist
         message = f"Items of {task.name} {form}, so a request cannot become an item. Send the item in `items`."
         raise RequestError(message, code="feedback")
     try:
+        _check_is_reply(task, answer, "the answer")
         text = target_of(task, as_text(answer, "the answer"))
     except Flaw as flaw:
         raise RequestError(f"{flaw}. {_expected(task)}", code="answer") from None
@@ -157,6 +158,8 @@ def _item_of_record(
     task: Task, record: Mapping[str, Any], number: int, content_id: Callable[[HistoryItem], str]
 ) -> HistoryItem:
     try:
+        for name in (task.answer_field or "", REJECTED):
+            _check_is_reply(task, record.get(name), f"its {name!r}")
         _, item = item_of(task, record, default_id=_NO_ID)
         if record.get("id") is None:
             item = replace(item, id=content_id(item))
@@ -167,6 +170,12 @@ def _item_of_record(
     except ValueError as flaw:
         raise RequestError(f"item {number}: {flaw}. {_expected(task)}", code="item") from None
     return item
+
+
+def _check_is_reply(task: Task, answer: object, what: str) -> None:
+    """Refuse a number as a reply of a chat, because it is a rating."""
+    if task.kind == "chat" and isinstance(answer, int | float):
+        raise Flaw(f"{what} is a number, but the answers of {task.name} are replies in text; send the text of a reply")
 
 
 def _expected(task: Task) -> str:

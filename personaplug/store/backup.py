@@ -19,6 +19,7 @@ from personaplug.errors import ConfigError, MissingData, StorageError
 from personaplug.infra.atomic_io import storage_errors
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.private_files import create_private, make_private_folder
+from personaplug.store.receipts import Secret
 from personaplug.store.refill import copy_erasures, user_pages
 
 _KIND = "personaplug backup 1"
@@ -55,9 +56,11 @@ def restore(backup: Path, target: Path, *, secret: Path | None, current: History
 
     Args:
         target: the store's file, which must not exist.
-        secret: file of the store's secret; None = the file beside the target.
+        secret: file of the store's secret; None = the file beside the target. If it is missing, it becomes a copy of
+            the secret of `current`.
         current: the store in use until now; users who were erased from it are erased from the new store too.
     Raises:
+        MissingData: if the backup or the secret is missing.
         StorageError: if the backup is damaged.
     """
     if not backup.exists() or backup.is_dir():
@@ -65,20 +68,34 @@ def restore(backup: Path, target: Path, *, secret: Path | None, current: History
     _check_is_new(target)
     for ending in _LOGS:
         _check_is_new(target.with_name(target.name + ending))
-    secret = secret or target.with_name(f"{target.name}.secret")
+    own_secret = target.with_name(f"{target.name}.secret")
     with _temporary(target) as copy:
         with storage_errors(backup), backup.open("rb") as content, copy.open("wb") as file:
             header = _read_header(content, backup)
             if _copy(content, file) != header["sha256"] or file.tell() != header["bytes"]:
                 raise StorageError(f"The backup {backup} is damaged: its checksum does not match. Use another backup.")
             os.fsync(file.fileno())
-        with closing(HistoryStore.open(copy, secret=secret)) as store:
+        key = _secret_of_backup(secret or own_secret, None if secret else current)
+        with closing(HistoryStore.open(copy, secret=key.key)) as store:
             if current is not None:
                 copy_erasures(current, store)
             verify(store)
         with closing(sqlite3.connect(copy)) as database:
             database.execute("PRAGMA journal_mode=DELETE")  # leaves no log beside the file
+        if not secret:
+            key.save(own_secret)
         copy.rename(target)
+
+
+def _secret_of_backup(file: Path, current: HistoryStore | None) -> Secret:
+    if file.exists():
+        return Secret.from_file(file, create=False)
+    if current is not None:
+        return current.secret
+    raise MissingData(
+        f"The secret {file} is missing: a backup does not hold the secret of its store. Copy the secret of the store "
+        f"that was backed up there (STORE.secret, beside its file), or name it with --secret."
+    )
 
 
 def verify(store: HistoryStore) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from personaplug.errors import ConfigError, MissingExtra, StorageError
 from personaplug.infra.atomic_io import storage_errors
-from personaplug.store.private_files import ensure_private, make_private_folder, restrict
+from personaplug.store.private_files import create_private, ensure_private, make_private_folder, restrict
 from personaplug.store.row_checksums import damaged
 
 try:
@@ -33,8 +33,9 @@ _RETRY_PAUSE_S = 0.01
 WAIT_S = 10.0
 _LOCK_MARGIN_S = 2.0  # added to `wait_s`, after which the server itself ends a wait for a lock
 _REST_S = 2.0  # how long calls fail at once after the server did not answer
+_PAGE_SIZE = "page_size=8192"
 _PRAGMAS = (
-    "page_size=8192",
+    _PAGE_SIZE,
     "cell_size_check=ON",  # detects damaged pages
     "journal_mode=WAL",
     "wal_autocheckpoint=1",  # after each commit, so that a copy of the main file lacks as few rows as possible
@@ -138,6 +139,8 @@ class Database:
             return
         if self._file_id is None:
             make_private_folder(self.file.parent)
+            if not self.file.exists():
+                _create_file(self.file)
             ensure_private(self.file)
             for ending in ("-wal", "-shm"):  # SQLite creates them with the permissions of the main file
                 with contextlib.suppress(FileNotFoundError):
@@ -272,6 +275,24 @@ def insert_rows(connection: Connection, table: str, rows: Sequence[tuple[Any, ..
         marks = ", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * len(rows[0]))
         # The driver gets the rows directly, because SQLAlchemy's preparation takes longer than SQLite's insertion.
         connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", list(rows))
+
+
+def _create_file(file: Path) -> None:
+    """Create an empty database with its first page, or leave the file that another process has created meanwhile.
+
+    If the process is killed, the file has this page or does not exist: a file without it would be a damaged store.
+    """
+    temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
+    with storage_errors(file):
+        os.close(create_private(temporary))
+        try:
+            with contextlib.closing(sqlite3.connect(temporary)) as database:
+                database.execute(f"PRAGMA {_PAGE_SIZE}")
+                database.execute("PRAGMA journal_mode=WAL")  # writes the page
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, file)
+        finally:
+            temporary.unlink()
 
 
 def _run_pragma(connection: Any, pragma: str, *, deadline: float) -> None:

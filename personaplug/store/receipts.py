@@ -66,7 +66,8 @@ class Secret:
             cls(secrets.token_bytes(32)).save(path)
         elif not path.exists():
             raise MissingData(
-                f"The store's secret {path} is missing. Restore the file; the store cannot open without it."
+                f"The store's secret {path} is missing, and the store cannot open without it. Put the file there, or "
+                f"name it with --secret (in Python, secret=)."
             )
         with storage_errors(path):
             restrict(path)

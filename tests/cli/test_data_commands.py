@@ -93,3 +93,17 @@ def test_import_help_lists_formats_and_default_limit() -> None:
     text = "".join(call("--help").output.split())
     assert [name for name in FORMATS if name not in text] == []
     assert f"[default:{MAX_SAMPLES_PER_USER}forconversations" in text
+
+
+def test_import_without_samples_counts_the_dropped_rows(tmp_path: Path) -> None:
+    rows = [f"{user},film {number} of {user},{number}" for user in "abcdef" for number in range(1, 6)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,title,stars", *rows, ",a film,4"]) + "\n")
+    words = ["import", str(tmp_path / "log.csv"), "--out", str(tmp_path / "data"), "--label"]
+    for label, message in (
+        ("4", "31 rows read, 6 kept, 25 dropped: 24 whose answer is none of the labels, 1 without a user."),
+        ("9", "None of the 31 rows can be used: 30 whose answer is none of the labels, 1 without a user."),
+    ):
+        done = CliRunner().invoke(main, [*words, label])
+        assert done.exit_code == 2
+        assert message in done.output
+        assert not (tmp_path / "data").exists()

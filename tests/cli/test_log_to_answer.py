@@ -13,6 +13,7 @@ from messy_log import Counts, write_messy_log
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import LAMP_TASKS
+from personaplug.data.task_registry import CHAT
 from personaplug.run import Run
 from personaplug.serving.api_keys import create_key
 from personaplug.serving.app import create_app
@@ -126,6 +127,18 @@ def test_serve_refuses_a_log_that_it_cannot_load(
     done = CliRunner().invoke(main, [str(paths.get(str(word), word)) for word in (*command, *words)])
     assert (done.exit_code, message in done.output) == (2, True), done.output
     assert not (tmp_path / "h.db").exists()
+
+
+@pytest.mark.parametrize("words", [["load", "LOG"], ["serve", "--port", "0", "--load", "LOG"]])
+def test_ratings_are_not_loaded_into_the_store_of_a_chat(
+    words: list[str], counts: Counts, folder: Path, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=CHAT)
+    words = [str(folder / "orders.csv") if word == "LOG" else word for word in words]
+    done = CliRunner().invoke(main, [*words, "--run", str(run.folder), "--store", str(tmp_path / "h.db")])
+    assert done.exit_code == 2, done.output
+    assert "Chat has replies as answers, but the column 'Sterne' holds" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

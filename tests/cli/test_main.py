@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,16 @@ def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path,
     assert "plug" in names
     assert "classical" not in names
     assert "does not have the train split that the run was trained on" in output
+
+
+def test_default_rows_include_label_counts_that_the_run_has_trained(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    done = _call("train", "--data", data, "--out", run, "--methods", "instruction+labels", *TOY)
+    assert done.exit_code == 0, done.output
+    done = _call("evaluate", "--run", run, "--data", data, "--json", tmp_path / "r.json", "resamples=100")
+    assert done.exit_code == 0, done.output
+    names = [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]]
+    assert names[-5:] == ["classical", "instruction+labels", "wrong-user", "plug", "all-knowing"]
 
 
 def test_evaluate_and_predict_refuse_data_of_another_task_kind(trained: Path, tmp_path: Path) -> None:

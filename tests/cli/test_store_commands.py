@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_erased_user_stays_erased_after_backup_and_restore(tmp_path: Path) -> No
         shutil.copy(tmp_path / "h.db.secret", tmp_path / f"{name}.secret")
     words = ("restore", "--from", tmp_path / "backup", "--to")
     done = call(*words, tmp_path / "now.db", "--current", tmp_path / "h.db")
-    assert (done.exit_code, done.output) == (0, "")
+    assert (done.exit_code, "replay-erasures" in done.output) == (0, False)
     assert HistoryStore.open(tmp_path / "now.db").count("default", "ann") == 0
     done = call(*words, tmp_path / "late.db")
     assert (done.exit_code, "replay-erasures" in done.output) == (0, True)
@@ -39,6 +40,72 @@ def test_erased_user_stays_erased_after_backup_and_restore(tmp_path: Path) -> No
     assert (done.exit_code, done.output) == (0, "1 erasures replayed\n")
     restored = HistoryStore.open(tmp_path / "late.db")
     assert [restored.count("default", user) for user in ("ann", "bob")] == [0, 1]
+
+
+def test_a_long_id_does_not_widen_the_table_of_users(tmp_path: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", ENCODER)
+    long, ids = "u" * 255, ("ann", "ann ", "bob  b", '"q"')
+    for user in (*ids, long):
+        add(store, "default", user, [item("1", day=date(2024, 1, 5))])
+    add(store, "t" * 41, long, [item("1", day=date(2024, 1, 5))])
+    lines = call("users", "--store", tmp_path / "h.db").output.splitlines()
+    counts = "1      2024-01-05  0"
+    assert lines[0] == "tenant   user      items  last        preferences"
+    assert lines[1:] == [
+        f'default  "\\"q\\""   {counts}',
+        f"default  ann       {counts}",
+        f'default  "ann "    {counts}',
+        f'default  "bob  b"  {counts}',
+        f"default  {long}",
+        f"                   {counts}",
+        "t" * 41,
+        f"         {long}",
+        f"                   {counts}",
+    ]
+    stored = json.loads(call("users", "--store", tmp_path / "h.db", "--json").output)
+    assert [user["user"] for user in stored] == ['"q"', "ann", "ann ", "bob  b", long, long]
+
+
+def test_restore_names_the_secret_with_which_the_store_opens_and_verifies_receipts(tmp_path: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", ENCODER)
+    for user in ("ann", "bob"):
+        add(store, "default", user, [item("1")])
+    receipt = tmp_path / "receipt.json"
+    receipt.write_text(json.dumps(store.erase_user("default", "ann").to_dict()))
+    done = call("backup", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
+    assert f"Keep {tmp_path / 'h.db.secret'} too" in done.output
+    kept = (tmp_path / "h.db.secret").rename(tmp_path / "kept")
+    words, new = ("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db"), tmp_path / "new.db"
+
+    done = call(*words)
+    assert done.exit_code == 2
+    assert f"The secret {new}.secret is missing" in done.output
+    assert "--secret" in done.output
+    assert sorted(path.name for path in tmp_path.glob("new*")) == []
+
+    done = call(*words, "--secret", kept)
+    assert done.exit_code == 0, done.output
+    assert f"Give --secret {kept} to each command, or copy this file to {new}.secret." in done.output
+    assert f"--to {new} --secret {kept}" in done.output
+    verify = ("verify-receipt", receipt, "--store", new, "--user", "ann")
+    done = call(*verify)
+    assert (done.exit_code, "--secret" in done.output) == (2, True)
+    assert call(*verify, "--secret", kept).output == "valid\n"
+    shutil.copy(kept, f"{new}.secret")
+    assert call(*verify).output == "valid\n"
+    assert [user["user"] for user in json.loads(call("users", "--store", new, "--json").output)] == ["bob"]
+
+
+def test_restore_copies_the_secret_of_the_store_in_use(tmp_path: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", ENCODER)
+    add(store, "default", "ann", [item("1")])
+    call("backup", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
+    words = ("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db", "--current", tmp_path / "h.db")
+    done = call(*words)
+    assert (done.exit_code, f"only with its secret {tmp_path / 'new.db.secret'}" in done.output) == (0, True)
+    assert (tmp_path / "new.db.secret").read_bytes() == (tmp_path / "h.db.secret").read_bytes()
+    assert (tmp_path / "new.db.secret").stat().st_mode & 0o777 == 0o600
+    assert HistoryStore.open(tmp_path / "new.db").count("default", "ann") == 1
 
 
 @pytest.fixture(scope="module")

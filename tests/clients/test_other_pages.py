@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from functools import partial
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import httpx
 import pytest
+from markdown_code import code_in
 from recording_server import RecordingServer, recording
 
 from personaplug.llm.causal_lm import CausalLM
@@ -23,8 +22,7 @@ SERVER = "http://127.0.0.1:8000"
 def _run(page: str, server: RecordingServer, *, after: str) -> str:
     """Run the Python blocks of a page after a heading; return what they print."""
     text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n## {after}\n")[2]
-    blocks = re.findall(r"^( *)```python\n(.*?)^\1```$", text, flags=re.MULTILINE | re.DOTALL)
-    code = "\n".join(dedent(block) for _, block in blocks)
+    code = "\n".join(code_in(text, "python"))
     assert SERVER in code
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(code.replace(SERVER, server.url), {})

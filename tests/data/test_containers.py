@@ -7,16 +7,19 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
+import numpy as np
 import pytest
 
 from personaplug.data.event_log import ColumnMapping, EventLogReader
+from personaplug.data.logs.log import read_log
+from personaplug.data.logs.options import LogOptions
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, RecordError
@@ -378,3 +381,72 @@ def test_source_without_rows_is_refused(source: object, message: str) -> None:
 def test_row_that_is_not_a_mapping_is_a_broken_row() -> None:
     with pytest.raises(RecordError, match="the list, row 2: it is not a JSON object"):
         read([ROWS[0], ("ann", SECRET)])
+
+
+GENRES = ["quiet drama", "loud comedy", "old western"]
+NUMBERED: list[dict[str, Any]] = [
+    {"user": user, "question": f"film {n} of {user}", "genre": (n + len(user)) % 3} for user in "ab" for n in range(9)
+]
+
+
+def genres_of(source: object) -> tuple[tuple[str, ...], list[str]]:
+    """Return the labels that a log declares, and the answers of its rows."""
+    log = read_log([source], LogOptions(answer="genre"))
+    return log.task.labels, [row["genre"] for row in log.rows]
+
+
+NAMED = (tuple(sorted(GENRES)), [GENRES[row["genre"]] for row in NUMBERED])
+
+
+def test_a_hugging_face_data_set_gives_the_names_of_its_classes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        user=datasets.Value("string"), question=datasets.Value("string"), genre=datasets.ClassLabel(names=GENRES)
+    )
+    data = datasets.Dataset.from_list(NUMBERED, features=features)
+    data.to_parquet(tmp_path / "log.parquet")
+    for source in (data, data.with_format("numpy"), data.to_iterable_dataset(), tmp_path / "log.parquet"):
+        assert genres_of(source) == NAMED
+
+
+@dataclass
+class ClassFeature:
+    """The part of `datasets.ClassLabel` that is read."""
+
+    names: list[str]
+
+
+class NumberedRows(list[dict[str, Any]]):
+    """Rows with the attribute `features` of a Hugging Face data set, which these tests do not require."""
+
+    features: ClassVar[dict[str, object]] = {"user": object(), "question": object(), "genre": ClassFeature(GENRES)}
+
+
+@pytest.mark.parametrize("convert", [int, np.int64, lambda number: GENRES[number]])
+def test_class_numbers_are_read_as_their_names(convert: Callable[[int], object]) -> None:
+    rows = NumberedRows({**row, "genre": convert(row["genre"])} for row in NUMBERED)
+    assert genres_of(rows) == NAMED
+    unlabelled = {"user": "a", "question": "a film without a genre", "genre": -1}
+    log = read_log([NumberedRows([*rows, unlabelled, {**unlabelled, "genre": None}])], LogOptions(answer="genre"))
+    assert log.report.dropped == {"without an answer": 2}
+    assert genres_of(NUMBERED)[0] == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"genre": {"names": GENRES, "_type": "ClassLabel"}, "user": {"_type": "Value"}}, NAMED),
+        ({"genre": {"names": 3}}, None),
+        (["genre"], None),
+    ],
+)
+def test_class_names_in_the_metadata_of_parquet_are_read(features: object, expected: object, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}  # as `Dataset.to_parquet` writes it
+    table = pa.Table.from_pylist(NUMBERED).replace_schema_metadata(metadata)
+    parquet.write_table(table, tmp_path / "log.parquet")
+    for source in (table, tmp_path / "log.parquet"):
+        assert genres_of(source) == (expected or genres_of(NUMBERED))
+    parquet.write_table(table.replace_schema_metadata({"huggingface": "[" * 100_000}), tmp_path / "log.parquet")
+    assert genres_of(tmp_path / "log.parquet") == genres_of(NUMBERED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from personaplug.data.logs.date_forms import learn_dates
 from personaplug.data.logs.log import Log, read_log, read_rows
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import RowForm
+from personaplug.data.task import Task
+from personaplug.data.task_registry import CHAT, parse_task
 from personaplug.errors import ConfigError, MissingData, RecordError, UserError
 
 HEADER = "user_id,created_at,title,stars\n"
@@ -282,3 +285,56 @@ def test_options_that_do_not_fit_the_file_are_refused(
 def test_a_header_may_have_a_line_break_in_a_name(tmp_path: Path) -> None:
     log = _read(tmp_path / "log.csv", HEADER.replace("stars", '"star\nrating"') + "".join(ROWS))
     assert log.found.answer == "star\nrating"
+
+
+_FIELDS = {"item_fields": ["title"], "answer_field": "stars"}
+_STARS = parse_task({"name": "Stars", "kind": "rating", "labels": ["1", "2", "3", "4", "5"], **_FIELDS})
+_MOODS = parse_task({"name": "Moods", "kind": "label", "labels": ["bad", "good"], **_FIELDS})
+_PRICES = parse_task({"name": "Prices", "kind": "text", "item_fields": ["title"], "answer_field": "price"})
+_REPLIES = ["I would begin with seeds.", "It depends on the soil.", "Water it twice a week.", "Wait until spring."]
+
+
+def _table(answer: str, values: Sequence[object]) -> list[dict[str, Any]]:
+    return [
+        {"user_id": "ab"[n % 2], "question": f"question number {n} about films", answer: v}
+        for n, v in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "values", "message"),
+    [
+        (CHAT, "stars", [1, 2, 3, 4, 5] * 8, "Chat has replies as answers, but the column 'stars' holds 5 different"),
+        (CHAT, "answer", ["4", "5,0", "3", "4"], "holds 3 different numbers"),
+        (CHAT, "stars", [n + 0.37 for n in range(60)], "holds 60 different numbers"),
+        (CHAT, "category", ["sports", "politics"] * 10, "holds 2 different short values"),
+        (_PRICES, "stars", [1, 2, 3, 4, 5] * 8, "Prices has texts as answers"),
+        (_STARS, "answer", _REPLIES, "ratings from 1 to 5 as answers, but 4 of 4 values in the column 'answer'"),
+        (_STARS, "score", list(range(1, 11)), "but 5 of 10 values"),
+        (_STARS, "score", [0, 1, 1, 1, 1], "but 1 of 5 values"),
+        (_MOODS, "stars", [1, 2, 3, 4, 5], "2 labels as answers, but 5 of 5 values"),
+    ],
+)
+def test_answers_of_another_kind_than_the_run_are_refused(
+    task: Task, answer: str, values: list[object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        read_log([_table(answer, values)], LogOptions(), task=task)
+    assert "--answer" in str(caught.value)
+    assert not any(reply in str(caught.value) for reply in (*_REPLIES, "sports"))
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "values", "kept"),
+    [
+        (CHAT, "reply", _REPLIES * 3, 12),
+        (CHAT, "reply", ["yes", "no", "10"], 3),
+        (_PRICES, "price", [1, 2, 3, 4, 5] * 8, 40),
+        (_STARS, "stars", [5] * 20 + [7, None], 20),
+        (_STARS, "score", ["4.0", "5"] * 10, 20),
+        (_MOODS, "mood", ["good", "bad", "good", "new"], 3),
+    ],
+)
+def test_answers_of_the_kind_of_the_run_are_read(task: Task, answer: str, values: list[object], kept: int) -> None:
+    log = read_log([_table(answer, values)], LogOptions(questions=("question",), answer=answer), task=task)
+    assert len(log.rows) == kept

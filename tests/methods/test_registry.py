@@ -110,6 +110,22 @@ def test_default_rows_are_the_plug_its_controls_and_suitable_baselines(task: Tas
     assert unfitted == [row for row in rows if not row.needs_train_split]
 
 
+@pytest.mark.parametrize(
+    ("task", "is_suitable"),
+    [
+        (LAMP_TASKS["LaMP_3"], True),
+        (LAMP_TASKS["LaMP_2"], True),
+        (LAMP_TASKS["LaMP_1"], False),
+        (LAMP_TASKS["LaMP_4"], False),
+        (CHAT, False),
+    ],
+)
+def test_default_rows_include_trained_label_counts_where_items_have_labels(task: Task, is_suitable: bool) -> None:
+    rows = [row.name for row in default_rows(task, trained=["plug", "instruction+labels"])]
+    others = [row.name for row in default_rows(task, trained=["plug"])]
+    assert rows == ([*others[:-2], "instruction+labels", *others[-2:]] if is_suitable else others)
+
+
 @pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
 def test_row_has_a_rationale_and_the_given_name(name: str) -> None:
     method = find_method(name)

@@ -152,6 +152,18 @@ def test_rating_stores_the_label_as_answer_or_rejection(toy: CausalLM, tmp_path:
         assert _code(_say(url, "ann", request, answer="4", rejected="nine")) == (400, "answer")
 
 
+def test_a_number_is_no_reply_of_a_chat(url: str) -> None:
+    request, own = _ask(url, "gus")
+    for feedback in ({"answer": 4}, {"rejected": 2.5}, {"answer": own, "rejected": 4}):
+        assert _code(_say(url, "gus", request, **feedback)) == (400, "answer")
+    for item in ({"question": "Tea?", "answer": 4}, {"question": "Tea?", "rejected": 4.5}):
+        reply = httpx.post(f"{url}/v1/users/gus/history", json={"items": [item]})
+        assert _code(reply) == (400, "item")
+        assert "is a number" in reply.json()["error"]["message"]
+    assert _items(url, "gus") == []
+    assert _say(url, "gus", request, answer="4").status_code == 200
+
+
 def test_task_without_an_answer_field_refuses_rejections(toy: CausalLM, tmp_path: Path) -> None:
     with served(open_service(toy, tmp_path, task=TWEETS, config=STYLE)) as url:
         request, own = _ask(url, "ann", "write. tweet: on tea")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from markdown_code import code_in
 from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, item_ids
 
 from personaplug.encoders import HashEncoder
@@ -67,7 +67,7 @@ def test_open_without_secret_creates_file_beside_database(tmp_path: Path) -> Non
     assert len(bytes.fromhex(secret_file.read_text())) == 32
     assert add(place.open(secret=None), "t", "u", [item("a")]) == (0, 0, 1)
     secret_file.rename(tmp_path / "moved")
-    with pytest.raises(MissingData, match="Restore the file"):
+    with pytest.raises(MissingData, match="name it with --secret"):
         place.open(secret=None)
     assert place.open(secret=tmp_path / "moved").version("t", "u") > 0
 
@@ -159,10 +159,8 @@ def test_package_import_needs_no_sqlalchemy() -> None:
 
 def test_docs_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert code is not None
     monkeypatch.chdir(tmp_path)
-    exec(code.group(1), {})
+    exec(code_in(page, "python")[0], {})
 
 
 def test_open_by_several_processes_creates_one_store(place: Place) -> None:

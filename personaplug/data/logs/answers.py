@@ -21,6 +21,7 @@ _MAX_LABEL_LENGTH = 40
 _MIN_NUMBERS = 0.95  # share of numbers among the answers of a rating
 _WHOLE = re.compile(r"([+-]?\d+)(?:[.,]0+)?", re.ASCII)
 _MAX_RARE = 0.002  # share of a number that counts as a typing error
+_MAX_UNKNOWN = {"rating": 0.1, "label": 0.5}  # share of a run's answers; more show another scale or another column
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,47 @@ def labels_of(task: Task) -> AnswerKind:
     """Return the kind of a task's answers."""
     closed = _closed(task.kind, task.labels, f"the run's task {task.name}")
     return closed if task.labels else AnswerKind(task.kind, (), closed.reason, {})
+
+
+def check_answers(texts: Sequence[str], *, column: str, task: Task, has_same_name: bool) -> None:
+    """Raise ConfigError if the answers of a log are of another kind than those of a run's task.
+
+    Args:
+        has_same_name: the column has the name of the task's answer field. So the texts of such a run may be numbers;
+            a chat has the same field for all logs.
+    """
+    if task.labels:
+        _check_known(texts, column=column, task=task)
+        return
+    found = _closed_values(texts)
+    if found and (task.kind == "chat" or not has_same_name):
+        expected = "replies" if task.kind == "chat" else "texts"
+        raise ConfigError(
+            f"The run's task {task.name} has {expected} as answers, but the column {column!r} holds {found}. Give the "
+            f"column of the {expected} by --answer, or a run that was trained on such values. If they are {expected}, "
+            f"import the log with --kind {task.kind} and load the new folder."
+        )
+
+
+def _check_known(texts: Sequence[str], *, column: str, task: Task) -> None:
+    answers = labels_of(task)
+    unknown = sum(answers.read(text) is None for text in texts)
+    if unknown > _MAX_UNKNOWN[task.kind] * len(texts):
+        is_scale = task.kind == "rating"
+        expected = f"ratings from {task.labels[0]} to {task.labels[-1]}" if is_scale else f"{len(task.labels)} labels"
+        raise ConfigError(
+            f"The run's task {task.name} has {expected} as answers, but {unknown:,} of {len(texts):,} values in the "
+            f"column {column!r} are none of them. Give the column of these answers by --answer, or a run that was "
+            f"trained on this log. If the other rows are right, remove these rows from the log."
+        )
+
+
+def _closed_values(texts: Sequence[str]) -> str:
+    """Describe answers that are numbers or a closed set; empty if they are other texts."""
+    counts = Counter(comparable(text) for text in texts)
+    if counts and _number_share(counts) > _MIN_NUMBERS:
+        return f"{len(counts):,} different numbers"
+    return f"{len(counts):,} different short values" if _is_closed(counts, texts) else ""
 
 
 def _checked(name: str | None) -> TaskKind | None:

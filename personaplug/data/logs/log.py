@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from personaplug.data.delimited_files import NumberedRecord
 from personaplug.data.event_log import ColumnMapping, EventLogReader
 from personaplug.data.ids import short_id
-from personaplug.data.logs.answers import AnswerKind, decide_answers, labels_of
+from personaplug.data.logs.answers import AnswerKind, check_answers, decide_answers, labels_of
 from personaplug.data.logs.columns import Column, FoundColumns, check_named, find_columns
-from personaplug.data.logs.declaration import declare, declare_for, is_request
+from personaplug.data.logs.declaration import declare, declare_for, field_name, is_request
 from personaplug.data.logs.file_form import find_form
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import RowForm, Texts, is_missing, texts_of
@@ -91,6 +91,8 @@ def read_log(
 ) -> Log:
     """Read the files of one log, or rows in memory; raise ConfigError if the meaning of a column is unclear.
 
+    Answers of another kind than those of `task` are a ConfigError too.
+
     Args:
         sources: files, DataFrames or iterables of mappings; see `record_source`.
         task: of a run that is to read the log; None = declare one from the columns.
@@ -113,6 +115,8 @@ def read_log(
             name, questions=found.questions, answer=found.answer, answers=answers, prompt=options.prompt
         )
     else:
+        has_same_name = field_name(found.answer) == answer_field
+        check_answers(_answers(rows, found), column=found.answer, task=task, has_same_name=has_same_name)
         answers, declaration = labels_of(task), declare_for(task, questions=found.questions)
     mapping = ColumnMapping(
         user=found.user,
@@ -204,11 +208,14 @@ def _columns(rows: Sequence[_Row]) -> list[Column]:
 
 def _decide(rows: Sequence[_Row], found: FoundColumns, options: LogOptions) -> AnswerKind:
     """Decide what the answers are. Texts that answer requests are a chat."""
-    values = (row.texts.get(found.answer) for row in rows)
-    texts = [text for text in values if text is not None and not is_missing(text)]
-    answers = decide_answers(texts, column=found.answer, options=options)
+    answers = decide_answers(_answers(rows, found), column=found.answer, options=options)
     is_chat = answers.kind == "text" and not (options.kind or options.prompt) and is_request(found.questions)
     return replace(answers, kind="chat") if is_chat else answers
+
+
+def _answers(rows: Sequence[_Row], found: FoundColumns) -> list[str]:
+    values = (row.texts.get(found.answer) for row in rows)
+    return [text for text in values if text is not None and not is_missing(text)]
 
 
 def _tells_rows_apart(rows: Sequence[_Row], found: FoundColumns) -> bool:

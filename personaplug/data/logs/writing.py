@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from personaplug.data.lamp_writer import check_new, write_lamp
 from personaplug.data.logs.log import Log
 from personaplug.data.splits import Split, split_by_user
 from personaplug.data.task import ReadReport
-from personaplug.errors import ConfigError, RunConflict
+from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.infra.atomic_io import atomic_folder, storage_errors
 
 MAX_SAMPLES_PER_USER = 4
@@ -47,7 +48,8 @@ def write_log(log: Log, folder: Path, *, samples_per_user: int = MAX_SAMPLES_PER
     readers = {split: log.reader(split, queries_per_user=samples_per_user) for split in ("train", "dev")}
     with atomic_folder(folder) as draft:
         for split, reader in readers.items():
-            write_lamp(reader, draft, split, task=log.task)
+            with _counts_in_error(log, reader):
+                write_lamp(reader, draft, split, task=log.task)
         check_new(folder)  # else it would replace a folder that another import has written meanwhile
     return WrittenLog(readers["train"].report, readers["dev"].report)
 
@@ -61,11 +63,12 @@ def write_user_split(log: Log, reader: EventLogReader, folder: Path, *, dev_shar
     """
     with storage_errors(folder), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         draft = Path(place, "draft")
-        users = len({sample.owner for sample in reader})
+        with _counts_in_error(log, reader):
+            users = len({sample.owner for sample in reader})
         if users < _MIN_USERS:
             raise ConfigError(
                 f"Expected {_MIN_USERS} or more users with a question and an earlier row, to train and to evaluate on; "
-                f"found {users} in {log.name}."
+                f"found {users} in {log.name}. {_counts_of_rows(log, reader.report)}."
             )
         parts = split_by_user(reader, draft, share=max(dev_share, _MIN_DEV_USERS / users))
         write_lamp(reader.history_samples(), draft, HISTORIES, task=log.task)
@@ -102,17 +105,33 @@ def describe_task(log: Log) -> str:
 def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
     """Yield lines about the rows, the dropped rows and the users."""
     report, sizes = log.report, read.rows_of_users
-    losses = [f"{count:,} {reason}" for reason, count in report.dropped.most_common()]
-    losses += [f"{read.copies:,} copies of earlier rows"] if read.copies else []
-    dropped = report.dropped.total() + read.copies
-    yield f"{report.rows:,} rows read, {sum(sizes):,} kept, {dropped:,} dropped" + (
-        f": {', '.join(losses)}" if losses else ""
-    )
+    yield _counts_of_rows(log, read)
     yield from (f"  {problem}" for problem in report.problems)
     if report.dropped.total() > _MANY_DROPPED * report.rows:
         yield f"warning: {report.dropped.total() / report.rows:.0%} of the rows cannot be used; see the reasons above"
     if sizes:
         yield f"{len(sizes):,} users; rows of a user: median {median(sizes):g}, from {min(sizes):,} to {max(sizes):,}"
+
+
+def _counts_of_rows(log: Log, read: ReadReport) -> str:
+    dropped = log.report.dropped
+    losses = [f"{count:,} {reason}" for reason, count in dropped.most_common()]
+    losses += [f"{read.copies:,} copies of earlier rows"] if read.copies else []
+    counts = (log.report.rows, sum(read.rows_of_users), dropped.total() + read.copies)
+    line = "{:,} rows read, {:,} kept, {:,} dropped".format(*counts)
+    return f"{line}: {', '.join(losses)}" if losses else line
+
+
+@contextmanager
+def _counts_in_error(log: Log, reader: EventLogReader) -> Iterator[None]:
+    """Add the counts of dropped rows to the error of a reader without samples, which gets only the other rows."""
+    try:
+        yield
+    except MissingData as error:
+        raise MissingData(
+            f"{error} {_counts_of_rows(log, reader.report)}. Give more rows of each user, or options with which more "
+            f"rows can be used."
+        ) from None
 
 
 def _holds_same_files(one: Path, other: Path) -> bool:

@@ -401,6 +401,7 @@ PAPER = PlugConfig(
     shrinkage=False,
     kinds=False,
     options="ignore",
+    label_prior="none",
 )
 """The plug of the paper (PPlug, arXiv 2409.11901, eq. 1 to 5 and Table 7)."""
 

@@ -38,7 +38,9 @@ from personaplug.store.history_store import HistoryStore
 ENCODER = HashEncoder(32)
 LABELS = ("1", "2", "3", "4", "5")
 TASK = Task("Films", "rating", ("text",), "score", ("mae",), labels=LABELS, query_after="review: ")
-CONFIG = replace(PlugConfig(), answer_channel="label", options="ignore", label_prior="own", instruction_start="random")
+CONFIG = replace(
+    PlugConfig(), answer_channel="label", options="ignore", label_prior="counts", instruction_start="random"
+)
 
 
 def open_service(

@@ -14,7 +14,6 @@ from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow
 from personaplug.analysis.tables import gain_cell, metric_title, number_cell
 
 _NO_HISTORY = "instruction-only"
-_LABEL_COUNTS, _MAJORITY = "instruction+labels", "user-majority"
 
 
 def verdict(results: ResultPart) -> list[str]:
@@ -78,7 +77,7 @@ class _Judge:
         ranked = [row for row in ranked_rows(self.results, self.metric) if row.method.is_free_rival]
         best = next(iter(ranked), next(iter(rivals), None))
         remark = f", the best of {len(ranked)} such rows" if len(ranked) > 1 else ""
-        return self._answer(question, best, add=self._free_rows(), remark=remark) + self._counts_hint()
+        return self._answer(question, best, add=self._free_rows(), remark=remark)
 
     def _answer(self, question: str, rival: ResultRow | None, *, add: str, remark: str = "") -> str:
         """Answer a question with the comparison to a rival; without a rival, name the rows to add."""
@@ -104,12 +103,6 @@ class _Judge:
         if kind is not None and kind.needs_scale:
             return "user-mean,user-median,user-majority"
         return "user-majority,classical" if kind is not None and kind.needs_labels else "copy,user-words"
-
-    def _counts_hint(self) -> str:
-        """Tell how to add the row that combines the plug with label counts, if the users' items have labels."""
-        if _MAJORITY not in self.results.by_name or _LABEL_COUNTS in self.results.by_name:
-            return ""
-        return f" To add {_LABEL_COUNTS}, train it first: personaplug train --methods {_LABEL_COUNTS}."
 
 
 def _word(pair: Comparison) -> str:

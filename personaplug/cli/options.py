@@ -118,9 +118,9 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
     """
     from personaplug.data.splits import drawn
     from personaplug.methods import default_rows
-    from personaplug.training.parts import LABEL_COUNTS
+    from personaplug.training.parts import COUNTING
 
-    trained = run.trained_parts(LABEL_COUNTS.name)
+    trained = run.trained_parts(*(part.name for part in COUNTING))
     rows = default_rows(run.task, trained=trained)
     users: set[str | None] | None = None
     with suppress(MissingData):

@@ -269,8 +269,8 @@ def evaluate(
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user. Every personal row has a control, such as bm25:4@wrong-user.
 
-    Only if labels are scored: instruction+labels. Only if answers are generated: plug+phrases, instruction+phrases,
-    any other row with +phrases.
+    Only if labels are scored: instruction+labels, instruction+neighbors. Only if answers are generated: plug+phrases,
+    instruction+phrases, any other row with +phrases.
 
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10. The command fits these rows on the train split.

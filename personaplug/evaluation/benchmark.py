@@ -34,7 +34,7 @@ from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
 from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models
-from personaplug.training.parts import TrainedPart, Trainings
+from personaplug.training.trainings import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from personaplug.llm.base import Measure
 from personaplug.methods.context import Assignment, EvalContext
 from personaplug.methods.costs import UserCost
 from personaplug.methods.predictions import Predictions
-from personaplug.training.parts import TrainedPart
+from personaplug.training.trainings import TrainedPart
 
 
 @dataclass(frozen=True)

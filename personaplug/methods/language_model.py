@@ -22,7 +22,8 @@ from personaplug.methods.predictions import Predictions, predict_samples, refere
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer, SoftPrompter
-from personaplug.training.parts import SoftPromptPart, TrainedPart
+from personaplug.training.parts import SoftPromptPart
+from personaplug.training.trainings import TrainedPart
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from personaplug.methods.language_model import LanguageModelMethod
 from personaplug.methods.predictions import Predictions, joined
 from personaplug.run import Models, Run
 from personaplug.training.baseline_parts import ADAPTER, LORA, task_lora
-from personaplug.training.parts import TrainedPart
+from personaplug.training.trainings import TrainedPart
 
 
 @dataclass(frozen=True)

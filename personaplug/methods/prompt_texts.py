@@ -15,7 +15,7 @@ from personaplug.methods.base import ModelInputs
 from personaplug.methods.context import EvalContext
 from personaplug.methods.costs import UserCost
 from personaplug.training.baseline_parts import ROPG
-from personaplug.training.parts import TrainedPart
+from personaplug.training.trainings import TrainedPart
 
 _DENSE = ("dense", "ropg")
 

@@ -15,12 +15,11 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, nearest
 from personaplug.infra.plugins import load_plugins, register
 from personaplug.methods.base import Method
-from personaplug.training.parts import TrainedPart
+from personaplug.training.trainings import TrainedPart
 
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
 _FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
-
-_LABEL_COUNTS = "instruction+labels"
+_COUNTING = ("instruction+labels", "instruction+neighbors")
 
 MethodFactory = Callable[[str], Method]
 """Makes a row from the argument after the colon of its name ("" without a colon)."""
@@ -60,14 +59,14 @@ def known_methods() -> list[str]:
 def default_rows(task: Task, *, has_train_split: bool = True, trained: Collection[str] = ()) -> list[Method]:
     """Return the default rows for a task: the plug, its controls, and the rivals that cost nothing.
 
-    `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` needs a training as
-    long as that of `instruction-only`, so it is left out unless the run has trained it.
+    `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` and
+    `instruction+neighbors` are left out unless the run has trained them.
 
     Args:
         has_train_split: whether rows can be fitted on the training split.
         trained: names of the run's trained parts.
     """
-    counts = [_LABEL_COUNTS] if _LABEL_COUNTS in trained else []
+    counts = [name for name in _COUNTING if name in trained]
     baselines = [find_method(name) for name in (*_FREE_BASELINES, *counts)]
     suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")

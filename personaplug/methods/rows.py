@@ -44,8 +44,7 @@ from personaplug.methods.registry import (
     register_method,
     unknown_method,
 )
-from personaplug.training.label_prior_part import LABEL_COUNTS, NEIGHBORS
-from personaplug.training.parts import INSTRUCTION, PAPER_PLUG, PLUG
+from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, NEIGHBORS, PAPER_PLUG, PLUG
 
 _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; the row without extensions is `instruction-only`

@@ -53,6 +53,11 @@ class LabelPrior(nn.Module):
         counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # add-one smoothing
         self.usual.copy_(counts / counts.sum())
 
+    def freeze_metric(self) -> None:
+        """Exclude A from further training: it has far more parameters than samples of most sets."""
+        if self.metric is not None:
+            self.metric.requires_grad_(False)
+
     def forward(self, history: HistoryBatch, queries: Tensor | None = None) -> Tensor:
         """Return b of each user, (B, C).
 

@@ -12,7 +12,8 @@ from personaplug.infra.distributed import main_first, on_main
 from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.run import Models, Run
 from personaplug.training.objectives import LoraObjective
-from personaplug.training.parts import TrainedPart, Trainings, closed_labels
+from personaplug.training.parts import closed_labels
+from personaplug.training.trainings import TrainedPart, Trainings
 
 ADAPTER = "adapter.safetensors"
 

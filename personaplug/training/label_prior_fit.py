@@ -62,8 +62,7 @@ class LabelPriorFit:
             if steps >= _MAX_STEPS or epoch + 1 - best_epoch >= _PATIENCE:
                 break
         self.prior.load_state_dict(best)
-        if self.prior.metric is not None:
-            self.prior.metric.requires_grad_(False)
+        self.prior.freeze_metric()
         self.prior.zero_grad()
         logger.info("label prior: loss %.3f of held-out users after %d passes", best_loss, best_epoch)
         return best_loss

@@ -1,165 +1,48 @@
 """Trained parts of a run: modules that are trained once per seed and serve all users.
 
-This file has the soft tokens; `baseline_parts.py` has a LoRA and a retriever. `Trainings` trains the parts of one run,
-which share models, item vectors and samples. It skips finished parts and resumes stopped ones.
+This file has the soft tokens; `baseline_parts.py` has a LoRA and a retriever.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
-from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.config import PAPER, PlugConfig
-from personaplug.data.records import Sample
-from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.locks import sole_trainer
-from personaplug.infra.memory import peak_memory, reset_peak_memory
-from personaplug.infra.training_facts import write_facts
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
-from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.label_prior_fit import LabelPriorFit
-from personaplug.training.objectives import Objective, PlugObjective
+from personaplug.training.objectives import PlugObjective
 from personaplug.training.preference_loss import PreferenceLoss
-from personaplug.training.trainer import FitReport, fit, mean_loss
+from personaplug.training.trainer import FitReport, mean_loss
+from personaplug.training.trainings import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
 
+_SCORED_TOGETHER = 32
+
 MAX_START_ANSWERS = 1024
 """Upper bound of the training answers whose tokens initialize the instruction tokens."""
-
-
-class Trainings:
-    """The trainings of one run.
-
-    The constructor records the training data in the run, so that an evaluation can count users seen in training.
-
-    Args:
-        reader: the training split.
-    Raises:
-        RunConflict: if the run was started on other data.
-    """
-
-    def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
-        run.check_models(models)
-        self.run, self.reader, self.models = run, reader, models
-        self._trained_now: set[Path] = set()
-        self.embeddings, self.samples = main_first(self._read)
-        self.prompts = PromptBuilder(run, models, table=self.embeddings)
-
-    def train(self, part: TrainedPart, *, seed: int) -> Path:
-        """Train one part with one seed, unless it is already trained, and return its folder."""
-        folder = self.run.plug_folder(part.name, seed=seed)
-        if on_main(lambda: self.run.trained(part.name, seed=seed)):
-            if folder not in self._trained_now:
-                logger.info("%s (seed %d) is already trained", part.name, seed)
-            return folder
-        part.prepare(self, seed=seed)
-        reset_peak_memory()
-        facts = part.fit(self, seed=seed)
-        on_main(lambda: write_facts(folder, facts, owner=self.run.owner(part.name, seed=seed)))
-        on_main(lambda: drop_states(folder))
-        self._trained_now.add(folder)
-        return folder
-
-    def fit(
-        self, part: TrainedPart, objective: Objective, samples: Sequence[EncodedSample], *, seed: int
-    ) -> dict[str, object]:
-        """Run the training loop, and return the facts about it."""
-        report: FitReport = fit(
-            objective,
-            samples=samples,
-            config=self.run.config.training,
-            seed=seed,
-            folder=self.run.plug_folder(part.name, seed=seed),
-            title=f"{part.name} (seed {seed})",
-            owner=on_main(lambda: self.run.owner(part.name, seed=seed)),
-        )
-        return self.facts(report, objective, seed=seed)
-
-    def facts(self, report: FitReport, objective: Objective, *, seed: int) -> dict[str, object]:
-        """Return the facts about a training for `fit.json`."""
-        facts = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
-        return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
-
-    def load_control(self, *, seed: int) -> PersonaPlug:
-        """Load the trained control without a history."""
-        return self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models)
-
-    def samples_for(self, plug: PlugConfig, *, retrieval: Retrieval | None, seed: int) -> list[EncodedSample]:
-        """Return the training samples encoded for a plug; with `retrieval`, their prompts contain retrieved texts."""
-        if retrieval is None and plug.answer_channel == self.run.config.plug.answer_channel:
-            return self.samples
-        limit, without_text = self.run.config.training.train_limit, 0
-
-        def with_texts(sample: Sample) -> Sample:
-            nonlocal without_text
-            if retrieval is None:
-                return sample
-            prompted = self.prompts.with_retrieved(sample, retrieval, seed=seed)
-            without_text += bool(sample.history) and prompted.full_prompt == sample.full_prompt
-            return prompted
-
-        samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)
-        if retrieval is not None and without_text:
-            message = "%s: %d of %d training prompts have no room for an item"
-            logger.warning(message, retrieval.name, without_text, len(samples))
-        return samples
-
-    def texts(self, count: int) -> list[Sample]:
-        """Return `count` evenly spaced training samples with their texts; 0 = all."""
-        total = len(self.samples)
-        indices = set(np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist())
-        samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
-        return [sample for index, sample in enumerate(samples) if index in indices]
-
-    def _read(self) -> tuple[EmbeddingStore, list[EncodedSample]]:
-        embeddings = self.run.open_vectors(self.models.encoder)
-        samples = self.run.read_samples(self.reader, embeddings, limit=self.run.config.training.train_limit)
-        self.run.check_data(samples, embeddings)
-        return embeddings, samples
-
-
-@dataclass(frozen=True)
-class TrainedPart(ABC):
-    """A module that is trained once per seed; several rows of a table may share it.
-
-    Attributes:
-        name: name of the folder in the run, also used in messages.
-    """
-
-    name: str
-
-    def check(self, task: Task) -> None:  # noqa: B027  # an optional hook
-        """Raise `ConfigError` if the task lacks what the training needs."""
-
-    def prepare(self, trainings: Trainings, *, seed: int) -> None:  # noqa: B027  # an optional hook
-        """Train the parts that this one depends on, and free memory."""
-
-    @abstractmethod
-    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
-        """Train with one seed, save, and return the facts for `fit.json`, which marks the training as finished."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +163,7 @@ class PlugPart(SoftPromptPart):
         config = run.config.training
         _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
         with synchronized():
-            control = trainings.load_control(seed=seed).instruction.detach()
+            control = load_control(trainings, seed=seed).instruction.detach()
         losses = set_best_cold_start(
             plug,
             control,
@@ -301,6 +184,53 @@ class InstructionPart(SoftPromptPart):
 
 
 @dataclass(frozen=True)
+class LabelPriorPart(InstructionPart):
+    """The tokens of the control with a label prior, whose numbers are fitted beside the control's scores.
+
+    The language model runs over the held-out samples only, so this part adds little to the time of a training.
+
+    Attributes:
+        prior: counts or neighbors; see `PlugConfig.label_prior`.
+    """
+
+    prior: Literal["counts", "neighbors"] = "counts"
+    counts_labels: ClassVar[bool] = True
+
+    def check(self, task: Task) -> None:
+        if not task.has_labelled_items:
+            raise ConfigError(
+                f"{self.name} needs history items with labels; task {task.name} has none. Use instruction-only instead."
+            )
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        return replace(super().plug_config(own), label_prior=self.prior)
+
+    def prepare(self, trainings: Trainings, *, seed: int) -> None:
+        trainings.train(INSTRUCTION, seed=seed)
+
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
+        started, config = time.monotonic(), trainings.run.config.training
+        objective, samples = self.start(trainings, seed=seed)
+        plug, control = objective.personalizer.plug, load_control(trainings, seed=seed)
+        with torch.no_grad():
+            plug.instruction.copy_(control.instruction)
+        train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        with synchronized():
+            scores = _label_scores(control, held_out, trainings)
+            loss = label_prior_fit(plug, trainings).fit_beside(scores, held_out)
+        report = FitReport(
+            steps=0,
+            samples=0,
+            best_step=0,
+            best_loss=loss,
+            seconds=round(time.monotonic() - started, 1),
+            train_samples=len(train),
+            validation_samples=len(held_out),
+        )
+        return self.save(objective, samples, trainings, facts=trainings.facts(report, objective, seed=seed), seed=seed)
+
+
+@dataclass(frozen=True)
 class PaperPlugPart(SoftPromptPart):
     """The plug of the paper, with the placement of the run's plug."""
 
@@ -311,6 +241,10 @@ class PaperPlugPart(SoftPromptPart):
 PLUG = PlugPart("plug")
 INSTRUCTION = InstructionPart("instruction-only")
 PAPER_PLUG = PaperPlugPart("paper-plug")
+LABEL_COUNTS = LabelPriorPart("instruction+labels", prior="counts")
+NEIGHBORS = LabelPriorPart("instruction+neighbors", prior="neighbors")
+COUNTING = (LABEL_COUNTS, NEIGHBORS)
+"""Parts that only count labels. They take seconds once the control is trained."""
 
 
 def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPart] | None = None) -> list[Path]:
@@ -318,13 +252,12 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
 
     Args:
         reader: the training split.
-        parts: None = the plug and, with `training.controls`, its control.
+        parts: None = `default_parts`.
     Raises:
         ConfigError, TrainingDiverged, StorageError: see `fit`.
         RunConflict: if another process trains in the run's folder.
     """
-    if parts is None:
-        parts = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
+    parts = default_parts(run) if parts is None else parts
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(sole_trainer(run.folder)))
         trainings = Trainings(run, reader, models=models)
@@ -333,6 +266,14 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
             order = ", ".join(f"{part.name} (seed {seed})" for part, seed in pairs)
             logger.info("%d trainings, one after the other: %s", len(pairs), order)
         return [trainings.train(part, seed=seed) for part, seed in pairs]
+
+
+def default_parts(run: Run) -> tuple[TrainedPart, ...]:
+    """Return the plug and, with `training.controls`, its control and the rivals that only count labels."""
+    if not run.config.training.controls:
+        return (PLUG,)
+    counting = () if run.config.plug.label_prior == "none" else COUNTING
+    return (INSTRUCTION, *counting, PLUG)
 
 
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:
@@ -344,6 +285,11 @@ def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: i
         torch.manual_seed(seed)
         plug = PersonaPlug(part.plug_config(run.config.plug), spec=spec, encoder=models.encoder)
     return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
+
+
+def load_control(trainings: Trainings, *, seed: int) -> PersonaPlug:
+    """Load the trained control without a history."""
+    return trainings.run.load_plug(INSTRUCTION.name, seed=seed, models=trainings.models)
 
 
 def closed_labels(run: Run) -> tuple[str, ...]:
@@ -380,9 +326,25 @@ def label_prior_fit(plug: PersonaPlug, trainings: Trainings) -> LabelPriorFit:
 
 
 def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int) -> None:
-    if plug.label_prior is not None:
+    """Fit the label prior of an untrained plug, or copy the one that another part has fitted in the same way."""
+    if plug.label_prior is None:
+        return
+    fits, kind = trainings.label_priors, (plug.config.label_prior, seed)
+    if kind not in fits:
         label_prior_fit(plug, trainings).fit_alone(samples, config=trainings.run.config.training, seed=seed)
+        fits[kind] = copy.deepcopy(plug.label_prior.state_dict())
+    plug.label_prior.load_state_dict(fits[kind])
+    plug.label_prior.freeze_metric()
 
 
-def _parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+@torch.no_grad()
+def _label_scores(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings) -> torch.Tensor:
+    """Return the log-probabilities of the labels after a plug's soft tokens, (n, C)."""
+    personalizer, llm = Personalizer(plug, table=trainings.embeddings), trainings.models.llm
+    labels, scores = trainings.run.task.labels, []
+    for start in range(0, len(samples), _SCORED_TOGETHER):
+        batch = samples[start : start + _SCORED_TOGETHER]
+        soft = personalizer.soft_prompt(batch)
+        prompts = PromptBatch([sample.prompt for sample in batch], soft, [sample.soft_at for sample in batch])
+        scores.append(llm.score(prompts, labels).float().log_softmax(dim=1))
+    return torch.cat(scores)

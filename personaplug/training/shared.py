@@ -24,9 +24,10 @@ from personaplug.shared_run import SharedRun
 from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.objectives import PlugObjective, plug_parameter_groups
-from personaplug.training.parts import PLUG, Trainings
+from personaplug.training.parts import PLUG
 from personaplug.training.task_mixture import TaskMixture, of_task, task_of
 from personaplug.training.trainer import FitReport, fit, mean_loss
+from personaplug.training.trainings import Trainings
 
 
 class SharedPlugs(nn.Module):

@@ -274,7 +274,7 @@ def test_trained_parts_of_another_experiment_are_reused(
 ) -> None:
     folders = _folders(tmp_path, data)
     run_benchmark(_experiment(tmp_path, ["plug"], sets="[One]"), folders)
-    monkeypatch.setattr(personaplug.training.parts, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(personaplug.training.trainings, "fit", lambda *_, **__: pytest.fail("trained again"))
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     (tmp_path / "curve.yaml").write_text(f"{text}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
     written = run_benchmark(load_experiment(tmp_path / "curve.yaml"), folders).written
@@ -337,11 +337,11 @@ def test_row_that_does_not_apply_to_a_set_is_left_out(tmp_path: Path, data: Path
 
 
 def test_variant_that_does_not_apply_to_a_set_is_left_out(tmp_path: Path, data: Path) -> None:
-    variants = "variants: {default: {}, counted: {label_prior: own}}"
+    variants = "variants: {default: {}, counted: {label_prior: counts}}"
     outcome = run_benchmark(_experiment(tmp_path, ["plain"], variants, sets="[One, Texts]"), _folders(tmp_path, data))
     assert (outcome.absent, outcome.failed) == ([], [])
     (reason,) = outcome.left_out
-    assert reason.startswith("mine counted Texts: label_prior=own needs history items")
+    assert reason.startswith("mine counted Texts: label_prior=counts needs history items")
     assert [f"{path.parent.name}/{path.stem}" for path in outcome.written] == [
         "default/One",
         "default/Texts",
@@ -351,8 +351,8 @@ def test_variant_that_does_not_apply_to_a_set_is_left_out(tmp_path: Path, data: 
 
 def test_invalid_setting_is_refused_without_variants(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plain"], sets="[Texts]")
-    configs = {key: with_values(config, {"label_prior": "own"}) for key, config in experiment.configs.items()}
-    with pytest.raises(ConfigError, match="label_prior=own"):
+    configs = {key: with_values(config, {"label_prior": "counts"}) for key, config in experiment.configs.items()}
+    with pytest.raises(ConfigError, match="label_prior=counts"):
         run_benchmark(replace(experiment, configs=configs), _folders(tmp_path, data))
 
 

@@ -172,7 +172,7 @@ def test_profile_is_written_into_the_system_message(stage: Stage) -> None:
 
 
 def test_training_prompts_with_exchanges_include_their_context(stage: Stage) -> None:
-    from personaplug.training.parts import Trainings
+    from personaplug.training.trainings import Trainings
 
     trainings = Trainings(stage.run, open_dataset(stage.data, "train"), models=stage.models)
     retrieval = find_method("plug+bm25:1").requires[0].retrieval  # type: ignore[attr-defined]

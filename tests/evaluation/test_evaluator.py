@@ -28,8 +28,7 @@ from personaplug.methods.context import EvalContext
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
-from personaplug.training.label_prior_part import LABEL_COUNTS
-from personaplug.training.parts import train
+from personaplug.training.parts import LABEL_COUNTS, train
 
 TINY = [
     "llm=toy",
@@ -428,7 +427,7 @@ def test_settings_that_the_task_does_not_support_are_refused_before_training(rat
     for task, word, reason in (
         (rating.run.task, "options=compare", "declares none"),
         (LAMP_TASKS["LaMP_1"], "answer_channel=label", "has none"),
-        (LAMP_TASKS["LaMP_1"], "label_prior=own", "has no such items"),
+        (LAMP_TASKS["LaMP_1"], "label_prior=counts", "has no such items"),
     ):
         with pytest.raises(ConfigError, match=reason):
             Run.create(tmp_path / "run", config=load_config(overrides=[*TINY, word]), task=task)

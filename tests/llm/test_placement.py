@@ -296,14 +296,19 @@ def test_states_of_prompts_with_a_common_prefix_equal_those_of_each_prompt(
     prompts = [llm.prompt_tokenizer.encode_prompt(text).ids for text in texts]
     expected = [llm.compute_prompt_states([ids])[0] for ids in prompts]
     monkeypatch.setattr("personaplug.llm.causal_lm._MIN_SHARED_TOKENS", 1)
-    rows = list[int]()
-    monkeypatch.setattr(
-        llm, "_compute_in_full", lambda ids: rows.append(len(ids)) or type(llm)._compute_in_full(llm, ids)
-    )
+    in_full, rows = llm._compute_in_full, list[int]()
+
+    def recording(some: list[tuple[int, ...]]) -> list[Tensor]:
+        rows.append(len(some))
+        states: list[Tensor] = in_full(some)
+        return states
+
+    monkeypatch.setattr(llm, "_compute_in_full", recording)
     states = llm.compute_prompt_states(prompts)
     assert rows == [1]
     for ids, own, full in zip(prompts, states, expected, strict=True):
-        assert own.shape == full.shape and full.shape[2] == len(ids)
+        assert own.shape == full.shape
+        assert full.shape[2] == len(ids)
         assert float((own - full).norm() / full.norm()) < 1e-5
 
 

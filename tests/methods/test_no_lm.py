@@ -23,7 +23,7 @@ from personaplug.evaluation.evaluator import evaluate, predict
 from personaplug.methods import find_method, parse_methods
 from personaplug.methods.context import EvalContext
 from personaplug.run import Models, Run, open_models
-from personaplug.training.parts import Trainings
+from personaplug.training.trainings import Trainings
 
 TINY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=100", "seeds=0,1", "train_limit=10"]
 

@@ -76,7 +76,7 @@ def test_mean_persona_is_the_same_average_for_all_users(tmp_path: Path, hashing:
 def test_mean_persona_averages_the_label_bias(tmp_path: Path, hashing: HashEncoder) -> None:
     plain = _personalizer(tmp_path, hashing)
     spec = replace(plain.plug.spec, labels=("1", "2", "3"))
-    plug = PersonaPlug(replace(PAPER, label_prior="own"), spec=spec, encoder=hashing).eval()
+    plug = PersonaPlug(replace(PAPER, label_prior="counts"), spec=spec, encoder=hashing).eval()
     personalizer = Personalizer(plug, table=plain.table)
     samples = [replace(sample, label_ids=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
     with torch.no_grad():

@@ -121,9 +121,10 @@ def test_default_rows_are_the_plug_its_controls_and_suitable_baselines(task: Tas
     ],
 )
 def test_default_rows_include_trained_label_counts_where_items_have_labels(task: Task, is_suitable: bool) -> None:
-    rows = [row.name for row in default_rows(task, trained=["plug", "instruction+labels"])]
+    counting = ["instruction+labels", "instruction+neighbors"]
+    rows = [row.name for row in default_rows(task, trained=["plug", *counting])]
     others = [row.name for row in default_rows(task, trained=["plug"])]
-    assert rows == ([*others[:-2], "instruction+labels", *others[-2:]] if is_suitable else others)
+    assert rows == ([*others[:-2], *counting, *others[-2:]] if is_suitable else others)
 
 
 @pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])

@@ -60,7 +60,7 @@ def test_cold_start_tokens_of_another_shape_are_refused_on_loading(tmp_path: Pat
 def test_without_cold_start_tokens_cold_users_are_treated_as_users_without_items(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
     settings: dict[str, Any] = {
-        "label_prior": "own",
+        "label_prior": "counts",
         "options": "compare",
         "shrinkage": True,
         "answer_channel": "label",
@@ -93,11 +93,11 @@ def test_without_cold_start_tokens_cold_users_are_treated_as_users_without_items
 
 def test_cold_start_removes_the_label_bias_of_cold_users(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
-    plug, history = build_plug(encoder, labels=LABELS, label_prior="own"), build_history(lengths=(4, 2, 0))
+    plug, history = build_plug(encoder, labels=LABELS, label_prior="counts"), build_history(lengths=(4, 2, 0))
     assert plug.label_prior is not None
-    plug.label_prior.start_from(torch.tensor([0, 0, 1, 2]))
+    plug.label_prior.set_usual(torch.tensor([0, 0, 1, 2]))
     bias = plug(QUERIES, history).label_bias
-    torch.testing.assert_close(bias, plug.label_prior(history.label_ids, history.lengths))
+    torch.testing.assert_close(bias, plug.label_bias(QUERIES, history))
     assert bias[:2].any(dim=1).all()
     assert not bias[2].any()  # a user without answers has no bias
     torch.testing.assert_close(plug(QUERIES, history, persona_scale=0.5).label_bias, bias / 2)

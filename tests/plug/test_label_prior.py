@@ -14,23 +14,31 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import ContinuousBatch, Slot
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
-from personaplug.plug.layers import LabelPrior
+from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.label_prior import LabelPrior
 
 LABELS = ("politics", "pop", "sports news", "science", "7")
 BIAS = torch.tensor([[0.5, -2.0, 3.0, 0.0, 1.0], [0.0, 1.5, -4.0, 2.0, -1.0]])
 
 
-def _prior() -> LabelPrior:
-    prior = LabelPrior(3)
-    prior.start_from(torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]))  # with add-one smoothing: frequencies 0.6, 0.3 and 0.1
+def _prior(*, width: int = 0) -> LabelPrior:
+    prior = LabelPrior(3, width=width)
+    prior.set_usual(torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]))  # with add-one smoothing: frequencies 0.6, 0.3 and 0.1
     with torch.no_grad():
         prior.log_doubt.fill_(math.log(2))
         prior.trust.fill_(0.5)
     return prior
 
 
+def _history(labels: list[int], lengths: tuple[int, ...], *, vectors: torch.Tensor | None = None) -> HistoryBatch:
+    items = len(labels)
+    vectors = torch.eye(items, 4) if vectors is None else vectors
+    kinds = torch.zeros(items, dtype=torch.int64)
+    return HistoryBatch(vectors.half(), lengths, torch.tensor(labels, dtype=torch.int64), torch.zeros(items, 0), kinds)
+
+
 def test_label_prior_equals_formula() -> None:
-    bias = _prior()(torch.tensor([2, 2, 0, 1]), (3, 0, 1))
+    bias = _prior()(_history([2, 2, 0, 1], (3, 0, 1)))
     for row, counts in zip(bias.tolist(), [(1, 0, 2), (0, 0, 0), (0, 1, 0)], strict=True):
         shares, total = (0.6, 0.3, 0.1), sum(counts)
         expected = [
@@ -39,17 +47,56 @@ def test_label_prior_equals_formula() -> None:
         assert row == pytest.approx(expected, abs=1e-6)
 
 
-def test_label_prior_ignores_unlabeled_items() -> None:
-    prior = _prior()
-    torch.testing.assert_close(prior(torch.tensor([-1, 2, -1]), (3,)), prior(torch.tensor([2]), (1,)))
-    assert not prior(torch.tensor([-1, -1]), (2,)).any()
+def test_similar_items_equal_formula() -> None:
+    prior = _prior(width=2)
+    with torch.no_grad():
+        prior.log_near_doubt.fill_(math.log(0.5))
+        prior.near_trust.fill_(2.0)
+        prior.log_temperature.fill_(math.log(0.25))
+        assert prior.metric is not None
+        prior.metric.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # only the sign of the first value remains
+    vectors = torch.tensor([[0.6, 0.8], [-0.6, 0.8]])  # cosines of 1 and -1 with the query
+    bias = prior(_history([2, 0], (2,), vectors=vectors), torch.tensor([[1.0, 0.0]]))
+    own = [(1 + 1.2) / 4, 0.6 / 4, (1 + 0.2) / 4]
+    near_counts = (math.exp(-2 / 0.25), 0, 1)
+    near = [(m + 0.5 * s) / (sum(near_counts) + 0.5) for m, s in zip(near_counts, own, strict=True)]
+    expected = [
+        0.5 * math.log(s / usual) + 2 * math.log(r / s) for s, r, usual in zip(own, near, (0.6, 0.3, 0.1), strict=True)
+    ]
+    assert bias[0].tolist() == pytest.approx(expected, abs=1e-3)  # item vectors are float16
+
+
+def test_each_user_of_a_batch_gets_the_bias_of_the_own_items() -> None:
+    prior, generator = _prior(width=4), torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(5, 4, generator=generator), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(3, 4, generator=generator), dim=1)
+    together = prior(_history([0, 2, 2, -1, 1], (2, 0, 3), vectors=vectors), queries)
+    first = prior(_history([0, 2], (2,), vectors=vectors[:2]), queries[:1])
+    last = prior(_history([2, -1, 1], (3,), vectors=vectors[2:]), queries[2:])
+    torch.testing.assert_close(together, torch.cat([first, torch.zeros(1, 3), last]))
+
+
+@pytest.mark.parametrize("width", [0, 4])
+def test_label_prior_ignores_unlabeled_items(width: int) -> None:
+    prior, queries = _prior(width=width), torch.eye(1, 4)
+    vectors = torch.eye(3, 4)
+    all_items = prior(_history([-1, 2, -1], (3,), vectors=vectors), queries)
+    torch.testing.assert_close(all_items, prior(_history([2], (1,), vectors=vectors[1:2]), queries))
+    assert not prior(_history([-1, -1], (2,)), queries).any()
 
 
 def test_label_prior_parameters_get_gradients() -> None:
+    prior = _prior(width=4)
+    (-prior(_history([2, 2], (2,)), torch.eye(1, 4))[0, 2]).backward()
+    gradients = {name: parameter.grad for name, parameter in prior.named_parameters()}
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+
+
+def test_given_label_becomes_likelier_with_more_trust_and_less_doubt() -> None:
     prior = _prior()
-    (-prior(torch.tensor([2, 2]), (2,))[0, 2]).backward()
+    (-prior(_history([2, 2], (2,)))[0, 2]).backward()
     assert prior.trust.grad is not None
-    assert prior.trust.grad < 0  # the given label becomes more likely with more trust and less doubt
+    assert prior.trust.grad < 0
     assert prior.log_doubt.grad is not None
     assert prior.log_doubt.grad > 0
 

@@ -154,7 +154,7 @@ def test_plug_with_contradicting_settings_is_refused() -> None:
     with pytest.raises(ConfigError, match="answer_channel=text"):
         build_plug(answer_channel="label")
     with pytest.raises(ConfigError, match="closed set of labels"):
-        build_plug(label_prior="own")
+        build_plug(label_prior="counts")
     with pytest.raises(ConfigError, match="two or more options"):
         build_plug(options="compare")
     with pytest.raises(ConfigError, match="at most persona_tokens=2"):
@@ -182,7 +182,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
             "state_tokens": 1,
             "persona_tokens": 2,
             "shrinkage": True,
-            "label_prior": "own",
+            "label_prior": "counts",
             "options": "compare",
             "answer_channel": "label",
             "query_encoder": "head",

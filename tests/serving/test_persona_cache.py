@@ -29,7 +29,7 @@ from personaplug.store.history_store import HistoryStore, StoreSettings
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
 QUERY_DEPENDENT = replace(
-    PlugConfig(), answer_channel="label", options="ignore", label_prior="own", instruction_start="random"
+    PlugConfig(), answer_channel="label", options="ignore", label_prior="counts", instruction_start="random"
 )
 QUERY_INDEPENDENT = replace(QUERY_DEPENDENT, state_tokens=4)
 ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]

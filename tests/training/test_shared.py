@@ -30,11 +30,11 @@ from personaplug.shared_run import SharedRun, open_runs
 from personaplug.training import shared as shared_training
 from personaplug.training.batching import epoch_batches, user_split
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.label_prior_part import LABEL_COUNTS
-from personaplug.training.parts import PLUG, Trainings, train
+from personaplug.training.parts import LABEL_COUNTS, PLUG, train
 from personaplug.training.shared import SharedObjective, train_shared
 from personaplug.training.task_mixture import TaskMixture, of_task, task_of
 from personaplug.training.trainer import fit
+from personaplug.training.trainings import Trainings
 
 KINDS = ("rating", "manners")
 
@@ -364,7 +364,7 @@ def test_rejects_a_task_without_train_users() -> None:
     ("settings", "weights", "message"),
     [
         (("answer_channel=label",), (), "need answer_channel=all"),
-        (("label_prior=own",), (), "label_prior=own works for one task only"),
+        (("label_prior=counts",), (), "label_prior=counts works for one task only"),
         ((), (1.0,), "a weight for each of the 2 tasks"),
         ((), (1.0, 0.0), "above 0, at most 1000; found 0"),
         ((), (1.0, math.nan), "above 0"),

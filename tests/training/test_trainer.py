@@ -28,8 +28,9 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, open_models
 from personaplug.training.batching import user_split
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.parts import INSTRUCTION, PLUG, Trainings, _start_from_words, build_plug, train
+from personaplug.training.parts import INSTRUCTION, PLUG, _start_from_words, build_plug, train
 from personaplug.training.trainer import FitReport, fit
+from personaplug.training.trainings import Trainings
 
 PAPER_SETTINGS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
 
@@ -402,7 +403,7 @@ def test_plug_is_trained_without_a_control_that_diverges(
             raise TrainingDiverged("the loss became nan")
         return fit(objective, **how)
 
-    monkeypatch.setattr("personaplug.training.parts.fit", diverging)
+    monkeypatch.setattr("personaplug.training.trainings.fit", diverging)
     run, models = _run(tmp_path / "run", data, "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("plug", seed=0)

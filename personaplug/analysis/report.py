@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
+from personaplug.analysis.figures import drawn_gains, gains_figure, scores_figure, subgroups_figure
 from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
 from personaplug.analysis.results_file import Results, load_results
@@ -160,7 +160,7 @@ def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, F
         if any(metric in subgroup.metric_names for subgroup in results.subgroups):
             subgroups = Picture(f"{stem}-subgroups.png", f"{metric} of {name} by subgroup")
             figures[name].append((subgroups, subgroups_figure(results, metric)))
-    if any(results.personal_gains(results.leading_metric) for results in results_list):
+    if any(map(drawn_gains, results_list)):
         gains = Picture("figures/gains.png", "Personal gain of each method in each set")
         figures[""] = [(gains, gains_figure(results_list))]
     return figures

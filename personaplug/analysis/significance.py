@@ -32,7 +32,8 @@ _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 class Interval(NamedTuple):
     """A metric with its percentile interval.
 
-    The ends are NaN with fewer than two groups, or if a statistic is not finite.
+    The ends are NaN with fewer than two groups, or if a statistic is not finite. Draws in which the metric is undefined
+    do not count.
     """
 
     value: float
@@ -43,7 +44,7 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """The advantage of a over b, positive if a is better, with its interval and two-sided p.
 
-    The ends and p are NaN as in `Interval`.
+    The ends and p are NaN as in `Interval`. For p, an undefined draw counts against both methods.
     """
 
     difference: float
@@ -67,7 +68,7 @@ def bootstrap_interval(
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
     resampled = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
-    return Interval(value, *map(float, np.quantile(resampled, _TAILS)))
+    return Interval(value, *_ends(resampled))
 
 
 def paired_bootstrap(
@@ -97,9 +98,19 @@ def paired_bootstrap(
     if not _has_spread(joint, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
     resampled = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
-    low, high = map(float, np.quantile(resampled, _TAILS))
-    rarer_side = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
-    return Paired(difference, low, high, min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
+    return Paired(difference, *_ends(resampled), _two_sided_p(resampled))
+
+
+def _ends(resampled: Array) -> tuple[float, float]:
+    """Return the ends of the percentile interval of the defined draws."""
+    low, high = np.quantile(defined, _TAILS) if len(defined := resampled[~np.isnan(resampled)]) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _two_sided_p(resampled: Array) -> float:
+    """Return p of resampled differences; an undefined draw counts on both sides."""
+    rarer_side = min(np.count_nonzero(~(resampled > 0)), np.count_nonzero(~(resampled < 0)))
+    return min(1.0, 2 * (rarer_side + 1) / (len(resampled) + 1))
 
 
 def mcnemar(hits_a: Array, hits_b: Array) -> float:

@@ -32,6 +32,7 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
+from personaplug.evaluation.instruments import TEXT_INSTRUMENTS, TextInstruments, has_instruments
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import Measure
@@ -114,12 +115,13 @@ def _check_rows(methods: Sequence[Method], run: Run) -> None:
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     """Return the settings that turn trials into results.
 
-    The metrics are those of the task, the likelihood metrics and, for scored ratings, error metrics with matching
-    point estimates.
+    The metrics are those of the task and the likelihood metrics. Scored ratings also have error metrics with matching
+    point estimates, and free text has the instruments of texts.
     """
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
-    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS])
+    instruments = TEXT_INSTRUMENTS if has_instruments(task) else ()
+    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS, *instruments])
     metrics = [get_metric(name, labels=task.labels) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
@@ -151,6 +153,7 @@ class Evaluator:
         self.run, self.config = run, config
         self.context = EvalContext(run, reader, models=models, config=config, train=train)
         self.settings = settings_of(run.task, config)
+        self.instruments = TextInstruments(self.context) if has_instruments(run.task) else None
         self.folder = run.folder / "evaluations" / split
         about = provenance(
             run,
@@ -210,6 +213,7 @@ class Evaluator:
         texts, references = [outputs[sample.id] for sample in samples], _references(samples)
         metrics = [metric for metric in self.settings.metrics if metric.of_answers]
         statistics = {metric.name: metric.statistics(texts, references) for metric in metrics}
+        statistics |= self._of_instruments(texts, references)
         seed = self.run.config.training.seeds[0]
         return Trial(ORACLE, seed, statistics, invalid_rate=self._invalid_rate(texts), decoding="computed")
 
@@ -264,7 +268,10 @@ class Evaluator:
                 statistics[metric.name] = metric.statistics(texts, references)
             elif (of_likelihoods := _of_likelihoods(metric, predictions)) is not None:
                 statistics[metric.name] = of_likelihoods
-        return statistics
+        return statistics | self._of_instruments(predictions.texts, references)
+
+    def _of_instruments(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+        return {} if self.instruments is None else self.instruments.statistics(texts, references)
 
     def _trial(
         self,

@@ -19,6 +19,7 @@ from personaplug.training.parts import TrainedPart
 
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
 _FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
+_BOUNDS = ("reference@wrong-user", "reference")  # floor and ceiling of measures of texts
 
 MethodFactory = Callable[[str], Method]
 """Makes a row from the argument after the colon of its name ("" without a colon)."""
@@ -58,13 +59,15 @@ def known_methods() -> list[str]:
 def default_rows(task: Task, *, has_train_split: bool = True) -> list[Method]:
     """Return the default rows for a task: the plug, its controls, and baselines without a language model.
 
+    Tasks with free text also have the right answers as a row, and those of another user.
+
     `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` is left out, because
     it needs another training.
 
     Args:
         has_train_split: whether rows can be fitted on the training split.
     """
-    baselines = [find_method(name) for name in _FREE_BASELINES]
+    baselines = [find_method(name) for name in (*_FREE_BASELINES, *_BOUNDS)]
     suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")
     return [*map(find_method, first), *suitable, *map(find_method, last)]

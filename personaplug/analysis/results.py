@@ -130,7 +130,7 @@ def _rows_and_pairs(
         by_name[trial.method.name].append(trial)
     scorer = _Scorer([samples.groups[index] for index in indices], indices, settings)
     methods = [same_method[0].method for same_method in by_name.values()]
-    matched = [_matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
+    matched = [matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
     pairs = [pair for trial_pairs in matched for pair in scorer.comparisons(trial_pairs)]
     return [scorer.row(same_method) for same_method in by_name.values()], _holm_corrected(pairs, methods)
 
@@ -188,7 +188,7 @@ class _Scorer:
         return np.stack([trial.statistics[metric.name][self.indices] for trial in trials])
 
 
-def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
+def matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
     """Pair the trials of the seeds that both methods have. Pair a method without seeds with each trial of the other."""
     if not of_a[0].method.is_seeded:
         return [(of_a[0], trial) for trial in of_b]

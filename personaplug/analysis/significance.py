@@ -53,6 +53,19 @@ class Paired(NamedTuple):
     p: float
 
 
+class PairedStatistics(NamedTuple):
+    """The statistics of two methods on the same samples.
+
+    Attributes:
+        a, b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
+        groups: (n,) group of each sample.
+    """
+
+    a: Array
+    b: Array
+    groups: Groups
+
+
 def bootstrap_interval(
     stats: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -82,6 +95,28 @@ def paired_bootstrap(
         stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
         groups, seed: as in `bootstrap_interval`.
     """
+    difference, resampled = _advantages(
+        PairedStatistics(stats_a, stats_b, groups), metric, resamples=resamples, seed=seed
+    )
+    return _paired(difference, resampled)
+
+
+def pooled_bootstrap(
+    sets: Sequence[PairedStatistics], metric: Metric, *, resamples: int = 10_000, seed: int = 0
+) -> Paired:
+    """Compare two methods on several sets: the mean of the sets' differences, so that each set counts alike.
+
+    The draws within a set are independent of the draws within the others.
+    """
+    parts = [_advantages(each, metric, resamples=resamples, seed=seed + place) for place, each in enumerate(sets)]
+    draws = [resampled for _, resampled in parts if resampled is not None]
+    difference = float(np.mean([difference for difference, _ in parts]))
+    return _paired(difference, np.mean(draws, axis=0) if len(draws) == len(parts) else None)
+
+
+def _advantages(paired: PairedStatistics, metric: Metric, *, resamples: int, seed: int) -> tuple[float, Array | None]:
+    """Return the advantage of a over b on all samples and in each resample; None for resamples without a spread."""
+    stats_a, stats_b, groups = paired
     if stats_a.shape != stats_b.shape:
         raise ShapeMismatch(f"Paired statistics need the same shape; found {stats_a.shape} and {stats_b.shape}.")
     joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
@@ -96,8 +131,13 @@ def paired_bootstrap(
     with np.errstate(invalid="ignore", over="ignore"):
         difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
     if not _has_spread(joint, groups):
+        return difference, None
+    return difference, _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
+
+
+def _paired(difference: float, resampled: Array | None) -> Paired:
+    if resampled is None:
         return Paired(difference, np.nan, np.nan, np.nan)
-    resampled = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
     return Paired(difference, *_ends(resampled), _two_sided_p(resampled))
 
 

@@ -87,6 +87,9 @@ def notes(results: Results) -> list[str]:
         "attribution: reciprocal rank of the right user among up to 20 users whose past answers a model of characters "
         "has seen; attribution_top1: share of first ranks. Each user counts once. The row reference is the ceiling, "
         "reference@wrong-user the floor.": "attribution" in results.metric_names,
+        "identified_persona: reciprocal rank of the user's persona among up to 20 by the likelihood of the right answer; "
+        "identified_text: rank of the right answer among up to 20 users' right answers, by likelihood per token, under "
+        "the user's persona. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
         "per user: mean of the users' scores, so that each user counts once. In other columns each sample counts "
         "once.": has_user_averages,
         "Advantage: positive if the first method is better, for every metric.": bool(pairs),

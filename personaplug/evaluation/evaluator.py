@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import (
     ERROR_MATCHED_ESTIMATES,
@@ -30,15 +32,21 @@ from personaplug.analysis.results_file import Results
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial, number_users
 from personaplug.config import EvaluationConfig
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
 from personaplug.errors import MissingData
-from personaplug.evaluation.instruments import TEXT_INSTRUMENTS, TextInstruments, has_instruments
+from personaplug.evaluation.instruments import TextInstruments, has_instruments, instruments_of
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import Measure
 from personaplug.methods import Method, ModelInputs, needed_parts
 from personaplug.methods.context import EvalContext
-from personaplug.methods.predictions import Predictions, load_predictions, save_predictions
+from personaplug.methods.predictions import (
+    Predictions,
+    load_predictions,
+    load_values,
+    save_predictions,
+    save_values,
+)
 from personaplug.run import Models, Run
 
 logger = logging.getLogger(__name__)
@@ -120,8 +128,7 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     """
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
-    instruments = TEXT_INSTRUMENTS if has_instruments(task) else ()
-    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS, *instruments])
+    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS, *instruments_of(task, config)])
     metrics = [get_metric(name, labels=task.labels) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
@@ -183,7 +190,7 @@ class Evaluator:
         inputs = self._inputs(method, seed=seed)
         predictions = self._predictions(method, inputs, seed=seed)
         predictions = self._with_likelihoods(method, inputs, predictions, seed=seed)
-        statistics = self._statistics(predictions, references)
+        statistics = self._statistics(predictions, references) | self._identification(method, inputs, seed=seed)
         self._write_scores(method, statistics, seed=seed)
         return self._trial(method, inputs, predictions, statistics=statistics, seed=seed)
 
@@ -256,6 +263,39 @@ class Evaluator:
         if complete != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
             save_predictions(complete, self._path(method, seed, "predictions.json"), key=key)
         return complete
+
+    def _identification(self, method: Method, inputs: ModelInputs, *, seed: int) -> dict[str, Array]:
+        """Return the statistics of the identification by likelihood, from the cache or measured now."""
+        if self.instruments is None or not self.config.identification_samples:
+            return {}
+        measure = partial(method.identification, self.context, inputs, seed=seed)
+        name, samples = "identification", samples_fingerprint(self.context.samples, self.context.embeddings)
+        depends_on = [name, samples, self.config.identification_samples, self.config.draw_seed]
+        ranks = self._cached(method, inputs, measure, name=name, depends_on=depends_on, seed=seed)
+        metrics = (IdentifiedPersona(), IdentifiedText())
+        measured = {metric.name: metric.of_ranks(ranks) for metric in metrics} if ranks else {}
+        return {metric: statistics for metric, statistics in measured.items() if statistics is not None}
+
+    def _cached(
+        self,
+        method: Method,
+        inputs: ModelInputs,
+        measure: Callable[[], list[list[float]] | None],
+        *,
+        name: str,
+        depends_on: list[Any],
+        seed: int,
+    ) -> list[list[float]] | None:
+        """Return measured values of each sample from a file beside the predictions, or measure and save them."""
+        key, path = method.cache_key(self.context, inputs, seed=seed), self._path(method, seed, f"{name}.json")
+        key = None if key is None else [*key, *depends_on]
+        if key is not None and (cached := load_values(path, key=key)) is not None:
+            values: list[list[float]] = cached["values"]
+            return values
+        measured = _or_none(measure, f"{method.name}: no {name}")
+        if key is not None and measured is not None:
+            save_values({"values": measured}, path, key=key)
+        return measured
 
     # ---- scores → trial
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
+from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import WRONG_USER
 from personaplug.analysis.metric_base import Array
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall, Words, own_words, words_of
+from personaplug.config import EvaluationConfig
 from personaplug.data.records import Sample, turns_of
 from personaplug.data.task import Task
 from personaplug.methods.context import EvalContext
@@ -20,6 +22,14 @@ TEXT_INSTRUMENTS = (OwnWordsRecall.name, OwnWordsPrecision.name, AttributionRank
 def has_instruments(task: Task) -> bool:
     """Return whether the answers of a task are free text."""
     return not task.labels
+
+
+def instruments_of(task: Task, config: EvaluationConfig) -> list[str]:
+    """Return the names of the instruments that an evaluation of a task shows, in the order of the columns."""
+    if not has_instruments(task):
+        return []
+    identification = (IdentifiedPersona.name, IdentifiedText.name) if config.identification_samples else ()
+    return [*TEXT_INSTRUMENTS, *identification]
 
 
 class TextInstruments:

@@ -83,6 +83,15 @@ class PromptBatch:
         """Return True if the batch has soft tokens with this placement."""
         return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
 
+    def repeated(self, count: int) -> PromptBatch:
+        """Return a batch of one row `count` times."""
+        return PromptBatch(
+            [*self.prompts] * count,
+            None if self.soft is None else SoftPrompt.cat([self.soft] * count),
+            None if self.soft_at is None else [*self.soft_at] * count,
+            None if self.ngrams is None else [*self.ngrams] * count,
+        )
+
     def rows(self) -> list[PromptBatch]:
         """Split the batch into batches of one row."""
         return [
@@ -290,6 +299,15 @@ class LanguageModel(ABC):
             bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
             logits = bias.add_to(logits, target_tokens)
         return token_loss(logits, target_tokens, batch.ngrams)
+
+    def text_losses(self, batch: PromptBatch, texts: Sequence[str], *, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return −log p and the number of tokens of texts after the same prompt, both (n,); `batch` has one row.
+
+        `batch_size` is the maximum number of texts in a pass. Where the model allows it, the prompt is read once.
+        """
+        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        losses, tokens = zip(*(self.loss(batch.repeated(len(part)), part) for part in parts), strict=True)
+        return torch.cat(losses), torch.cat(tokens)
 
     @torch.no_grad()
     def score(self, batch: PromptBatch, labels: Sequence[str]) -> Tensor:

@@ -59,6 +59,14 @@ class CausalLM(LanguageModel):
             return self.cached_prefix
         return self.whole
 
+    def text_losses(self, batch: PromptBatch, texts: Sequence[str], *, batch_size: int) -> tuple[Tensor, Tensor]:
+        target_ids = self.prompt_tokenizer.encode_targets(texts)
+        runner = self.choose_runner(batch, new_tokens=max(map(len, target_ids)))
+        if runner is not self.ways["batched"] or not self.supports_prompt_cache:
+            return super().text_losses(batch, texts, batch_size=batch_size)
+        spliced = self.splice_prompts(batch)
+        return self.cached_prefix.losses_after(spliced, target_ids, ngrams=batch.ngrams, batch_size=batch_size)
+
     @property
     def max_cached_tokens(self) -> int | None:
         """Longest sequence whose cached states stay valid; None if the config sets no limit."""

@@ -17,6 +17,7 @@ from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
 from personaplug.methods.costs import UserCost
 from personaplug.methods.divergence import divergence, plain_answers
+from personaplug.methods.identification import identification
 from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
@@ -94,6 +95,18 @@ class LanguageModelMethod(Method):
             title=f"{self._title(seed)}, divergence",
         )
 
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return None for a row whose prompts and soft tokens are the same for all users."""
+        if not self._differs_between_users(context):
+            return None
+        return identification(
+            context,
+            inputs,
+            build=lambda assignments: self.build_inputs(context, assignments, seed=seed),
+            prompter=self.prompter(context, inputs, seed=seed),
+            title=f"{self._title(seed)}, identification",
+        )
+
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
         """Return the source of the row's soft tokens; None if the row has no soft tokens."""
         plug = self._plug(context, seed=seed)
@@ -146,6 +159,10 @@ class LanguageModelMethod(Method):
     @property
     def _embeds_items(self) -> bool:
         return self.soft is not None and self.soft.reads_items and self.info.history != "none"
+
+    def _differs_between_users(self, context: EvalContext) -> bool:
+        has_persona = self.soft is not None and self.soft.reads_items and context.config.persona_scale > 0
+        return self.info.history != "none" and (has_persona or self.texts is not None)
 
     def _plug(self, context: EvalContext, *, seed: int) -> PersonaPlug | None:
         return None if self.soft is None else context.load_plug(self.soft.name, seed=seed)
@@ -209,4 +226,7 @@ class MeanPersonaMethod(LanguageModelMethod):
 
     @property
     def _embeds_items(self) -> bool:
+        return False
+
+    def _differs_between_users(self, context: EvalContext) -> bool:
         return False

@@ -58,6 +58,10 @@ class LoraMethod(LanguageModelMethod):
         """Return None, because a model with a LoRA is not the plain model."""
         return None
 
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return None, because each persona would be another LoRA in the model."""
+        return None
+
 
 @dataclass(frozen=True)
 class UserLoraMethod(LoraMethod):

@@ -334,9 +334,16 @@ class EvaluationConfig:
     sample_temperature: float = Field(
         default=0.0,
         description="0 = the most likely text; above 0 = sample with this temperature (`generate` only; needs "
-        "num_beams=1)",
+        "num_beams=1). Also the temperature of `sampled_answers`, where 0 means 1",
         ge=0,
         le=10,
+    )
+    sampled_answers: int = Field(
+        default=0,
+        description="sampled answers for each sample of an evaluation, for the expected score and the best of them "
+        "(free text; 8 shows differences that one answer hides); 0 = none",
+        ge=0,
+        le=64,
     )
     max_new_tokens: int = Field(
         default=0, description="maximum answer length in tokens; 0 = the task's own limit", ge=0, le=65_536

@@ -2,7 +2,7 @@
 
 The features are the TF-IDF of the n-grams of 3 to 5 characters, case included. The model is a linear SVM, one user
 against the others (scikit-learn). The users are split by seed into rounds of at most 20 candidates, with one model for
-each round. The texts of a user are judged in bundles of up to four, because one short text says little about its author.
+each round. Texts are judged in bundles of up to four of one user, because a short text says little about its author.
 
 Training texts that repeat a right answer of any evaluated sample, or nearly so, are left out.
 

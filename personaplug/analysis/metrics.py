@@ -29,6 +29,7 @@ from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, 
 from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN
+from personaplug.analysis.sampled_metrics import SAMPLED, SampledMetric, can_be_sampled
 from personaplug.analysis.words import (
     ascii_words,
     is_read_by_ascii_words,
@@ -276,9 +277,17 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
     kind, (stem, at, estimate) = metric_class(name), name.partition(AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
+    if estimate in SAMPLED:
+        return _sampled(kind(labels), estimate)
     if at and estimate == ARGMAX:  # a second name would repeat the same number in a table
         raise ConfigError(f"Write {stem!r} instead of {name!r}.")
     return kind(labels, estimate=estimate if at else ARGMAX)
+
+
+def _sampled(metric: Metric, kind: str) -> Metric:
+    if not can_be_sampled(metric):
+        raise ConfigError(f"{metric.name} has no score of sampled answers; remove {AT}{kind}.")
+    return SampledMetric(metric, kind)
 
 
 def metric_class(name: str) -> type[Metric] | None:
@@ -291,13 +300,17 @@ def metric_class(name: str) -> type[Metric] | None:
 
 def has_estimate(name: str) -> bool:
     """Return whether a metric's name contains a point estimate."""
-    return AT in name
+    return AT in name and not _is_sampled(name)
+
+
+def _is_sampled(name: str) -> bool:
+    return name.partition(AT)[2] in SAMPLED
 
 
 def is_instrument(name: str) -> bool:
     """Return whether a metric is one of the instruments of texts, by name."""
     kind = metric_class(name)
-    return kind is not None and kind.is_instrument
+    return kind is not None and (kind.is_instrument or _is_sampled(name))
 
 
 def is_invalid(prediction: str, labels: Sequence[str]) -> bool:

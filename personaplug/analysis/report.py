@@ -42,8 +42,8 @@ _GAINS_TEXT = (
     "ROW@wrong-user, was not run."
 )
 _POOLED_TEXT = (
-    "The mean of the personal gains of the sets {}, with its interval. Each set counts alike; the bootstrap draws users, "
-    "and trainings, within each set. Holm p is corrected for the number of rows."
+    "The mean of the personal gains of the sets {}, with its interval. Each set counts alike; the bootstrap draws "
+    "users, and trainings, within each set. Holm p is corrected for the number of rows."
 )
 _LIKELIHOOD_TEXT = (
     "The personal gain in the log-likelihood of the right answer, in nats per token (per answer for a closed set). "

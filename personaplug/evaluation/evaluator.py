@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import (
     ERROR_MATCHED_ESTIMATES,
@@ -32,21 +30,16 @@ from personaplug.analysis.results_file import Results
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial, number_users
 from personaplug.config import EvaluationConfig
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
+from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
 from personaplug.evaluation.instruments import TextInstruments, has_instruments, instruments_of
+from personaplug.evaluation.measurements import Measurements, or_none
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import Measure
 from personaplug.methods import Method, ModelInputs, needed_parts
 from personaplug.methods.context import EvalContext
-from personaplug.methods.predictions import (
-    Predictions,
-    load_predictions,
-    load_values,
-    save_predictions,
-    save_values,
-)
+from personaplug.methods.predictions import Predictions, load_predictions, save_predictions
 from personaplug.run import Models, Run
 
 logger = logging.getLogger(__name__)
@@ -190,7 +183,10 @@ class Evaluator:
         inputs = self._inputs(method, seed=seed)
         predictions = self._predictions(method, inputs, seed=seed)
         predictions = self._with_likelihoods(method, inputs, predictions, seed=seed)
-        statistics = self._statistics(predictions, references) | self._identification(method, inputs, seed=seed)
+        statistics = self._statistics(predictions, references)
+        if self.instruments is not None:
+            measurements = self._measurements(method, inputs, seed=seed)
+            statistics |= measurements.statistics(self.settings.metrics, references)
         self._write_scores(method, statistics, seed=seed)
         return self._trial(method, inputs, predictions, statistics=statistics, seed=seed)
 
@@ -256,46 +252,16 @@ class Evaluator:
         complete, name = predictions, method.name
         if complete.nll is None and self.context.decoding != "score":
             measure = partial(method.reference_nll, self.context, inputs, seed=seed)
-            complete = replace(complete, nll=_or_none(measure, f"{name}: no likelihood of the reference answers"))
+            complete = replace(complete, nll=or_none(measure, f"{name}: no likelihood of the reference answers"))
         if complete.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
             measure = partial(method.divergence, self.context, inputs, seed=seed)
-            complete = replace(complete, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
+            complete = replace(complete, divergence=or_none(measure, f"{name}: no divergence from the plain model"))
         if complete != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
             save_predictions(complete, self._path(method, seed, "predictions.json"), key=key)
         return complete
 
-    def _identification(self, method: Method, inputs: ModelInputs, *, seed: int) -> dict[str, Array]:
-        """Return the statistics of the identification by likelihood, from the cache or measured now."""
-        if self.instruments is None or not self.config.identification_samples:
-            return {}
-        measure = partial(method.identification, self.context, inputs, seed=seed)
-        name, samples = "identification", samples_fingerprint(self.context.samples, self.context.embeddings)
-        depends_on = [name, samples, self.config.identification_samples, self.config.draw_seed]
-        ranks = self._cached(method, inputs, measure, name=name, depends_on=depends_on, seed=seed)
-        metrics = (IdentifiedPersona(), IdentifiedText())
-        measured = {metric.name: metric.of_ranks(ranks) for metric in metrics} if ranks else {}
-        return {metric: statistics for metric, statistics in measured.items() if statistics is not None}
-
-    def _cached(
-        self,
-        method: Method,
-        inputs: ModelInputs,
-        measure: Callable[[], list[list[float]] | None],
-        *,
-        name: str,
-        depends_on: list[Any],
-        seed: int,
-    ) -> list[list[float]] | None:
-        """Return measured values of each sample from a file beside the predictions, or measure and save them."""
-        key, path = method.cache_key(self.context, inputs, seed=seed), self._path(method, seed, f"{name}.json")
-        key = None if key is None else [*key, *depends_on]
-        if key is not None and (cached := load_values(path, key=key)) is not None:
-            values: list[list[float]] = cached["values"]
-            return values
-        measured = _or_none(measure, f"{method.name}: no {name}")
-        if key is not None and measured is not None:
-            save_values({"values": measured}, path, key=key)
-        return measured
+    def _measurements(self, method: Method, inputs: ModelInputs, *, seed: int) -> Measurements:
+        return Measurements(self.context, method, inputs, stem=self._path(method, seed, ""), seed=seed)
 
     # ---- scores → trial
 
@@ -388,15 +354,6 @@ class Evaluator:
             for index, sample in enumerate(self.context.samples)
         ]
         write_json(self._path(method, seed, "scores.json"), lines)
-
-
-def _or_none(measure: Callable[[], list[list[float]] | None], warning: str) -> list[list[float]] | None:
-    """Return the measured values; None if a text exceeds the model's maximum length, or memory runs out."""
-    try:
-        return measure()
-    except (IndexError, RuntimeError) as error:
-        logger.warning("%s (%s)", warning, type(error).__name__)
-        return None
 
 
 def _is_of_plain_answers(metric: Metric) -> bool:

@@ -8,8 +8,10 @@ from functools import cached_property
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
 from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import WRONG_USER
-from personaplug.analysis.metric_base import Array
+from personaplug.analysis.metric_base import AT, Array
+from personaplug.analysis.metrics import get_metric
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall, Words, own_words, words_of
+from personaplug.analysis.sampled_metrics import SAMPLED, can_be_sampled
 from personaplug.config import EvaluationConfig
 from personaplug.data.records import Sample, turns_of
 from personaplug.data.task import Task
@@ -29,7 +31,9 @@ def instruments_of(task: Task, config: EvaluationConfig) -> list[str]:
     if not has_instruments(task):
         return []
     identification = (IdentifiedPersona.name, IdentifiedText.name) if config.identification_samples else ()
-    return [*TEXT_INSTRUMENTS, *identification]
+    metrics = [get_metric(name) for name in task.metrics] if config.sampled_answers else []
+    sampled = [f"{metric.name}{AT}{kind}" for metric in metrics if can_be_sampled(metric) for kind in SAMPLED]
+    return [*TEXT_INSTRUMENTS, *identification, *sampled]
 
 
 class TextInstruments:

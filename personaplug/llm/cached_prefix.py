@@ -90,7 +90,7 @@ class CachedPrefixRunner(Runner):
         )
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
+        return decode_tokens(self.llm, config, batch, decoding=self.start_decoding(batch))
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
         """Run more live tokens (R, L, D), append them to the cache and return the logits at C columns, (R, C, V)."""

@@ -190,10 +190,10 @@ class SplicedRunner(Runner):
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         decoding = self.start_decoding(batch) if config.num_beams == 1 else None
         if decoding is not None:
-            return decode_tokens(self.llm, config, batch.ngrams, decoding=decoding)
+            return decode_tokens(self.llm, config, batch, decoding=decoding)
         spliced = self.llm.splice_prompts(batch)
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
-        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
+        return generate_with_transformers(self.llm, config, batch, **inputs)
 
     def _forward(self, spliced: Spliced, *, columns: Tensor, use_cache: bool) -> tuple[Tensor, Any]:
         return self.llm.forward(

@@ -21,6 +21,7 @@ from personaplug.methods.identification import identification
 from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.methods.sampled_answers import sampled_answers
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer, SoftPrompter
 from personaplug.training.parts import SoftPromptPart, TrainedPart
@@ -107,6 +108,12 @@ class LanguageModelMethod(Method):
             title=f"{self._title(seed)}, identification",
         )
 
+    def sampled_answers(
+        self, context: EvalContext, inputs: ModelInputs, *, count: int, seed: int
+    ) -> list[list[str]] | None:
+        prompter = self.prompter(context, inputs, seed=seed)
+        return self._sampled_answers(context, inputs.samples, prompter=prompter, count=count, seed=seed)
+
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
         """Return the source of the row's soft tokens; None if the row has no soft tokens."""
         plug = self._plug(context, seed=seed)
@@ -190,6 +197,25 @@ class LanguageModelMethod(Method):
             prompter=prompter,
             batch_size=context.config.evaluation_batch_size,
             title=f"{self._title(seed)}, likelihood",
+        )
+
+    def _sampled_answers(
+        self,
+        context: EvalContext,
+        samples: Sequence[EncodedSample],
+        *,
+        prompter: SoftPrompter | None,
+        count: int,
+        seed: int,
+    ) -> list[list[str]]:
+        return sampled_answers(
+            context.models.llm,
+            samples,
+            prompter=prompter,
+            generation=context.sampling,
+            count=count,
+            batch_size=context.config.evaluation_batch_size,
+            title=f"{self._title(seed)}, sampled answers",
         )
 
     def _title(self, seed: int) -> str:

@@ -13,7 +13,7 @@ from personaplug.analysis.metric_base import value_of
 from personaplug.analysis.metrics import get_metric
 from personaplug.analysis.ranking import chance_of_first, expected_reciprocal_rank
 
-WORDS = "river stone light market summer winter garden window paper coffee train letter".split()
+WORDS = ["river", "stone", "light", "market", "summer", "winter", "garden", "window", "paper", "coffee", "train"]
 
 
 def _text(user: int, rng: random.Random) -> str:

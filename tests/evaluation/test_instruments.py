@@ -137,3 +137,55 @@ def test_one_user_has_no_strangers(texts: Stage) -> None:
     statistics = evaluator.trial(find_method("plain"), seed=0).statistics
     assert not {*statistics} & {*TEXT_INSTRUMENTS}
     assert np.isfinite(statistics["rouge_1"]).all()
+
+
+SAMPLED = ("identification_samples=7", "sampled_answers=2")
+
+
+def test_rows_with_texts_identify_users_and_rows_with_a_model_have_sampled_answers(texts: Stage) -> None:
+    results = texts.evaluate("plain,bm25:2,bm25:2@wrong-user,copy", *SAMPLED)
+    rows = {row.name: row.metrics for row in results.rows}
+    identified, sampled = {"identified_persona", "identified_text"}, {"rouge_1@expected", "rouge_1@best"}
+    assert identified | sampled <= rows["bm25:2"].keys()
+    assert identified <= rows["bm25:2@wrong-user"].keys()
+    assert not identified & rows["plain"].keys()
+    assert sampled <= rows["plain"].keys()
+    assert not (identified | sampled) & rows["copy"].keys()
+    for metrics in rows.values():
+        assert metrics.get("rouge_1@best", 1) >= metrics.get("rouge_1@expected", 0)
+    assert {"identified_persona", "rouge_1@expected"} <= {pair.metric for pair in results.pairs}
+    assert not [note for note in results.about.notes if "missing for" in note]
+    text = results_table(results)
+    assert "identified_persona ↑" in text
+    assert "mean score of the sampled answers" in text
+
+
+def test_measurements_are_cached_beside_the_predictions(texts: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = texts.evaluate("bm25:2", *SAMPLED).rows[0].metrics
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model is asked again")
+
+    with monkeypatch.context() as patched:
+        for name in ("loss", "generate", "text_losses"):
+            patched.setattr(texts.models.llm, name, refuse)
+        assert texts.evaluate("bm25:2", *SAMPLED).rows[0].metrics == first
+        with pytest.raises(AssertionError, match="asked again"):
+            texts.evaluate("bm25:2", *SAMPLED, "identification_samples=6")
+        with pytest.raises(AssertionError, match="asked again"):
+            texts.evaluate("bm25:2", *SAMPLED, "sample_temperature=0.5")
+
+
+def test_measurements_are_off_by_default_and_fail_alone(
+    texts: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not [name for name in texts.evaluate("bm25:1").metric_names if "identified" in name or "@" in name]
+
+    def too_long(*_: Any, **__: Any) -> Any:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(texts.models.llm, "text_losses", too_long)
+    metrics = texts.evaluate("bm25:1", "identification_samples=3").rows[0].metrics
+    assert "rouge_1" in metrics
+    assert "identified_text" not in metrics
+    assert "bm25:1: no identification (IndexError)" in caplog.text

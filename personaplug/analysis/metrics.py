@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank
+from personaplug.analysis.form_distance import FormDistance
 from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, NegativeLogLikelihood
 from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
@@ -254,7 +255,7 @@ _KINDS: tuple[type[Metric], ...] = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
     *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners),
     *(NegativeLogLikelihood, Choice, Margin, Divergence),
-    *(OwnWordsRecall, OwnWordsPrecision, AttributionRank, AttributionFirst),
+    *(OwnWordsRecall, OwnWordsPrecision, FormDistance, AttributionRank, AttributionFirst),
     *(IdentifiedPersona, IdentifiedText),
     *MANNER_METRICS,
 )

@@ -31,7 +31,7 @@ _MIN_USERS = 20  # with fewer users, bootstrap intervals are too narrow
 _NAME_SHARE = 0.3  # of the width; longer names continue on a second line
 _NEVER_SHOWN = ("± seeds", "per user", "McNemar p")
 _ZERO = "0.0%"
-_EXPLAINED = dict.fromkeys(("choice", "divergence", "attribution", "identified_persona"), ":")
+_EXPLAINED = dict.fromkeys(("choice", "divergence", "form_distance", "attribution", "identified_persona"), ":")
 _EXPLAINED["own_words_recall"] = ","
 """Metrics with a note, and the mark behind their name there."""
 

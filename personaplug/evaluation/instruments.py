@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
+from personaplug.analysis.form_distance import FormDistance
 from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import WRONG_USER
 from personaplug.analysis.metric_base import AT, Array
@@ -15,9 +18,13 @@ from personaplug.analysis.sampled_metrics import SAMPLED, can_be_sampled
 from personaplug.config import EvaluationConfig
 from personaplug.data.records import Sample, turns_of
 from personaplug.data.task import Task
+from personaplug.encoders.style_features import FEATURES, FORM_FEATURES, style_features_of
 from personaplug.methods.context import EvalContext
 
-TEXT_INSTRUMENTS = (OwnWordsRecall.name, OwnWordsPrecision.name, AttributionRank.name, AttributionFirst.name)
+TEXT_INSTRUMENTS = (
+    *(OwnWordsRecall.name, OwnWordsPrecision.name, FormDistance.name),
+    *(AttributionRank.name, AttributionFirst.name),
+)
 """Metrics that tables of tasks with free text show beside the task's metrics."""
 
 
@@ -48,6 +55,11 @@ class TextInstruments:
         for metric in (OwnWordsRecall(), OwnWordsPrecision()):
             if self.own is not None and (counts := metric.of_texts(texts, references, self.own)) is not None:
                 statistics[metric.name] = counts
+        form = FormDistance()
+        is_empty = np.array([not text.strip() for text in texts])
+        distances = form.of_forms(_forms(texts), _forms(references), is_empty=is_empty)
+        if distances is not None:
+            statistics[form.name] = distances
         return statistics | self.authors.statistics(texts, self.context.owners)
 
     @cached_property
@@ -79,6 +91,12 @@ class TextInstruments:
             answers.setdefault(text.owner, []).extend(past_answers(text))
         references = [text.target for text in self.context.texts if text.target is not None]
         return AuthorModels(answers, references, seed=self.context.config.draw_seed)
+
+
+def _forms(texts: Sequence[str]) -> Array:
+    """Return the features of form of each text, (n, F)."""
+    columns = [FEATURES.index(name) for name in FORM_FEATURES]
+    return style_features_of(texts)[:, columns].astype(np.float64)
 
 
 def past_answers(sample: Sample) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from personaplug.analysis.own_words import words_of
 from personaplug.analysis.results_file import Results
-from personaplug.analysis.tables import results_table, tables
+from personaplug.analysis.tables import metric_title, results_table, tables
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import turns_of
@@ -69,6 +69,7 @@ def test_right_answers_are_the_ceiling_and_a_strangers_answers_the_floor(texts: 
     assert rows["reference"]["rouge_1"] == 1
     assert rows["reference"]["own_words_recall"] == rows["reference"]["own_words_precision"] == 1
     assert rows["reference@wrong-user"]["own_words_recall"] == 0
+    assert rows["reference"]["form_distance"] == 0 < rows["reference@wrong-user"]["form_distance"]
     assert rows["reference"]["attribution"] > 0.8 > rows["reference@wrong-user"]["attribution"]
     # The words of the user are own words; the stranger's are not.
     assert rows["user-words"]["own_words_recall"] > 0
@@ -104,7 +105,9 @@ def test_instruments_have_a_table_of_their_own(texts: Stage) -> None:
     by_title = dict(tables(results))
     title = next(title for title in by_title if title.startswith("Instruments"))
     assert by_title[title].titles[0] == "method"
-    assert {f"{name} ↑" for name in TEXT_INSTRUMENTS if name in results.metric_names} <= {*by_title[title].titles}
+    assert {*map(metric_title, filter(TEXT_INSTRUMENTS.__contains__, results.metric_names))} <= {
+        *by_title[title].titles
+    }
     assert not [column for column in by_title[""].titles if "attribution" in column]
     assert not [column for column in by_title["Comparisons"].titles if "attribution" in column]
     assert "reciprocal rank of the right user" in results_table(results)

@@ -28,7 +28,8 @@ class _Identification(MeasuredMetric):
         return np.array(statistics) if any(ranks) else None
 
     def applies_to(self, method: MethodInfo) -> bool:
-        return method.family in ("plug", "prompt") and method.history != "none"
+        has_other_control = method.is_control and method.history == "own"  # such as the mean persona
+        return method.family in ("plug", "prompt") and method.history != "none" and not has_other_control
 
     def value(self, means: Array) -> Array:
         return per_counted(means)

@@ -150,7 +150,7 @@ def _ends(resampled: Array) -> tuple[float, float]:
 def _two_sided_p(resampled: Array) -> float:
     """Return p of resampled differences; an undefined draw counts on both sides."""
     rarer_side = min(np.count_nonzero(~(resampled > 0)), np.count_nonzero(~(resampled < 0)))
-    return min(1.0, 2 * (rarer_side + 1) / (len(resampled) + 1))
+    return min(1.0, 2 * (int(rarer_side) + 1) / (len(resampled) + 1))
 
 
 def mcnemar(hits_a: Array, hits_b: Array) -> float:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 STRANGERS = 19
 
+_ROUNDING = 1e-5  # the same persona in batches of other sizes differs by less
+
 _NO_ITEMS: Indices = np.empty(0, dtype=np.int64)
 
 
@@ -146,7 +148,7 @@ class _Judge:
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
             losses += self.llm.loss(prompt_batch(self.llm, part, self.prompter), [text] * len(part))[0].tolist()
-        return expected_reciprocal_rank(-np.array(losses), 0)
+        return expected_reciprocal_rank(-np.array(losses), 0, tolerance=_ROUNDING)
 
     @torch.no_grad()
     def text_rank(self, own: EncodedSample, others: Sequence[str]) -> float:
@@ -154,7 +156,7 @@ class _Judge:
         texts = [own.target or "", *others]
         batch = prompt_batch(self.llm, [own], self.prompter)
         losses, tokens = self.llm.text_losses(batch, texts, batch_size=self._step(texts))
-        return expected_reciprocal_rank(-(losses.double() / tokens).cpu().numpy(), 0)
+        return expected_reciprocal_rank(-(losses.double() / tokens).cpu().numpy(), 0, tolerance=_ROUNDING)
 
     def _step(self, texts: Sequence[str]) -> int:
         """Return how many of these texts fit in a pass."""

@@ -109,5 +109,7 @@ def test_equal_scores_rank_as_in_random_order() -> None:
     assert expected_reciprocal_rank(np.zeros(4), 0) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert expected_reciprocal_rank(np.array([np.nan, 0.0]), 0) == 0.5
     assert expected_reciprocal_rank(np.array([-np.inf, 0.0]), 1) == 1
+    assert expected_reciprocal_rank(np.array([1.0, 1.000001]), 0) == 0.5
+    assert expected_reciprocal_rank(np.array([1.0, 1.000001]), 0, tolerance=1e-5) == 0.75
     assert chance_of_first(np.array([1.0, 1.0, 0.0]), 1) == 0.5
     assert chance_of_first(np.array([1.0, 2.0]), 0) == 0

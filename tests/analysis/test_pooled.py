@@ -26,7 +26,7 @@ def _trials(name: str, rng: np.random.Generator, *, users: int, shift: float, se
     for seed in range(seeds):
         rouge = rng.normal(0.3 + shift, 0.02, size=(users * 2, 1))
         tokens = rng.integers(5, 9, size=users * 2).astype(float)
-        nll = np.stack([tokens * (3 - shift), tokens], axis=1)
+        nll = np.stack([tokens * (3 - shift) + rng.normal(0, 1e-3, size=users * 2), tokens], axis=1)
         trials.append(Trial(method_of(name), seed, {"rouge_1": rouge, "nll": nll}, invalid_rate=0.0))
     return trials
 
@@ -65,7 +65,7 @@ def test_pooled_gain_is_the_mean_of_the_sets_gains(tmp_path: Path) -> None:
         assert gain.p is not None
         assert gain.p < 0.05
         assert gain.p_holm == gain.p
-    assert pooled.gains["nll"]["plug"].difference == pytest.approx(0.03)
+    assert pooled.gains["nll"]["plug"].difference == pytest.approx(0.03, abs=1e-3)
 
 
 def test_one_set_pools_to_its_own_interval_and_noise_shrinks_with_sets() -> None:
@@ -105,8 +105,10 @@ def test_report_shows_pooled_gains(tmp_path: Path) -> None:
     text = write_report(paths, tmp_path / "out", with_figures=False)[0].read_text(encoding="utf-8")
     section = text.split("### Pooled personal gains\n")[1].split("\n#")[0]
     assert "One, Other" in section
-    assert "| method | rouge_1 ↑ | nll ↓ |" in section
-    assert "| plug | +0.0" in section
+    titles, _, line = [line.split() for line in section.splitlines() if line.startswith("|")]
+    assert titles == ["|", "method", "|", "rouge_1", "↑", "|", "nll", "↓", "|"]
+    assert line[:3] == ["|", "plug", "|"]
+    assert line[3].startswith("+0.0")
     single = write_report(paths[:1], tmp_path / "single", with_figures=False)[0].read_text(encoding="utf-8")
     assert "Pooled" not in single
 

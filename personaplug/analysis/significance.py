@@ -143,8 +143,11 @@ def _paired(difference: float, resampled: Array | None) -> Paired:
 
 def _ends(resampled: Array) -> tuple[float, float]:
     """Return the ends of the percentile interval of the defined draws."""
-    low, high = np.quantile(defined, _TAILS) if len(defined := resampled[~np.isnan(resampled)]) else (np.nan, np.nan)
-    return float(low), float(high)
+    defined = resampled[~np.isnan(resampled)]
+    if not len(defined):
+        return np.nan, np.nan
+    low, high = map(float, np.quantile(defined, _TAILS))
+    return low, high
 
 
 def _two_sided_p(resampled: Array) -> float:

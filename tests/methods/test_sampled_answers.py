@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, small_llm
-from test_divergence import SAMPLES, FixedSoftPrompts
 
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.generation import sample_tokens
+from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods.sampled_answers import sampled_answers
 
+NO_ITEMS = np.empty(0, dtype=np.int64)
+SAMPLES = [
+    EncodedSample(p, p, None, p, p, None, NO_ITEMS, NO_ITEMS.astype(np.int16), no_style(), all_answers())
+    for p in ["short", "the longest of these prompts", "in between", "x"]
+]
 GENERATION = GenerationConfig(max_new_tokens=4, temperature=1.3)
+
+
+class FixedSoftPrompts:
+    """Soft tokens that depend only on the prompt."""
+
+    def __init__(self, llm: LanguageModel, placement: str) -> None:
+        self.llm, self.placement = llm, placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        width = self.llm.identity.width
+        drawn = [torch.randn(3, width, generator=torch.Generator().manual_seed(len(s.query))) for s in samples]
+        return SoftPrompt(torch.stack(drawn) * self.llm.embedding_scale, placement=self.placement)
 
 
 def _answers(llm: LanguageModel, *, placement: str = "suffix", batch_size: int = 8, **changes: Any) -> list[list[str]]:
     settings = {"generation": GENERATION, "count": 3} | changes
-    prompter = None if placement == "none" else FixedSoftPrompts(llm, placement)  # type: ignore[arg-type]
+    prompter = None if placement == "none" else FixedSoftPrompts(llm, placement)
     return sampled_answers(llm, SAMPLES, prompter=prompter, batch_size=batch_size, **settings)
 
 

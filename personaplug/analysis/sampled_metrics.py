@@ -35,7 +35,8 @@ class SampledMetric(MeasuredMetric):
         texts = [text for of_sample in answers for text in of_sample]
         repeated = [gold for of_sample, gold in zip(answers, golds, strict=True) for _ in of_sample]
         scores = self.metric.statistics(texts, repeated).reshape(len(answers), -1)
-        return scores.mean(axis=1, keepdims=True) if self.kind == EXPECTED else scores.max(axis=1, keepdims=True)
+        of_samples: Array = scores.mean(axis=1) if self.kind == EXPECTED else scores.max(axis=1)
+        return of_samples[:, None]
 
     def applies_to(self, method: MethodInfo) -> bool:
         return method.has_language_model

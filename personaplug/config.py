@@ -336,9 +336,16 @@ class EvaluationConfig:
     sample_temperature: float = Field(
         default=0.0,
         description="0 = the most likely text; above 0 = sample with this temperature (`generate` only; needs "
-        "num_beams=1)",
+        "num_beams=1). Also the temperature of `sampled_answers`, where 0 means 1",
         ge=0,
         le=10,
+    )
+    sampled_answers: int = Field(
+        default=0,
+        description="sampled answers for each sample of an evaluation, for the expected score and the best of them "
+        "(free text; 8 shows differences that one answer hides); 0 = none",
+        ge=0,
+        le=64,
     )
     max_new_tokens: int = Field(
         default=0, description="maximum answer length in tokens; 0 = the task's own limit", ge=0, le=65_536
@@ -360,6 +367,12 @@ class EvaluationConfig:
         "soft tokens (the plain model)",
         ge=0,
         le=MAX_PERSONA_SCALE,
+    )
+    identification_samples: int = Field(
+        default=0,
+        description="samples on which rows with personas must tell the user from 19 others by likelihood (free text; "
+        "about 40 more answers per sample); 0 = none",
+        ge=0,
     )
     limit: int = Field(default=0, description="maximum samples to score, drawn by `draw_seed`; 0 = all", ge=0)
     draw_seed: int = Field(

@@ -65,7 +65,7 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     A point is filled if Holm's p, or else p, is below .05.
     """
     named = zip(set_names(results_list), results_list, strict=True)
-    panels = [(name, r, gains) for name, r in named if (gains := r.personal_gains(r.leading_metric))]
+    panels = [(name, r, gains) for name, r in named if (gains := drawn_gains(r))]
     methods = {name: results.by_name[name].method for _, results, gains in panels for name in gains}
     if not methods:
         raise MissingData("No result compares a method with its wrong-user control; there is nothing to draw.")
@@ -90,6 +90,12 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     significant = {"label": "p < .05 (Holm p if given)", "color": _BLUE, "marker": "o"}
     not_significant = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
     return _finished(figure, [significant, not_significant])
+
+
+def drawn_gains(results: Results) -> dict[str, Comparison]:
+    """Return the personal gains in the leading metric, without the oracle's, which would hide small ones."""
+    gains = results.personal_gains(results.leading_metric)
+    return {name: pair for name, pair in gains.items() if results.by_name[name].method.family != "oracle"}
 
 
 def subgroups_figure(results: Results, metric: str) -> Figure:

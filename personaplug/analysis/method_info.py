@@ -18,8 +18,8 @@ class MethodInfo:
     """One row of a results table.
 
     Families: `none` does not personalize; `plug` adds soft tokens; `prompt` adds texts to the prompt; `weights` changes
-    the model's weights; `counts` counts the user's words or labels; `no-lm` has no language model; `oracle` is the best
-    score that simulated users allow.
+    the model's weights; `counts` counts the user's words or labels; `no-lm` has no language model; `oracle` knows
+    the right answers, or the best ones of simulated users.
     """
 
     name: str  # on the command line and in results

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.point_estimates import ARGMAX, check_estimate, scale_of
 from personaplug.errors import ConfigError, ShapeMismatch
 
@@ -32,7 +33,8 @@ class Metric(ABC):
     takes_estimates: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_scale: ClassVar[bool] = False  # whether the labels must be numbers for every estimate
-    of_answers: ClassVar[bool] = True  # else the metric scores probabilities, which rows without a language model lack
+    of_answers: ClassVar[bool] = True  # whether predictions and golds are all that the metric needs
+    is_instrument: ClassVar[bool] = False  # whether tables show it apart, among the instruments of texts
     averages_over_users: ClassVar[bool] = True  # whether the metric is meaningful for one user's few samples
 
     def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
@@ -59,6 +61,10 @@ class Metric(ABC):
     @abstractmethod
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array: ...
 
+    def applies_to(self, method: MethodInfo) -> bool:
+        """Return whether a row is expected to have the metric; a table names such rows that lack it."""
+        return True
+
     def value(self, means: Array) -> Array:
         """Compute the metric from means of statistics: (..., d) to (...)."""
         return np.asarray(means[..., 0])
@@ -76,21 +82,35 @@ def value_of(stats: Array, metric: Metric) -> float:
         return float(metric.value(stats.mean(axis=0)))
 
 
-class LikelihoodMetric(Metric):
-    """A score of the probabilities that a model gives to answers; rows without a language model lack it."""
+class MeasuredMetric(Metric):
+    """A score that needs more than predictions and golds. The evaluation computes its statistics."""
 
     of_answers = False
+    is_instrument = True
+    needs: ClassVar[str]  # what else the score needs
+    shown_for: ClassVar[str]  # the rows or tables that show it without being asked
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        raise ConfigError(
+            f"{self.name} needs {self.needs}, but the predictions are only texts. Remove {self.name} from "
+            f"the task's metrics; tables show it for {self.shown_for}."
+        )
+
+
+class LikelihoodMetric(MeasuredMetric):
+    """A score of the probabilities that a model gives to answers; rows without a language model lack it."""
+
+    is_instrument = False
     of_plain_answers: ClassVar[bool] = False  # whether the plain model's answers are scored, not the right answers
+    needs = "a model's probabilities"
+    shown_for = "every row with a language model"
 
     @abstractmethod
     def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
         """Compute the statistics of each sample, (n, d); None if no sample counts."""
 
-    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        raise ConfigError(
-            f"{self.name} needs a model's probabilities, but the predictions are only texts. Remove {self.name} from "
-            f"the task's metrics; tables show it for every row with a language model."
-        )
+    def applies_to(self, method: MethodInfo) -> bool:
+        return method.has_language_model
 
 
 def per_counted(means: Array) -> Array:

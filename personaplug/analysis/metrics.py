@@ -6,7 +6,8 @@ statistics, but not the texts, and are exact for every metric. Predictions and g
 
 `mae@median` scores the median of the label probabilities instead of the likeliest label. `nll` scores the probability
 of the right answer. `choice` and `margin` compare it with the probabilities of rejected answers. `divergence` is the
-distance from the plain model. The last four are in `likelihood_metrics.py`.
+distance from the plain model. The last four are in `likelihood_metrics.py`; measures of what is personal in a text are
+in `own_words.py` and `attribution_of_texts.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank
+from personaplug.analysis.form_distance import FormDistance
+from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, NegativeLogLikelihood
 from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
+from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN
+from personaplug.analysis.sampled_metrics import SAMPLED, SampledMetric, can_be_sampled
 from personaplug.analysis.words import (
     ascii_words,
     is_read_by_ascii_words,
@@ -36,7 +42,7 @@ from personaplug.errors import ConfigError, nearest
 from personaplug.infra.plugins import load_plugins, register
 
 __all__ = ["ERROR_MATCHED_ESTIMATES", "LIKELIHOOD_METRICS", "MANNER_METRICS", "METRICS", "Accuracy", "Array"]
-__all__ += ["LikelihoodMetric", "Metric", "get_metric", "has_estimate", "is_invalid", "metric_class"]
+__all__ += ["LikelihoodMetric", "Metric", "get_metric", "has_estimate", "is_instrument", "is_invalid", "metric_class"]
 __all__ += ["register_metric", "value_of"]
 
 logger = logging.getLogger(__name__)
@@ -249,6 +255,8 @@ _KINDS: tuple[type[Metric], ...] = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
     *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners),
     *(NegativeLogLikelihood, Choice, Margin, Divergence),
+    *(OwnWordsRecall, OwnWordsPrecision, FormDistance, AttributionRank, AttributionFirst),
+    *(IdentifiedPersona, IdentifiedText),
     *MANNER_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
@@ -270,9 +278,17 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
     kind, (stem, at, estimate) = metric_class(name), name.partition(AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
+    if estimate in SAMPLED:
+        return _sampled(kind(labels), estimate)
     if at and estimate == ARGMAX:  # a second name would repeat the same number in a table
         raise ConfigError(f"Write {stem!r} instead of {name!r}.")
     return kind(labels, estimate=estimate if at else ARGMAX)
+
+
+def _sampled(metric: Metric, kind: str) -> Metric:
+    if not can_be_sampled(metric):
+        raise ConfigError(f"{metric.name} has no score of sampled answers; remove {AT}{kind}.")
+    return SampledMetric(metric, kind)
 
 
 def metric_class(name: str) -> type[Metric] | None:
@@ -285,7 +301,17 @@ def metric_class(name: str) -> type[Metric] | None:
 
 def has_estimate(name: str) -> bool:
     """Return whether a metric's name contains a point estimate."""
-    return AT in name
+    return AT in name and not _is_sampled(name)
+
+
+def _is_sampled(name: str) -> bool:
+    return name.partition(AT)[2] in SAMPLED
+
+
+def is_instrument(name: str) -> bool:
+    """Return whether a metric is one of the instruments of texts, by name."""
+    kind = metric_class(name)
+    return kind is not None and (kind.is_instrument or _is_sampled(name))
 
 
 def is_invalid(prediction: str, labels: Sequence[str]) -> bool:

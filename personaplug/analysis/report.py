@@ -9,8 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
+from personaplug.analysis.figures import drawn_gains, gains_figure, scores_figure, subgroups_figure
 from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
+from personaplug.analysis.pooled import PooledGains, pooled_gains
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
 from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.tables import (
@@ -40,6 +41,10 @@ _GAINS_TEXT = (
     "is corrected for the number of personal gains in the set; p is not. A personal row is missing if its control, "
     "ROW@wrong-user, was not run."
 )
+_POOLED_TEXT = (
+    "The mean of the personal gains of the sets {}, with its interval. Each set counts alike; the bootstrap draws "
+    "users, and trainings, within each set. Holm p is corrected for the number of rows."
+)
 _LIKELIHOOD_TEXT = (
     "The personal gain in the log-likelihood of the right answer, in nats per token (per answer for a closed set). "
     "Positive: the right answer is likelier with the user's own history than with another user's."
@@ -61,15 +66,16 @@ def write_report(
     for picture, figure in chain(*figures.values()):
         atomic_write(out / picture.path, partial(figure.savefig, format="png", dpi=150))
     pictures = {name: [picture for picture, _ in pairs] for name, pairs in figures.items()}
-    sections = [Section(title, level=1), *_page(results_list, pictures)]
+    pooled = pooled_gains(results_files, results_list)
+    sections = [Section(title, level=1), *_page(results_list, pictures, pooled=pooled)]
     write_text(out / "report.md", to_markdown(sections) + "\n")
     write_text(out / "report.html", to_html(sections, title=title))
     return [out / "report.md", out / "report.html", *(out / picture.path for picture in chain(*pictures.values()))]
 
 
-def overview_markdown(results_list: Sequence[Results]) -> str:
+def overview_markdown(results_list: Sequence[Results], *, pooled: PooledGains | None = None) -> str:
     """Return the scores, personal gains and costs of several sets as Markdown, with a column per set."""
-    return to_markdown(list(_overview(results_list)))
+    return to_markdown(list(_overview(results_list, pooled=pooled)))
 
 
 def insert_between(path: Path, name: str, text: str) -> None:
@@ -92,10 +98,12 @@ def insert_between(path: Path, name: str, text: str) -> None:
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
-def _page(results_list: Sequence[Results], pictures: dict[str, list[Picture]]) -> Iterator[Section]:
+def _page(
+    results_list: Sequence[Results], pictures: dict[str, list[Picture]], *, pooled: PooledGains | None
+) -> Iterator[Section]:
     if len(results_list) > 1:
         yield Section("Overview", level=2)
-        yield from _overview(results_list)
+        yield from _overview(results_list, pooled=pooled)
     yield Section(pictures=pictures.get("", ()))
     for name, results in zip(set_names(results_list), results_list, strict=True):
         facts, models = head(results)
@@ -107,7 +115,7 @@ def _page(results_list: Sequence[Results], pictures: dict[str, list[Picture]]) -
         yield Section(bullets=notes(results))
 
 
-def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
+def _overview(results_list: Sequence[Results], *, pooled: PooledGains | None) -> Iterator[Section]:
     methods = {row.name: row.method for results in results_list for row in results.rows}
     names = list(methods)
     yield Section("Scores", text=_SCORES_TEXT, table=_score_table(results_list, names))
@@ -119,6 +127,8 @@ def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
         gains = _gain_table(results_list, names, metrics)
         if gains.lines:
             yield Section(title, text=text, table=gains)
+    if pooled is not None:
+        yield _pooled_section(pooled)
     names = [name for name, method in methods.items() if not method.is_control]  # a control costs as much as its method
     costs = [Diagnostics.mean_of([r.by_name[n].diagnostics for r in results_list if n in r.by_name]) for n in names]
     table = Table.from_columns([("method", names), *cost_columns(costs)])
@@ -147,6 +157,18 @@ def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: 
     return Table.from_columns(columns).without_empty_lines()
 
 
+def _pooled_section(pooled: PooledGains) -> Section:
+    if pooled.problem:
+        return Section("Pooled personal gains", text=f"Not pooled: {pooled.problem}")
+    names = list(dict.fromkeys(name for gains in pooled.gains.values() for name in gains))
+    columns: list[Column] = [("method", names)]
+    for metric, gains in pooled.gains.items():
+        columns.append((metric_title(metric), [gain_cell(gains.get(name)) for name in names]))
+    return Section(
+        "Pooled personal gains", text=_POOLED_TEXT.format(", ".join(pooled.sets)), table=Table.from_columns(columns)
+    )
+
+
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:
     """Draw the figures of each set; the key "" has the figures of all sets together."""
     figures: dict[str, list[tuple[Picture, Figure]]] = {}
@@ -160,7 +182,7 @@ def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, F
         if any(metric in subgroup.metric_names for subgroup in results.subgroups):
             subgroups = Picture(f"{stem}-subgroups.png", f"{metric} of {name} by subgroup")
             figures[name].append((subgroups, subgroups_figure(results, metric)))
-    if any(results.personal_gains(results.leading_metric) for results in results_list):
+    if any(map(drawn_gains, results_list)):
         gains = Picture("figures/gains.png", "Personal gain of each method in each set")
         figures[""] = [(gains, gains_figure(results_list))]
     return figures

@@ -75,7 +75,7 @@ def compared_pairs(methods: Sequence[MethodInfo]) -> list[tuple[str, str]]:
         return list(dict.fromkeys([*gains, *((a, b) for b, a in combinations(names, 2) if (b, a) not in gains)]))
     bases = _bases(methods)
     personal = [method for method in methods if not method.is_control and method.name not in bases]
-    against_bases = [(m.name, base) for base in bases for m in personal if m.family != "no-lm"]
+    against_bases = [(m.name, base) for base in bases for m in personal if m.has_language_model]
     main = main_row(methods)
     gain_controls = {control for _, control in gains}
     others = [name for name in names if name not in gain_controls and name not in bases]
@@ -115,7 +115,7 @@ def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
     """Name the rows that lack a metric although it applies to them and other rows have it."""
     notes = []
     for metric in settings.metrics:
-        scored = [trial for trial in trials if metric.of_answers or trial.method.has_language_model]
+        scored = [trial for trial in trials if metric.applies_to(trial.method)]
         missing = dict.fromkeys(trial.method.name for trial in scored if metric.name not in trial.statistics)
         if missing and any(metric.name in trial.statistics for trial in scored):
             notes.append(f"{metric.name}: missing for {', '.join(missing)}.")
@@ -130,7 +130,7 @@ def _rows_and_pairs(
         by_name[trial.method.name].append(trial)
     scorer = _Scorer([samples.groups[index] for index in indices], indices, settings)
     methods = [same_method[0].method for same_method in by_name.values()]
-    matched = [_matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
+    matched = [matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
     pairs = [pair for trial_pairs in matched for pair in scorer.comparisons(trial_pairs)]
     return [scorer.row(same_method) for same_method in by_name.values()], _holm_corrected(pairs, methods)
 
@@ -188,7 +188,7 @@ class _Scorer:
         return np.stack([trial.statistics[metric.name][self.indices] for trial in trials])
 
 
-def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
+def matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
     """Pair the trials of the seeds that both methods have. Pair a method without seeds with each trial of the other."""
     if not of_a[0].method.is_seeded:
         return [(of_a[0], trial) for trial in of_b]
@@ -215,6 +215,6 @@ def _family(pair: Comparison, methods: Sequence[MethodInfo]) -> str:
     by_name = {method.name: method for method in methods}
     a, b = by_name[pair.a], by_name[pair.b]
     if b.gain_of == a.name:
-        return "gain without a language model" if a.family == "no-lm" else "gain"
-    makes_claim = not a.is_control and a.family != "no-lm"
+        return "gain" if a.has_language_model else "gain without a language model"
+    makes_claim = not a.is_control and a.has_language_model
     return b.name if makes_claim and b.name in _bases(methods) else "rest"

@@ -32,7 +32,8 @@ _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 class Interval(NamedTuple):
     """A metric with its percentile interval.
 
-    The ends are NaN with fewer than two groups, or if a statistic is not finite.
+    The ends are NaN with fewer than two groups, or if a statistic is not finite. Draws in which the metric is undefined
+    do not count.
     """
 
     value: float
@@ -43,13 +44,26 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """The advantage of a over b, positive if a is better, with its interval and two-sided p.
 
-    The ends and p are NaN as in `Interval`.
+    The ends and p are NaN as in `Interval`. For p, an undefined draw counts against both methods.
     """
 
     difference: float
     low: float
     high: float
     p: float
+
+
+class PairedStatistics(NamedTuple):
+    """The statistics of two methods on the same samples.
+
+    Attributes:
+        a, b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
+        groups: (n,) group of each sample.
+    """
+
+    a: Array
+    b: Array
+    groups: Groups
 
 
 def bootstrap_interval(
@@ -67,7 +81,7 @@ def bootstrap_interval(
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
     resampled = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
-    return Interval(value, *map(float, np.quantile(resampled, _TAILS)))
+    return Interval(value, *_ends(resampled))
 
 
 def paired_bootstrap(
@@ -81,6 +95,28 @@ def paired_bootstrap(
         stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
         groups, seed: as in `bootstrap_interval`.
     """
+    difference, resampled = _advantages(
+        PairedStatistics(stats_a, stats_b, groups), metric, resamples=resamples, seed=seed
+    )
+    return _paired(difference, resampled)
+
+
+def pooled_bootstrap(
+    sets: Sequence[PairedStatistics], metric: Metric, *, resamples: int = 10_000, seed: int = 0
+) -> Paired:
+    """Compare two methods on several sets: the mean of the sets' differences, so that each set counts alike.
+
+    The draws within a set are independent of the draws within the others.
+    """
+    parts = [_advantages(each, metric, resamples=resamples, seed=seed + place) for place, each in enumerate(sets)]
+    draws = [resampled for _, resampled in parts if resampled is not None]
+    difference = float(np.mean([difference for difference, _ in parts]))
+    return _paired(difference, np.mean(draws, axis=0) if len(draws) == len(parts) else None)
+
+
+def _advantages(paired: PairedStatistics, metric: Metric, *, resamples: int, seed: int) -> tuple[float, Array | None]:
+    """Return the advantage of a over b on all samples and in each resample; None for resamples without a spread."""
+    stats_a, stats_b, groups = paired
     if stats_a.shape != stats_b.shape:
         raise ShapeMismatch(f"Paired statistics need the same shape; found {stats_a.shape} and {stats_b.shape}.")
     joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
@@ -95,11 +131,29 @@ def paired_bootstrap(
     with np.errstate(invalid="ignore", over="ignore"):
         difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
     if not _has_spread(joint, groups):
+        return difference, None
+    return difference, _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
+
+
+def _paired(difference: float, resampled: Array | None) -> Paired:
+    if resampled is None:
         return Paired(difference, np.nan, np.nan, np.nan)
-    resampled = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
-    low, high = map(float, np.quantile(resampled, _TAILS))
-    rarer_side = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
-    return Paired(difference, low, high, min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
+    return Paired(difference, *_ends(resampled), _two_sided_p(resampled))
+
+
+def _ends(resampled: Array) -> tuple[float, float]:
+    """Return the ends of the percentile interval of the defined draws."""
+    defined = resampled[~np.isnan(resampled)]
+    if not len(defined):
+        return np.nan, np.nan
+    low, high = map(float, np.quantile(defined, _TAILS))
+    return low, high
+
+
+def _two_sided_p(resampled: Array) -> float:
+    """Return p of resampled differences; an undefined draw counts on both sides."""
+    rarer_side = min(np.count_nonzero(~(resampled > 0)), np.count_nonzero(~(resampled < 0)))
+    return min(1.0, 2 * (int(rarer_side) + 1) / (len(resampled) + 1))
 
 
 def mcnemar(hits_a: Array, hits_b: Array) -> float:

@@ -9,9 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import filterfalse
 from typing import TypeVar
 
-from personaplug.analysis.metrics import has_estimate, metric_class
+from personaplug.analysis.metrics import has_estimate, is_instrument, metric_class
 from personaplug.analysis.rendering import ABSENT, Column, Section, Table, one_line, to_markdown
 from personaplug.analysis.results_file import Comparison, ResultRow, Results
 from personaplug.analysis.trials import Diagnostics
@@ -54,7 +55,11 @@ def head(results: Results) -> tuple[str, list[str]]:
 
 def tables(results: Results) -> list[tuple[str, Table]]:
     """Return the tables with their titles; the table of scores comes first and has an empty title."""
-    named = [("Rates and costs", _rates_and_costs(results)), ("Comparisons", _comparisons(results))]
+    named = [
+        ("Instruments: is what is written personal?", _instruments(results)),
+        ("Rates and costs", _rates_and_costs(results)),
+        ("Comparisons", _comparisons(results)),
+    ]
     scores = [("", _scores(results))] if results.rows else []
     return scores + [pair for pair in [*named, *_subgroups(results)] if pair[1].lines and len(pair[1].titles) > 1]
 
@@ -76,6 +81,19 @@ def notes(results: Results) -> list[str]:
         "samples.": "choice" in results.metric_names,
         "divergence: KL(plain ‖ row) of the next token, averaged over the tokens of the plain model's answers, in "
         "nats.": "divergence" in results.metric_names,
+        "own_words_recall, own_words_precision: share of right words among the own words of the right answers, and "
+        "among those of the written answers. An own word occurs in the user's past answers, but neither in the input "
+        "nor in the strangers' past answers.": "own_words_recall" in results.metric_names,
+        "attribution: reciprocal rank of the right user among up to 20 users whose past answers a model of characters "
+        "has seen; attribution_top1: share of first ranks. Each user counts once. The row reference is the ceiling, "
+        "reference@wrong-user the floor.": "attribution" in results.metric_names,
+        "identified_persona: reciprocal rank of the user's persona among up to 20 by the likelihood of the right "
+        "answer; identified_text: rank of the right answer among up to 20 users' right answers, by likelihood per "
+        "token, under the user's persona. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
+        "form_distance: mean distance between the written and the right answer in length, capitals and punctuation, in "
+        "standard deviations of the right answers.": "form_distance" in results.metric_names,
+        "@expected, @best: mean score of the sampled answers, and the score of the best of them. Other columns score "
+        "one answer.": any(name.endswith("@expected") for name in results.metric_names),
         "per user: mean of the users' scores, so that each user counts once. In other columns each sample counts "
         "once.": has_user_averages,
         "Advantage: positive if the first method is better, for every metric.": bool(pairs),
@@ -183,7 +201,7 @@ def _scores(results: Results) -> Table:
     columns: list[Column] = [("method", [row.name for row in rows])]
     if len({row.n for row in rows}) > 1:
         columns.append(("n", [_cell(row.n, str) for row in rows]))
-    for metric in results.metric_names:
+    for metric in filterfalse(is_instrument, results.metric_names):
         averages = [_per_user(row, users=results.about.users).get(metric) for row in rows]
         columns += [
             (metric_title(metric), [score_cell(row, metric) for row in rows]),
@@ -193,6 +211,18 @@ def _scores(results: Results) -> Table:
     gains = results.personal_gains(results.leading_metric)
     columns.append((f"personal gain ({results.leading_metric})", [gain_cell(gains.get(row.name)) for row in rows]))
     return Table.from_columns(columns)
+
+
+def _instruments(results: Results) -> Table:
+    """Return the instruments of texts and their personal gains; the other comparisons are in the results file."""
+    columns: list[Column] = [("method", [row.name for row in results.rows])]
+    for metric in filter(is_instrument, results.metric_names):
+        gains = results.personal_gains(metric)
+        columns += [
+            (metric_title(metric), [score_cell(row, metric) for row in results.rows]),
+            ("personal gain", [gain_cell(gains.get(row.name)) for row in results.rows]),
+        ]
+    return Table.from_columns(columns).without_empty_lines()
 
 
 def _rates_and_costs(results: Results) -> Table:
@@ -213,7 +243,7 @@ def _comparisons(results: Results) -> Table:
     ordered = sorted(lines, key=lambda names: not results.is_personal_gain(*names))
     titles = [f"{a} against {b}{' (personal gain)' if results.is_personal_gain(a, b) else ''}" for a, b in ordered]
     columns: list[Column] = [("comparison", titles)]
-    for metric in dict.fromkeys(pair.metric for pair in results.pairs):
+    for metric in filterfalse(is_instrument, dict.fromkeys(pair.metric for pair in results.pairs)):
         pairs = [lines[names].get(metric) for names in ordered]
         columns += [
             (f"{metric_title(metric)} advantage", [_cell(pair, difference_cell) for pair in pairs]),

@@ -31,6 +31,9 @@ _MIN_USERS = 20  # with fewer users, bootstrap intervals are too narrow
 _NAME_SHARE = 0.3  # of the width; longer names continue on a second line
 _NEVER_SHOWN = ("± seeds", "per user", "McNemar p")
 _ZERO = "0.0%"
+_EXPLAINED = dict.fromkeys(("choice", "divergence", "form_distance", "attribution", "identified_persona"), ":")
+_EXPLAINED["own_words_recall"] = ","
+"""Metrics with a note, and the mark behind their name there."""
 
 
 def terminal_text(results: Results, *, width: int | None = None) -> str:
@@ -91,7 +94,7 @@ def _notes(results: Results, left_out: Sequence[str]) -> Iterator[str]:
     """Yield where to find the hidden columns, and explanations of the shown ones."""
     hidden = {title.split()[0] for title in left_out}
     shown_metrics = [name for name in results.metric_names if name not in hidden]
-    unused = [*_NEVER_SHOWN, *(f"{name}:" for name in ("choice", "divergence") if name in hidden)]
+    unused = [*_NEVER_SHOWN, *(f"{name}{end}" for name, end in _EXPLAINED.items() if name in hidden)]
     unused += [] if any(map(has_estimate, shown_metrics)) else ["@median"]
     reason = f"Columns that do not fit the terminal: {', '.join(left_out)}. " if left_out else ""
     yield f"{reason}All metrics, intervals, comparisons and costs are in the results file (JSON)."

@@ -80,13 +80,16 @@ def _words(text: str) -> list[str]:
 )
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
     """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
+    from personaplug.analysis.pooled import pooled_gains
     from personaplug.analysis.report import insert_between, overview_markdown, write_report
     from personaplug.analysis.results_file import load_results
 
     for path in write_report(files, out, title=title, with_figures=figures):
         click.echo(str(path))
     if into is not None:
-        insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
+        results_list = [load_results(path) for path in files]
+        pooled = pooled_gains(files, results_list)
+        insert_between(into, mark, overview_markdown(results_list, pooled=pooled))
         click.echo(str(into))
 
 

@@ -63,6 +63,9 @@ _SPREADS |= dict.fromkeys(_MARKS, (0.0, 0.1)) | dict.fromkeys(_ALL_BITS, (0.0, 0
 FEATURES = tuple(_SPREADS)
 """The names of the features in order."""
 
+FORM_FEATURES = tuple(name for name in FEATURES if name not in _ALL_BITS)
+"""The names of the features that are measured numbers: length, kinds of letters, marks, links and symbols."""
+
 _MIDDLES, _SCALES = (np.array(column) for column in zip(*_SPREADS.values(), strict=True))
 _MAX_VALUE = 4.0
 

@@ -126,6 +126,8 @@ _LATER_SETTINGS = {
     "training.preference_loss": "none",
     "training.preference_weight": 1.0,
     "evaluation.item_kinds": "all",
+    "evaluation.identification_samples": 0,
+    "evaluation.sampled_answers": 0,
 }
 """Settings that are newer than published trials, with the values that leave the scores of those trials unchanged."""
 

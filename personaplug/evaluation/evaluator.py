@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
+from personaplug.evaluation.instruments import TextInstruments, has_instruments, instruments_of
+from personaplug.evaluation.measurements import Measurements, or_none
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import Measure
@@ -114,12 +116,12 @@ def _check_rows(methods: Sequence[Method], run: Run) -> None:
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     """Return the settings that turn trials into results.
 
-    The metrics are those of the task, the likelihood metrics and, for scored ratings, error metrics with matching
-    point estimates.
+    The metrics are those of the task and the likelihood metrics. Scored ratings also have error metrics with matching
+    point estimates, and free text has the instruments of texts.
     """
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
-    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS])
+    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS, *instruments_of(task, config)])
     metrics = [get_metric(name, labels=task.labels) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
@@ -151,6 +153,7 @@ class Evaluator:
         self.run, self.config = run, config
         self.context = EvalContext(run, reader, models=models, config=config, train=train)
         self.settings = settings_of(run.task, config)
+        self.instruments = TextInstruments(self.context) if has_instruments(run.task) else None
         self.folder = run.folder / "evaluations" / split
         about = provenance(
             run,
@@ -181,6 +184,9 @@ class Evaluator:
         predictions = self._predictions(method, inputs, seed=seed)
         predictions = self._with_likelihoods(method, inputs, predictions, seed=seed)
         statistics = self._statistics(predictions, references)
+        if self.instruments is not None:
+            measurements = self._measurements(method, inputs, seed=seed)
+            statistics |= measurements.statistics(self.settings.metrics, references)
         self._write_scores(method, statistics, seed=seed)
         return self._trial(method, inputs, predictions, statistics=statistics, seed=seed)
 
@@ -210,6 +216,7 @@ class Evaluator:
         texts, references = [outputs[sample.id] for sample in samples], _references(samples)
         metrics = [metric for metric in self.settings.metrics if metric.of_answers]
         statistics = {metric.name: metric.statistics(texts, references) for metric in metrics}
+        statistics |= self._of_instruments(texts, references)
         seed = self.run.config.training.seeds[0]
         return Trial(ORACLE, seed, statistics, invalid_rate=self._invalid_rate(texts), decoding="computed")
 
@@ -245,13 +252,16 @@ class Evaluator:
         complete, name = predictions, method.name
         if complete.nll is None and self.context.decoding != "score":
             measure = partial(method.reference_nll, self.context, inputs, seed=seed)
-            complete = replace(complete, nll=_or_none(measure, f"{name}: no likelihood of the reference answers"))
+            complete = replace(complete, nll=or_none(measure, f"{name}: no likelihood of the reference answers"))
         if complete.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
             measure = partial(method.divergence, self.context, inputs, seed=seed)
-            complete = replace(complete, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
+            complete = replace(complete, divergence=or_none(measure, f"{name}: no divergence from the plain model"))
         if complete != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
             save_predictions(complete, self._path(method, seed, "predictions.json"), key=key)
         return complete
+
+    def _measurements(self, method: Method, inputs: ModelInputs, *, seed: int) -> Measurements:
+        return Measurements(self.context, method, inputs, stem=self._path(method, seed, ""), seed=seed)
 
     # ---- scores → trial
 
@@ -264,7 +274,10 @@ class Evaluator:
                 statistics[metric.name] = metric.statistics(texts, references)
             elif (of_likelihoods := _of_likelihoods(metric, predictions)) is not None:
                 statistics[metric.name] = of_likelihoods
-        return statistics
+        return statistics | self._of_instruments(predictions.texts, references)
+
+    def _of_instruments(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+        return {} if self.instruments is None else self.instruments.statistics(texts, references)
 
     def _trial(
         self,
@@ -341,15 +354,6 @@ class Evaluator:
             for index, sample in enumerate(self.context.samples)
         ]
         write_json(self._path(method, seed, "scores.json"), lines)
-
-
-def _or_none(measure: Callable[[], list[list[float]] | None], warning: str) -> list[list[float]] | None:
-    """Return the measured values; None if a text exceeds the model's maximum length, or memory runs out."""
-    try:
-        return measure()
-    except (IndexError, RuntimeError) as error:
-        logger.warning("%s (%s)", warning, type(error).__name__)
-        return None
 
 
 def _is_of_plain_answers(metric: Metric) -> bool:

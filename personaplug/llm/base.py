@@ -78,22 +78,25 @@ class PromptBatch:
     soft: SoftPrompt | None = None  # B rows; None = no soft tokens
     soft_at: Sequence[int] | None = None  # characters of each text before its `prefix` soft tokens; None = 0
     ngrams: Sequence[UserNgramCache] | None = None  # one per row, interpolated with the model
+    seeds: Sequence[int] | None = None  # one per row for sampling; None = one seed for the batch, the config's
 
     def has_soft(self, placement: str) -> bool:
         """Return True if the batch has soft tokens with this placement."""
         return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
 
+    def take(self, indices: Sequence[int]) -> PromptBatch:
+        """Return these rows as a batch; a row may occur more than once."""
+        return PromptBatch(
+            [self.prompts[index] for index in indices],
+            None if self.soft is None else self.soft.rows(indices),
+            None if self.soft_at is None else [self.soft_at[index] for index in indices],
+            None if self.ngrams is None else [self.ngrams[index] for index in indices],
+            None if self.seeds is None else [self.seeds[index] for index in indices],
+        )
+
     def rows(self) -> list[PromptBatch]:
         """Split the batch into batches of one row."""
-        return [
-            PromptBatch(
-                [prompt],
-                None if self.soft is None else self.soft.row(index),
-                None if self.soft_at is None else [self.soft_at[index]],
-                None if self.ngrams is None else [self.ngrams[index]],
-            )
-            for index, prompt in enumerate(self.prompts)
-        ]
+        return [self.take([index]) for index in range(len(self.prompts))]
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,15 @@ class LanguageModel(ABC):
             bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
             logits = bias.add_to(logits, target_tokens)
         return token_loss(logits, target_tokens, batch.ngrams)
+
+    def text_losses(self, batch: PromptBatch, texts: Sequence[str], *, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return −log p and the number of tokens of texts after the same prompt, both (n,); `batch` has one row.
+
+        `batch_size` is the maximum number of texts in a pass. Where the model allows it, the prompt is read once.
+        """
+        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        losses, tokens = zip(*(self.loss(batch.take([0] * len(part)), part) for part in parts), strict=True)
+        return torch.cat(losses), torch.cat(tokens)
 
     @torch.no_grad()
     def score(self, batch: PromptBatch, labels: Sequence[str]) -> Tensor:

@@ -65,7 +65,7 @@ class UncachedRunner(Runner):
             raise ConfigError(
                 f"{self.llm.identity.name} runs without a cache, so num_beams must be 1; found {config.num_beams}."
             )
-        return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
+        return decode_tokens(self.llm, config, batch, decoding=self.start_decoding(batch))
 
     def _logits(self, embeds: Tensor) -> Tensor:
         self.llm.reset_ropes()

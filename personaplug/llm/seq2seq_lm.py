@@ -148,7 +148,7 @@ class Seq2SeqLM(LanguageModel, Runner):
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         if config.num_beams > 1:
             return self.generate_by_transformers(batch, config)
-        return decode_tokens(self, config, batch.ngrams, decoding=self.start_decoding(batch))
+        return decode_tokens(self, config, batch, decoding=self.start_decoding(batch))
 
     def generate_by_transformers(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         """Return the token ids of B responses, with or without beams."""
@@ -161,7 +161,7 @@ class Seq2SeqLM(LanguageModel, Runner):
             inputs[self.cache_name] = self._soft_cache(states, mask, soft, beams=config.num_beams)
             start_ids = start_ids[-1:]
         inputs["decoder_input_ids"] = torch.tensor([start_ids], device=self.device).expand(len(states), -1)
-        return generate_with_transformers(self, config, batch.ngrams, **inputs)
+        return generate_with_transformers(self, config, batch, **inputs)
 
     def _encode_batch(self, batch: PromptBatch) -> tuple[Tensor, Tensor, SoftPrompt | None]:
         """Return the encoder's output (B, T, D), its mask (B, T) and the soft tokens for the decoder."""

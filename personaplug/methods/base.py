@@ -97,6 +97,16 @@ class Method(ABC):
         """Return KL(plain ‖ row), summed along each plain answer, and its number of tokens, (n, 2), or None."""
         return None
 
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return reciprocal ranks of persona and text, (n, 2 or 0), or None; see `methods/identification.py`."""
+        return None
+
+    def sampled_answers(
+        self, context: EvalContext, inputs: ModelInputs, *, count: int, seed: int
+    ) -> list[list[str]] | None:
+        """Return `count` sampled answers to each sample; None without a language model."""
+        return None
+
     def user_cost(self, context: EvalContext, inputs: ModelInputs) -> UserCost | None:
         """Return the cost of one user to a service with this row; None if unknown."""
         return None

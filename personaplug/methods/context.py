@@ -92,6 +92,14 @@ class EvalContext:
         """The run's task."""
         return self.run.task
 
+    @property
+    def sampling(self) -> GenerationConfig:
+        """The settings of sampled answers."""
+        temperature = self.config.sample_temperature or 1.0
+        return replace(
+            self.generation, num_beams=1, do_sample=True, temperature=temperature, seed=self.config.draw_seed
+        )
+
     @cached_property
     def texts(self) -> list[Sample]:
         """The samples with the texts of their histories, read on first use."""

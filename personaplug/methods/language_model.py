@@ -17,9 +17,11 @@ from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
 from personaplug.methods.costs import UserCost
 from personaplug.methods.divergence import divergence, plain_answers
+from personaplug.methods.identification import identification
 from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.methods.sampled_answers import sampled_answers
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer, SoftPrompter
 from personaplug.training.parts import SoftPromptPart
@@ -95,6 +97,24 @@ class LanguageModelMethod(Method):
             title=f"{self._title(seed)}, divergence",
         )
 
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return None for a row whose prompts and soft tokens are the same for all users."""
+        if not self._differs_between_users(context):
+            return None
+        return identification(
+            context,
+            inputs,
+            build=lambda assignments: self.build_inputs(context, assignments, seed=seed),
+            prompter=self.prompter(context, inputs, seed=seed),
+            title=f"{self._title(seed)}, identification",
+        )
+
+    def sampled_answers(
+        self, context: EvalContext, inputs: ModelInputs, *, count: int, seed: int
+    ) -> list[list[str]] | None:
+        prompter = self.prompter(context, inputs, seed=seed)
+        return self._sampled_answers(context, inputs.samples, prompter=prompter, count=count, seed=seed)
+
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
         """Return the source of the row's soft tokens; None if the row has no soft tokens."""
         plug = self._plug(context, seed=seed)
@@ -148,6 +168,10 @@ class LanguageModelMethod(Method):
     def _embeds_items(self) -> bool:
         return self.soft is not None and self.soft.reads_items and self.info.history != "none"
 
+    def _differs_between_users(self, context: EvalContext) -> bool:
+        has_persona = self.soft is not None and self.soft.reads_items and context.config.persona_scale > 0
+        return self.info.history != "none" and (has_persona or self.texts is not None)
+
     def _plug(self, context: EvalContext, *, seed: int) -> PersonaPlug | None:
         return None if self.soft is None else context.load_plug(self.soft.name, seed=seed)
 
@@ -174,6 +198,25 @@ class LanguageModelMethod(Method):
             prompter=prompter,
             batch_size=context.config.evaluation_batch_size,
             title=f"{self._title(seed)}, likelihood",
+        )
+
+    def _sampled_answers(
+        self,
+        context: EvalContext,
+        samples: Sequence[EncodedSample],
+        *,
+        prompter: SoftPrompter | None,
+        count: int,
+        seed: int,
+    ) -> list[list[str]]:
+        return sampled_answers(
+            context.models.llm,
+            samples,
+            prompter=prompter,
+            generation=context.sampling,
+            count=count,
+            batch_size=context.config.evaluation_batch_size,
+            title=f"{self._title(seed)}, sampled answers",
         )
 
     def _title(self, seed: int) -> str:
@@ -210,4 +253,7 @@ class MeanPersonaMethod(LanguageModelMethod):
 
     @property
     def _embeds_items(self) -> bool:
+        return False
+
+    def _differs_between_users(self, context: EvalContext) -> bool:
         return False

@@ -54,8 +54,18 @@ class LoraMethod(LanguageModelMethod):
         with task_lora(context.run, context.models, seed=seed):
             return super().reference_nll(context, inputs, seed=seed)
 
+    def sampled_answers(
+        self, context: EvalContext, inputs: ModelInputs, *, count: int, seed: int
+    ) -> list[list[str]] | None:
+        with task_lora(context.run, context.models, seed=seed):
+            return super().sampled_answers(context, inputs, count=count, seed=seed)
+
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
         """Return None, because a model with a LoRA is not the plain model."""
+        return None
+
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return None, because each persona would be another LoRA in the model."""
         return None
 
 
@@ -87,6 +97,16 @@ class UserLoraMethod(LoraMethod):
             ):
                 nll[index] = row
         return nll
+
+    def sampled_answers(
+        self, context: EvalContext, inputs: ModelInputs, *, count: int, seed: int
+    ) -> list[list[str]] | None:
+        answers: list[list[str]] = [[] for _ in inputs.samples]
+        for indices, samples in self._by_user(context, inputs, seed=seed):
+            of_user = self._sampled_answers(context, samples, prompter=None, count=count, seed=seed)
+            for index, texts in zip(indices, of_user, strict=True):
+                answers[index] = texts
+        return answers
 
     def cache_key(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[Any] | None:
         key = super().cache_key(context, inputs, seed=seed) or []

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -232,19 +232,34 @@ def joined(parts: Sequence[tuple[list[int], Predictions]], count: int) -> Predic
 
 def save_predictions(predictions: Predictions, path: Path, *, key: Sequence[Any]) -> None:
     """Write predictions, with a hash of everything that they depend on."""
-    write_checked_json(path, {"key": _hash(key), **asdict(predictions)})
+    save_values(asdict(predictions), path, key=key)
 
 
 def load_predictions(path: Path, *, key: Sequence[Any]) -> Predictions | None:
     """Return the predictions of a file if everything that they depend on is the same; None otherwise."""
+    values = load_values(path, key=key)
+    try:
+        return None if values is None else Predictions(**values)
+    except TypeError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def save_values(values: Mapping[str, Any], path: Path, *, key: Sequence[Any]) -> None:
+    """Write values as JSON, with a hash of everything that they depend on."""
+    write_checked_json(path, {"key": _hash(key), **values})
+
+
+def load_values(path: Path, *, key: Sequence[Any]) -> dict[str, Any] | None:
+    """Return the values of a file if everything that they depend on is the same; None otherwise."""
     if not path.exists():
         return None
     try:
         values = read_json(path, remedy="The samples are predicted again.")
-        return Predictions(**values) if values.pop("key", None) == _hash(key) else None
-    except (DamagedFile, TypeError) as error:
+    except DamagedFile as error:
         logger.warning("%s", error)
         return None
+    return values if values.pop("key", None) == _hash(key) else None
 
 
 def _predict_batch(

@@ -20,6 +20,7 @@ from personaplug.training.trainings import TrainedPart
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
 _FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
 _COUNTING = ("instruction+labels", "instruction+neighbors")
+_BOUNDS = ("reference@wrong-user", "reference")  # floor and ceiling of measures of texts
 
 MethodFactory = Callable[[str], Method]
 """Makes a row from the argument after the colon of its name ("" without a colon)."""
@@ -59,6 +60,8 @@ def known_methods() -> list[str]:
 def default_rows(task: Task, *, has_train_split: bool = True, trained: Collection[str] = ()) -> list[Method]:
     """Return the default rows for a task: the plug, its controls, and the rivals that cost nothing.
 
+    Tasks with free text also have the right answers as a row, and those of another user.
+
     `shuffled` is left out, because the plug ignores the order of the items. `instruction+labels` and
     `instruction+neighbors` are left out unless the run has trained them.
 
@@ -67,7 +70,7 @@ def default_rows(task: Task, *, has_train_split: bool = True, trained: Collectio
         trained: names of the run's trained parts.
     """
     counts = [name for name in _COUNTING if name in trained]
-    baselines = [find_method(name) for name in (*_FREE_BASELINES, *counts)]
+    baselines = [find_method(name) for name in (*_FREE_BASELINES, *counts, *_BOUNDS)]
     suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")
     return [*map(find_method, first), *suitable, *map(find_method, last)]

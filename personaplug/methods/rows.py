@@ -12,6 +12,7 @@
     classical  classical:text  classical:history             a regression on words and history, on one of them
     user-median  user-mean  user-majority                    a statistic of the user's past answers
     copy  copy:10  user-words:8                              the query, its first words, the user's frequent words
+    reference                                                the right answers: the ceiling of measures of texts
     ROW@wrong-user  ROW@shuffled                             controls: another user's history, or another item order
     wrong-user  shuffled                                     short for plug@wrong-user and plug@shuffled
     random-vectors  mean-persona  population-persona         further controls of the plug
@@ -36,6 +37,7 @@ from personaplug.methods.language_model import LanguageModelMethod, MeanPersonaM
 from personaplug.methods.lora import LoraMethod, UserLoraMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.methods.reference import ReferenceMethod
 from personaplug.methods.registry import (
     MethodFactory,
     find_method,
@@ -223,6 +225,10 @@ _FIXED: tuple[Method, ...] = (
     _no_lm(UserRating("user-median", user_median), "whether the median of the user's past answers does as well"),
     _no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's past answers does as well"),
     _no_lm(UserMajority(), "whether the most frequent of the user's past answers does as well"),
+    ReferenceMethod(
+        info=MethodInfo("reference", "oracle", "own"),
+        rationale="the score of the right answers: the ceiling of every measure of texts",
+    ),
 )
 
 for _method in _FIXED:

@@ -352,7 +352,7 @@ def test_error_for_an_unknown_metric_suggests_the_nearest_name(name: str, sugges
 
 
 def test_error_for_an_unknown_metric_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; expected one of: accuracy, answered, choice"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; expected one of: accuracy, answered, attribution"):
         get_metric("xyz")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
+from personaplug.analysis.metric_base import per_counted
 from personaplug.analysis.metrics import Metric, get_metric
 from personaplug.analysis.significance import (
     Paired,
@@ -395,3 +397,28 @@ def test_macro_f1_is_not_averaged_over_users() -> None:
     assert per_group_mean(np.array([[1.0], [math.inf]]), ["u", "v"], RMSE) == math.inf
     with pytest.raises(ShapeMismatch):
         per_group_mean(np.zeros((3, 1)), ["u"], MAE)
+
+
+class _Share(Metric):
+    """A ratio that is undefined if nothing counts."""
+
+    name = "share"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        raise NotImplementedError
+
+    def value(self, means: Array) -> Array:
+        return per_counted(means)
+
+
+def test_draws_without_a_defined_metric_count_against_both_methods() -> None:
+    # Only user 0 has a sample that counts, so a draw of 8 users misses it with a chance of (7/8)^8, about a third.
+    a, b = np.zeros((8, 2)), np.zeros((8, 2))
+    a[0], b[0] = (1, 1), (0, 1)
+    paired = paired_bootstrap(a, b, list(range(8)), _Share(), resamples=1000)
+    assert (paired.difference, paired.low, paired.high) == (1, 1, 1)
+    assert paired.p == pytest.approx(2 * (7 / 8) ** 8, abs=0.1)
+    interval = bootstrap_interval(a, list(range(8)), _Share(), resamples=1000)
+    assert tuple(interval) == (1, 1, 1)
+    empty = bootstrap_interval(np.zeros((8, 2)), list(range(8)), _Share(), resamples=100)
+    assert all(map(math.isnan, empty))

@@ -96,8 +96,8 @@ def test_parses_a_list_of_rows_in_order() -> None:
         (LAMP_TASKS["LaMP_2"], ["user-majority", "classical"]),
         (LAMP_TASKS["LaMP_1"], ["classical"]),  # items have no labels, prompts have options
         (replace(LAMP_TASKS["LaMP_2"], answer_field=None), []),
-        (LAMP_TASKS["LaMP_4"], ["copy", "user-words"]),
-        (CHAT, ["copy", "user-words"]),
+        (LAMP_TASKS["LaMP_4"], ["copy", "user-words", "reference@wrong-user", "reference"]),
+        (CHAT, ["copy", "user-words", "reference@wrong-user", "reference"]),
     ],
 )
 def test_default_rows_are_the_plug_its_controls_and_suitable_baselines(task: Task, baselines: list[str]) -> None:

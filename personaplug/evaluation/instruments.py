@@ -1,0 +1,104 @@
+"""The instruments of texts: measures of written answers that need the histories of the evaluation's users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
+from personaplug.analysis.form_distance import FormDistance
+from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.method_info import WRONG_USER
+from personaplug.analysis.metric_base import AT, Array
+from personaplug.analysis.metrics import get_metric
+from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall, Words, own_words, words_of
+from personaplug.analysis.sampled_metrics import SAMPLED, can_be_sampled
+from personaplug.config import EvaluationConfig
+from personaplug.data.records import Sample, turns_of
+from personaplug.data.task import Task
+from personaplug.encoders.style_features import FEATURES, FORM_FEATURES, style_features_of
+from personaplug.methods.context import EvalContext
+
+TEXT_INSTRUMENTS = (
+    *(OwnWordsRecall.name, OwnWordsPrecision.name, FormDistance.name),
+    *(AttributionRank.name, AttributionFirst.name),
+)
+"""Metrics that tables of tasks with free text show beside the task's metrics."""
+
+
+def has_instruments(task: Task) -> bool:
+    """Return whether the answers of a task are free text."""
+    return not task.labels
+
+
+def instruments_of(task: Task, config: EvaluationConfig) -> list[str]:
+    """Return the names of the instruments that an evaluation of a task shows, in the order of the columns."""
+    if not has_instruments(task):
+        return []
+    identification = (IdentifiedPersona.name, IdentifiedText.name) if config.identification_samples else ()
+    metrics = [get_metric(name) for name in task.metrics] if config.sampled_answers else []
+    sampled = [f"{metric.name}{AT}{kind}" for metric in metrics if can_be_sampled(metric) for kind in SAMPLED]
+    return [*TEXT_INSTRUMENTS, *identification, *sampled]
+
+
+class TextInstruments:
+    """Measures the texts of any row of an evaluation. What they are compared with is the same for all rows."""
+
+    def __init__(self, context: EvalContext) -> None:
+        self.context = context
+
+    def statistics(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+        """Return the per-sample statistics of each instrument that applies, (n, d), by name."""
+        statistics: dict[str, Array] = {}
+        for metric in (OwnWordsRecall(), OwnWordsPrecision()):
+            if self.own is not None and (counts := metric.of_texts(texts, references, self.own)) is not None:
+                statistics[metric.name] = counts
+        form = FormDistance()
+        is_empty = np.array([not text.strip() for text in texts])
+        distances = form.of_forms(_forms(texts), _forms(references), is_empty=is_empty)
+        if distances is not None:
+            statistics[form.name] = distances
+        return statistics | self.authors.statistics(texts, self.context.owners)
+
+    @cached_property
+    def own(self) -> list[Words] | None:
+        """The own words of each sample; None with fewer than two users.
+
+        The strangers are those of all seeds of the table, so that the words are the same for all rows and seeds.
+        """
+        if len(set(self.context.owners)) < 2:
+            return None
+        texts = self.context.texts
+        past_words = [words_of(past_answers(text)) for text in texts]
+        draws = [self.context.assign(WRONG_USER, seed=seed) for seed in self.context.run.config.training.seeds]
+        strangers = [[assignment.source for assignment in drawn] for drawn in zip(*draws, strict=True)]
+        return [
+            own_words(
+                past_answers(text),
+                inputs=[message for _, message in turns_of(text.full_prompt)],
+                strangers=[past_words[source] for source in sources if source is not None],
+            )
+            for text, sources in zip(texts, strangers, strict=True)
+        ]
+
+    @cached_property
+    def authors(self) -> AuthorModels:
+        """The models that attribute texts to users, fitted on all past answers of the evaluation's users."""
+        answers: dict[str, list[str]] = {}
+        for text in self.context.texts:
+            answers.setdefault(text.owner, []).extend(past_answers(text))
+        references = [text.target for text in self.context.texts if text.target is not None]
+        return AuthorModels(answers, references, seed=self.context.config.draw_seed)
+
+
+def _forms(texts: Sequence[str]) -> Array:
+    """Return the features of form of each text, (n, F)."""
+    columns = [FEATURES.index(name) for name in FORM_FEATURES]
+    return style_features_of(texts)[:, columns].astype(np.float64)
+
+
+def past_answers(sample: Sample) -> list[str]:
+    """Return the answers in a sample's history, in order."""
+    return [item.answer for item in sample.history if item.answer]

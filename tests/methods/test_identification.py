@@ -1,0 +1,182 @@
+"""Identification by likelihood: ranks by hand from single passes, the same draws for all rows, one read per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, small_llm
+
+from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.metric_base import value_of
+from personaplug.analysis.ranking import expected_reciprocal_rank
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
+from personaplug.llm.base import LanguageModel, PromptBatch
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.methods.base import ModelInputs
+from personaplug.methods.context import Assignment
+from personaplug.methods.identification import STRANGERS, drawn_samples, drawn_strangers, identification
+
+NO_ITEMS = np.empty(0, dtype=np.int64)
+USERS = 6
+TARGETS = ["red", "a blue one", "green", "no", "white sky", "x"]
+
+
+def _sample(user: int, persona: int) -> EncodedSample:
+    """Return a sample whose only item is the row `persona` of a table."""
+    rows, none = np.array([persona]), np.full(1, -1, np.int16)
+    name, prompt = f"u{user}", f"question {user} " * (1 + user % 3)
+    return EncodedSample(name, name, name, prompt, prompt, TARGETS[user], rows, none, no_style(1), all_answers(1))
+
+
+SAMPLES = [_sample(user, user) for user in range(USERS)]
+
+
+class SoftPromptOfItems:
+    """Soft tokens that depend only on the item of a sample."""
+
+    def __init__(self, llm: LanguageModel, placement: str) -> None:
+        self.llm, self.placement = llm, placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        drawn = [
+            torch.randn(2, self.llm.identity.width, generator=torch.Generator().manual_seed(int(s.rows[0])))
+            for s in samples
+        ]
+        return SoftPrompt(torch.stack(drawn) * self.llm.embedding_scale, placement=self.placement)
+
+
+@dataclass
+class Row:
+    """A row on a small context, without a run."""
+
+    llm: LanguageModel
+    samples: int = USERS
+
+    @property
+    def context(self) -> Any:
+        config = SimpleNamespace(identification_samples=self.samples, draw_seed=0, evaluation_batch_size=4)
+        items = [np.arange(1)] * USERS
+        models, owners = SimpleNamespace(llm=self.llm), [sample.owner for sample in SAMPLES]
+        return SimpleNamespace(config=config, samples=SAMPLES, owners=owners, shown_items=items, models=models)
+
+    def build(self, assignments: Sequence[Assignment]) -> ModelInputs:
+        samples = [
+            sample if a.source is None else replace(sample, rows=SAMPLES[a.source].rows)
+            for sample, a in zip(SAMPLES, assignments, strict=True)
+        ]
+        return ModelInputs(samples, assignments)
+
+    def ranks(self, prompter: Any, *, sources: Sequence[int] = range(USERS)) -> list[list[float]]:
+        inputs = self.build([Assignment(source, np.arange(1)) for source in sources])
+        ranks = identification(self.context, inputs, build=self.build, prompter=prompter)
+        assert ranks is not None
+        return ranks
+
+
+def _by_hand(llm: LanguageModel, prompter: Any) -> list[list[float]]:
+    """Return the ranks from one pass for each persona and text."""
+
+    def per_token(sample: EncodedSample, text: str) -> float:
+        loss, tokens = llm.loss(PromptBatch([sample.prompt], prompter.soft_prompt([sample])), [text])
+        return -float(loss) / float(tokens)
+
+    ranks = []
+    strangers = drawn_strangers([s.owner for s in SAMPLES], [Assignment(k, NO_ITEMS) for k in range(USERS)], seed=0)
+    for sample, others in zip(SAMPLES, strangers, strict=True):
+        text = sample.target or ""
+        personas = [per_token(s, text) for s in (sample, *(replace(sample, rows=SAMPLES[k].rows) for k in others))]
+        texts = [per_token(sample, each) for each in (text, *(SAMPLES[k].target or "" for k in others))]
+        ranks.append([expected_reciprocal_rank(np.array(scores), 0) for scores in (personas, texts)])
+    return ranks
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_ranks_equal_those_of_single_passes(toy: CausalLM, placement: str) -> None:
+    prompter = SoftPromptOfItems(toy, placement)
+    ranks = Row(toy).ranks(prompter)
+    assert ranks == _by_hand(toy, prompter)
+    assert len({rank for row in ranks for rank in row}) > 2
+
+
+def test_only_the_drawn_samples_are_measured(toy: CausalLM) -> None:
+    prompter = SoftPromptOfItems(toy, "suffix")
+    few, all_of_them = Row(toy, samples=2).ranks(prompter), Row(toy).ranks(prompter)
+    chosen = drawn_samples(USERS, limit=2, seed=0)
+    assert [index for index, row in enumerate(few) if row] == chosen
+    assert [few[index] for index in chosen] == [all_of_them[index] for index in chosen]
+    statistics = IdentifiedPersona().of_ranks(few)
+    assert statistics is not None
+    assert value_of(statistics, IdentifiedPersona()) == pytest.approx(np.mean([few[index][0] for index in chosen]))
+    assert IdentifiedText().of_ranks([[]] * USERS) is None
+
+
+def test_equal_personas_are_at_the_chance_level(toy: CausalLM) -> None:
+    class Constant(SoftPromptOfItems):
+        def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+            return super().soft_prompt([SAMPLES[0]] * len(samples))
+
+    candidates = np.arange(1, USERS)  # four strangers and the own persona
+    for persona, _ in Row(toy).ranks(Constant(toy, "suffix")):
+        assert persona == pytest.approx(np.mean(1 / candidates))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "none"])
+def test_prompt_is_read_once_for_all_texts_and_suffix_personas(
+    toy: CausalLM, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = {"prefill": 0, "states": 0}
+
+    def counted(name: str, real: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            reads[name] += size(*arguments)
+            return real(*arguments, **more)
+
+        return call
+
+    monkeypatch.setattr(toy, "prefill", counted("prefill", toy.prefill, lambda embeds, _: len(embeds)))
+    monkeypatch.setattr(toy.prompt_states, "compute", counted("states", toy.prompt_states.compute, len))
+    toy.clear_cache()
+    Row(toy).ranks(None if placement == "none" else SoftPromptOfItems(toy, placement))
+    assert reads["states"] == (USERS if placement == "suffix" else 0)
+    assert reads["prefill"] >= USERS
+    toy.clear_cache()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "none"])
+def test_losses_of_texts_after_one_prompt_equal_those_of_single_rows(family: str, placement: str) -> None:
+    llm = small_llm(family)
+    soft = None if placement == "none" else SoftPromptOfItems(llm, placement).soft_prompt(SAMPLES[:1])
+    batch = PromptBatch(["a question"], soft, soft_at=[2])
+    texts = ["yes", "a longer answer than that", "no", ""]
+    losses, tokens = llm.text_losses(batch, texts, batch_size=3)
+    for text, loss, count in zip(texts, losses.tolist(), tokens.tolist(), strict=True):
+        alone, length = llm.loss(batch, [text])
+        assert loss == pytest.approx(float(alone), rel=1e-3, abs=1e-3)
+        assert count == int(length)
+
+
+def test_strangers_are_other_users_and_the_same_for_all_rows() -> None:
+    owners = [f"u{index % 30}" for index in range(60)]
+    own = [Assignment(index, NO_ITEMS) for index in range(60)]
+    strangers = drawn_strangers(owners, own, seed=0)
+    assert strangers == drawn_strangers(owners, own, seed=0) != drawn_strangers(owners, own, seed=1)
+    wrong = [Assignment(drawn[3], NO_ITEMS) for drawn in strangers]
+    for index, (drawn, others) in enumerate(zip(strangers, drawn_strangers(owners, wrong, seed=0), strict=True)):
+        assert len(drawn) == len(others) == STRANGERS
+        assert len({owners[index], *(owners[other] for other in drawn)}) == STRANGERS + 1
+        assert len({*drawn} & {*others}) == STRANGERS - 1
+        assert not {owners[index], owners[drawn[3]]} & {owners[other] for other in others}
+
+
+def test_few_users_have_few_strangers() -> None:
+    assignments = [Assignment(index, NO_ITEMS) for index in range(4)]
+    assert [len(drawn) for drawn in drawn_strangers(["a", "b", "c", "d"], assignments, seed=0)] == [2] * 4
+    assert drawn_strangers(["a", "b", "a", "b"], assignments, seed=0) == [[]] * 4

@@ -39,7 +39,7 @@ class FixedSoftPrompts:
 
 
 def _answers(llm: LanguageModel, *, placement: str = "suffix", batch_size: int = 8, **changes: Any) -> list[list[str]]:
-    settings = {"generation": GENERATION, "count": 3} | changes
+    settings: dict[str, Any] = {"generation": GENERATION, "count": 3} | changes
     prompter = None if placement == "none" else FixedSoftPrompts(llm, placement)
     return sampled_answers(llm, SAMPLES, prompter=prompter, batch_size=batch_size, **settings)
 

@@ -145,7 +145,12 @@ def load_until_killed(place: Place, rows: Mapping[str, Sequence[HistoryItem]], s
 
     if step == "link":
         link: Callable[..., None] = os.link
-        vars(os)["link"] = lambda *paths: (countdown(), link(*paths))
+
+        def counted_link(*paths: str) -> None:
+            countdown()
+            link(*paths)
+
+        vars(os)["link"] = counted_link
     elif step == "encode":
         encoder = KilledEncoder(countdown)
     elif step == "commit":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from personaplug.config import Config
-from personaplug.config_parsing import load_config, to_yaml
+from personaplug.config_parsing import flatten, load_config, read_yaml, to_yaml
 from personaplug.errors import DamagedFile
 from personaplug.infra.atomic_io import write_text
 from personaplug.infra.checksums import json_checksum
@@ -26,7 +26,8 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
         MissingData, ConfigError: see `load_config`.
     """
     config = load_config(path)
-    first_line, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
+    first_line = path.read_text(encoding="utf-8-sig").partition("\n")[0]
+    expected = _first_line(config, unchecked, run, written=flatten(read_yaml(path)))
     if first_line != expected:
         is_from_other_run = first_line.split()[:3] == expected.split()[:3]
         mismatch = "its settings do not match the checksum in its first line"
@@ -35,9 +36,18 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
     return config
 
 
-def _first_line(config: Config, unchecked: Sequence[str], run: str) -> str:
-    settings = asdict(config)
-    for name in unchecked:
-        section, _, key = name.partition(".")
-        del settings[section][key]
+def _first_line(config: Config, unchecked: Sequence[str], run: str, *, written: Collection[str] | None = None) -> str:
+    """Return the first line of a file.
+
+    Args:
+        written: the settings in the file, which are fewer than today's in the file of an earlier version; None = all.
+    """
+    settings = {
+        section: {
+            key: value
+            for key, value in values.items()
+            if (name := f"{section}.{key}") not in unchecked and (written is None or name in written)
+        }
+        for section, values in asdict(config).items()
+    }
     return f"# checksum {json_checksum(settings)} of run {run}".removesuffix(" of run ")

@@ -227,7 +227,8 @@ class LabelPriorPart(InstructionPart):
             train_samples=len(train),
             validation_samples=len(held_out),
         )
-        return self.save(objective, samples, trainings, facts=trainings.facts(report, objective, seed=seed), seed=seed)
+        facts = trainings.facts(report, objective, seed=seed) | {"unit": "label"}
+        return self.save(objective, samples, trainings, facts=facts, seed=seed)
 
 
 @dataclass(frozen=True)

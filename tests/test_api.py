@@ -174,7 +174,8 @@ def test_explain_returns_weights_and_leave_one_out_effects(plug: Plug) -> None:
 
     def likelihood(history: list[HistoryItem]) -> float:
         soft = personalizer.persona(QUESTION, personalizer.encode(history, encoder=models.encoder))
-        return float(models.llm.score(PromptBatch([prompt], soft), plug.run.task.labels)[0, 4])
+        losses, _ = models.llm.loss(PromptBatch([prompt], soft), ["5"], labels=plug.run.task.labels)
+        return -float(losses)
 
     whole = list(plug._histories.find(user="c3"))
     for item in items:
@@ -187,7 +188,9 @@ def test_explain_returns_weights_and_leave_one_out_effects(plug: Plug) -> None:
 
 def test_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
     results = plug.evaluate()
-    assert [row.name for row in results.rows] == [row.name for row in default_rows(plug.run.task)]
+    assert [row.name for row in results.rows] == [
+        row.name for row in default_rows(plug.run.task, trained=["instruction+labels", "instruction+neighbors"])
+    ]
     assert {row.n for row in results.rows} == {8}
     assert str(results).startswith("Is plug personal?")
     assert [row.name for row in plug.evaluate(methods=["plain", "user-median"], limit=2).rows] == [

@@ -47,7 +47,7 @@ class Trainings:
     def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
         run.check_models(models)
         self.run, self.reader, self.models = run, reader, models
-        self._trained_now: set[Path] = set()
+        self._reported: set[Path] = set()
         self.label_priors: dict[tuple[str, int], dict[str, Tensor]] = {}  # fitted states, by kind and seed
         self.embeddings, self.samples = main_first(self._read)
         self.prompts = PromptBuilder(run, models, table=self.embeddings)
@@ -56,15 +56,16 @@ class Trainings:
         """Train one part with one seed, unless it is already trained, and return its folder."""
         folder = self.run.plug_folder(part.name, seed=seed)
         if on_main(lambda: self.run.trained(part.name, seed=seed)):
-            if folder not in self._trained_now:
+            if folder not in self._reported:
                 logger.info("%s (seed %d) is already trained", part.name, seed)
+                self._reported.add(folder)
             return folder
         part.prepare(self, seed=seed)
         reset_peak_memory()
         facts = part.fit(self, seed=seed)
         on_main(lambda: write_facts(folder, facts, owner=self.run.owner(part.name, seed=seed)))
         on_main(lambda: drop_states(folder))
-        self._trained_now.add(folder)
+        self._reported.add(folder)
         return folder
 
     def fit(

@@ -198,7 +198,7 @@ def test_plug_and_vectors_from_packaged_models_work_with_the_same_weights_in_fol
     llm, encoder = load_hf("package:tiny-llm"), open_encoder("package:tiny-encoder")
     assert (llm.identity.name, llm.identity.revision) == ("package:tiny-llm", "tiny-llm==1.2")
     spec = PlugSpec(llm.identity, llm.embedding_scale, encoder.identity)
-    config = PlugConfig(answer_channel="text", options="ignore", instruction_start="random")
+    config = PlugConfig(answer_channel="text", options="ignore", label_prior="none", instruction_start="random")
     plug = PersonaPlug(config, spec=spec, encoder=encoder)
     plug.save_pretrained(tmp_path / "plug")
     table = EmbeddingStore.open(tmp_path / "vectors", encoder)

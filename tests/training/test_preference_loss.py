@@ -51,7 +51,9 @@ Build = Callable[..., PlugObjective]
 def build(llm: LanguageModel, tmp_path: Path) -> Build:
     encoder = HashEncoder(16)
     spec = PlugSpec(llm.identity, llm.embedding_scale, encoder.identity)
-    config = replace(PlugConfig(), answer_channel="text", options="ignore", instruction_start="random")
+    config = replace(
+        PlugConfig(), answer_channel="text", options="ignore", label_prior="none", instruction_start="random"
+    )
 
     def build_objective(kind: PreferenceKind | None, weight: float = 1.0) -> PlugObjective:
         torch.manual_seed(0)

@@ -364,7 +364,7 @@ def test_rejects_a_task_without_train_users() -> None:
     ("settings", "weights", "message"),
     [
         (("answer_channel=label",), (), "need answer_channel=all"),
-        (("label_prior=counts",), (), "label_prior=counts works for one task only"),
+        (("label_prior=counts",), (), "A label prior works for one task only"),
         ((), (1.0,), "a weight for each of the 2 tasks"),
         ((), (1.0, 0.0), "above 0, at most 1000; found 0"),
         ((), (1.0, math.nan), "above 0"),

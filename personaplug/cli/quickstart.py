@@ -159,7 +159,7 @@ def _indented(text: str) -> str:
 
 
 RATINGS = Demo(
-    SimulationConfig(users=160, dev_users=100, dev_queries_per_user=2, generosity_sd=0.5, taste_sd=1.2),
+    SimulationConfig(users=160, dev_users=80, dev_queries_per_user=2, generosity_sd=0.5, taste_sd=1.2),
     ("epochs=2", "validation_limit=64"),
     oracle_knows="every user's taste",
     comparison_title="rate the same films for a fan of musicals and a fan of westerns",

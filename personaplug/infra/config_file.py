@@ -49,5 +49,6 @@ def _first_line(config: Config, unchecked: Sequence[str], run: str, *, written: 
             if (name := f"{section}.{key}") not in unchecked and (written is None or name in written)
         }
         for section, values in asdict(config).items()
+        if written is None or any(name.startswith(f"{section}.") for name in written)
     }
     return f"# checksum {json_checksum(settings)} of run {run}".removesuffix(" of run ")

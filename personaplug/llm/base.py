@@ -200,6 +200,7 @@ class LanguageModel(ABC):
         self.dtype = str(model.dtype).removeprefix("torch.")
         # Drop penalties, minimum lengths and forced tokens of the checkpoint; `decode_tokens` does not apply them.
         model.generation_config = plain_generation_config(model.generation_config)
+        self.prompt_layout = None  # until the model is checked
         self.prompt_states = PromptStates(
             self.compute_prompt_states, device=self.device, location=prompt_cache, limit=prompt_cache_bytes
         )

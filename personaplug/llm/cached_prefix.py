@@ -115,6 +115,7 @@ class CachedPrefixRunner(Runner):
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
+    @torch.no_grad()
     def compute_states(self, shared: Tensor, prompts: Sequence[Ids]) -> list[Tensor]:
         """Return the states of prompts, each (2 · layers, heads, n, head width).
 

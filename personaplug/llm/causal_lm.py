@@ -23,7 +23,7 @@ from personaplug.llm.row_by_row import RowByRowRunner, UncachedRunner
 from personaplug.llm.soft_prompt import IGNORED, Spliced
 
 _LABEL_ROWS = 64  # (sample, label) rows per pass; limits the copies of the prompt's cache
-_MIN_SHARED_TOKENS = 256  # a separate pass over a common prefix pays only if it saves this many tokens
+_MIN_SHARED_TOKENS = 256  # a separate pass over a common prefix must save this many tokens, and an eighth of the rest
 
 
 class CausalLM(LanguageModel):
@@ -141,7 +141,8 @@ class CausalLM(LanguageModel):
         The tokens with which all prompts begin (system message, instruction of the task) are computed once.
         """
         shared = common_prefix(prompts)
-        if (len(prompts) - 1) * len(shared) >= _MIN_SHARED_TOKENS and self.supports_prompt_cache:
+        saved, others = (len(prompts) - 1) * len(shared), sum(map(len, prompts)) - len(prompts) * len(shared)
+        if self.supports_prompt_cache and saved >= max(_MIN_SHARED_TOKENS, others // 8):
             return self.cached_prefix.compute_states(self._compute_in_full([shared])[0], prompts)
         return self._compute_in_full(prompts)
 

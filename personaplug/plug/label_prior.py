@@ -58,30 +58,38 @@ class LabelPrior(nn.Module):
         if self.metric is not None:
             self.metric.requires_grad_(False)
 
-    def forward(self, history: HistoryBatch, queries: Tensor | None = None) -> Tensor:
+    def forward(self, history: HistoryBatch, queries: Tensor | None = None, *, cosines: Tensor | None = None) -> Tensor:
         """Return b of each user, (B, C).
 
         Args:
             queries: (B, E) unit vectors of the queries; needed to count similar items.
+            cosines: the result of `cosines` in place of the queries.
         """
-        owners = torch.repeat_interleave(torch.tensor(history.lengths, device=history.label_ids.device))
+        owners = self._owners(history)
         is_label = history.label_ids >= 0
         cells = (owners * len(self.usual) + history.label_ids)[is_label]
         own = self._frequencies(self._sums(cells, torch.ones_like(cells), history), self.usual, self.log_doubt)
         bias = self.trust * (own / self.usual).log()
         if self.metric is None:
             return bias
-        assert queries is not None, "similar items depend on the query"
-        weights = self._similarity(queries, history.vectors[is_label], owners[is_label])
+        if cosines is None:
+            assert queries is not None, "similar items depend on the query"
+            cosines = self.cosines(history, queries)
+        weights = ((cosines[is_label] - 1) / self.log_temperature.exp()).exp()
         near = self._frequencies(self._sums(cells, weights, history), own, self.log_near_doubt)
         return bias + self.near_trust * (near / own).log()
 
-    def _similarity(self, queries: Tensor, items: Tensor, owners: Tensor) -> Tensor:
-        """Return the weight of each item, (M,), for the query of its owner."""
+    def cosines(self, history: HistoryBatch, queries: Tensor) -> Tensor:
+        """Return cos(A·x, A·h_i) of each item and the query of its user, (M,)."""
         assert self.metric is not None
         x = nn.functional.normalize(self.metric(queries.to(self.usual)), dim=-1)
-        h = nn.functional.normalize(self.metric(items.to(self.usual)), dim=-1)
-        return (((h * x[owners]).sum(dim=1) - 1) / self.log_temperature.exp()).exp()
+        h = nn.functional.normalize(self.metric(history.vectors.to(self.usual)), dim=-1)
+        return (h * x[self._owners(history)]).sum(dim=1)
+
+    def _owners(self, history: HistoryBatch) -> Tensor:
+        """Return the row of each item's user, (M,)."""
+        lengths = torch.tensor(history.lengths, dtype=torch.int64, device=history.label_ids.device)
+        return torch.repeat_interleave(lengths)
 
     def _sums(self, cells: Tensor, weights: Tensor, history: HistoryBatch) -> Tensor:
         """Sum the weights of items by user and label, (B, C); `cells` are indices into the flat result."""

@@ -56,7 +56,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             if config.persona_tokens
             else None
         )
-        self._query_vectors = FrozenQueryEncoder(encoder) if self.persona is None else self.persona.frozen_encoder
+        self._frozen_encoder = FrozenQueryEncoder(encoder) if self.persona is None else self.persona.frozen_encoder
         self.cold_start = ColdStart()
 
     @property
@@ -119,9 +119,12 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def label_bias(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """Return the label prior of each user, (B, C), without the cold start and the persona scale."""
         assert self.label_prior is not None
-        vectors = self._query_vectors(queries).to(self.instruction.device) if self._compares_items else None
-        bias: Tensor = self.label_prior(history, vectors)
+        bias: Tensor = self.label_prior(history, self.query_vectors(queries) if self._compares_items else None)
         return bias
+
+    def query_vectors(self, queries: Sequence[str]) -> Tensor:
+        """Return the frozen encoder's unit vectors of queries, (B, E)."""
+        return self._frozen_encoder(queries).to(self.instruction.device)
 
     @torch.no_grad()
     def population_prompt(self) -> SoftPrompt:
@@ -151,7 +154,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
         """Encode and cache queries and options in advance, if a frozen encoder encodes them."""
         if self._compares_items:
-            self._query_vectors.cache(queries)
+            self._frozen_encoder.cache(queries)
         if self.persona is not None:
             self.persona.cache_queries(queries, options)
 

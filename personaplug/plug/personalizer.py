@@ -52,14 +52,10 @@ class Personalizer:
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Make the soft prompts of samples, (B, S, D), with gradients if they are enabled."""
-        history = self._gather(samples) if self.plug.config.reads_history else None
+        history = self.gather(samples) if self.plug.config.reads_history else None
         queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
         soft: SoftPrompt = self.plug(queries, history, options=options, persona_scale=self.persona_scale)
         return soft
-
-    def label_bias(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
-        """Return the plug's label prior for samples, (B, C), with gradients if they are enabled."""
-        return self.plug.label_bias([sample.query for sample in samples], self._gather(samples))
 
     def used_items(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
         """Return the items of a user that the plug uses: at most `max_history`, of kinds that the plug can read."""
@@ -110,7 +106,7 @@ class Personalizer:
             torch.from_numpy(history.kind_ids.astype(np.int64)).to(device),
         )
 
-    def _gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
+    def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
         """Collect the vectors of the items that the plug uses, at most `max_history` per sample."""
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history

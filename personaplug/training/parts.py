@@ -5,7 +5,6 @@ This file has the soft tokens; `baseline_parts.py` has a LoRA and a retriever.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -38,8 +37,6 @@ from personaplug.training.trainer import FitReport, mean_loss
 from personaplug.training.trainings import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
-
-_SCORED_TOGETHER = 32
 
 MAX_START_ANSWERS = 1024
 """Upper bound of the training answers whose tokens initialize the instruction tokens."""
@@ -74,18 +71,14 @@ class SoftPromptPart(TrainedPart):
         """Return the objective of an untrained plug, and its training samples."""
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
-        if config.label_prior != "none" and run.shared_labels is not None:
-            raise ConfigError(
-                f"{self.name} counts the labels of one task, but {run.folder} shares a plug with other tasks. "
-                f"Train it in a run of one task."
-            )
+        self.check_run(run)
         # The main process goes first, because it may have to encode items.
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
         with synchronized():
             plug = build_plug(run, models, part=self, seed=seed)
             if plug.config.instruction_start == "words":
                 _start_from_words(plug, samples, trainings.models, seed=seed)
-            _fit_label_prior(plug, samples, trainings, seed=seed)
+        _fit_label_prior(plug, samples, trainings, seed=seed)
         objective = PlugObjective(
             plug,
             models.llm,
@@ -94,6 +87,21 @@ class SoftPromptPart(TrainedPart):
             preference=_preference_loss(run, models.llm),
         )
         return objective, samples
+
+    def check_run(self, run: Run) -> None:
+        """Raise `ConfigError` if the run's settings do not allow the part's label prior."""
+        if self.plug_config(run.config.plug).label_prior == "none":
+            return
+        if run.shared_labels is not None:
+            raise ConfigError(
+                f"{self.name} counts the labels of one task, but {run.folder} shares a plug with other tasks. "
+                f"Train it in a run of one task."
+            )
+        if not closed_labels(run):
+            raise ConfigError(
+                "label_prior needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
+                "Otherwise use label_prior=none."
+            )
 
     def save(
         self,
@@ -196,6 +204,11 @@ class LabelPriorPart(InstructionPart):
     prior: Literal["counts", "neighbors"] = "counts"
     counts_labels: ClassVar[bool] = True
 
+    @property
+    def reads_items(self) -> bool:  # type: ignore[override]  # here it depends on the prior
+        """Whether the label prior depends on the vectors of a user's items."""
+        return self.prior == "neighbors"
+
     def check(self, task: Task) -> None:
         if not task.has_labelled_items:
             raise ConfigError(
@@ -206,6 +219,7 @@ class LabelPriorPart(InstructionPart):
         return replace(super().plug_config(own), label_prior=self.prior)
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
+        self.check_run(trainings.run)
         trainings.train(INSTRUCTION, seed=seed)
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
@@ -215,9 +229,11 @@ class LabelPriorPart(InstructionPart):
         with torch.no_grad():
             plug.instruction.copy_(control.instruction)
         train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
-        with synchronized():
-            scores = _label_scores(control, held_out, trainings)
-            loss = label_prior_fit(plug, trainings).fit_beside(scores, held_out)
+        fit = label_prior_fit(plug, trainings)
+        loss, state = on_main(
+            lambda: (fit.fit_beside(_label_scores(control, held_out, trainings), held_out), fit.state())
+        )
+        fit.prior.load_state_dict(state)
         report = FitReport(
             steps=0,
             samples=0,
@@ -317,24 +333,22 @@ def _preference_loss(run: Run, llm: LanguageModel) -> PreferenceLoss | None:
 def label_prior_fit(plug: PersonaPlug, trainings: Trainings) -> LabelPriorFit:
     """Return the fit of a plug's label prior to samples of these trainings."""
     assert plug.label_prior is not None
-    labels = closed_labels(trainings.run)
-    if not labels:
-        raise ConfigError(
-            "label_prior needs train_eos=auto and a task with labels, because it adds to the labels' scores. "
-            "Otherwise use label_prior=none."
-        )
-    return LabelPriorFit(Personalizer(plug, table=trainings.embeddings), plug.label_prior, labels)
+    personalizer = Personalizer(plug, table=trainings.embeddings)
+    return LabelPriorFit(personalizer, plug.label_prior, closed_labels(trainings.run))
 
 
 def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int) -> None:
     """Fit the label prior of an untrained plug, or copy the one that another part has fitted in the same way."""
     if plug.label_prior is None:
         return
-    fits, kind = trainings.label_priors, (plug.config.label_prior, seed)
-    if kind not in fits:
-        label_prior_fit(plug, trainings).fit_alone(samples, config=trainings.run.config.training, seed=seed)
-        fits[kind] = copy.deepcopy(plug.label_prior.state_dict())
-    plug.label_prior.load_state_dict(fits[kind])
+    # Encode all queries in order, so that rounding does not depend on whether the prior is fitted or copied.
+    plug.cache_queries([sample.query for sample in samples], [sample.options for sample in samples])
+    states, kind = trainings.label_priors, (plug.config.label_prior, seed)
+    if kind not in states:
+        fit, config = label_prior_fit(plug, trainings), trainings.run.config.training
+        # One process fits for all, because rounding may differ between devices.
+        states[kind] = on_main(lambda: (fit.fit_alone(samples, config=config, seed=seed), fit.state()))[1]
+    plug.label_prior.load_state_dict(states[kind])
     plug.label_prior.freeze_metric()
 
 
@@ -342,9 +356,9 @@ def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], traini
 def _label_scores(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings) -> torch.Tensor:
     """Return the log-probabilities of the labels after a plug's soft tokens, (n, C)."""
     personalizer, llm = Personalizer(plug, table=trainings.embeddings), trainings.models.llm
-    labels, scores = trainings.run.task.labels, []
-    for start in range(0, len(samples), _SCORED_TOGETHER):
-        batch = samples[start : start + _SCORED_TOGETHER]
+    labels, rows, scores = trainings.run.task.labels, trainings.run.config.evaluation.evaluation_batch_size, []
+    for start in range(0, len(samples), rows):
+        batch = samples[start : start + rows]
         soft = personalizer.soft_prompt(batch)
         prompts = PromptBatch([sample.prompt for sample in batch], soft, [sample.soft_at for sample in batch])
         scores.append(llm.score(prompts, labels).float().log_softmax(dim=1))

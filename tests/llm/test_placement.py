@@ -312,6 +312,11 @@ def test_states_of_prompts_with_a_common_prefix_equal_those_of_each_prompt(
         assert float((own - full).norm() / full.norm()) < 1e-5
 
 
+def test_prompts_are_cached_if_the_check_of_a_model_meets_a_common_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personaplug.llm.causal_lm._MIN_SHARED_TOKENS", 1)  # as with a long head of a chat template
+    assert small_llm("llama", chat=True).supports_prompt_cache
+
+
 def test_common_prefix_leaves_a_token_of_each_row() -> None:
     assert common_prefix([(1, 2, 3, 4), (1, 2, 9), (1, 2, 3, 5)]) == (1, 2)
     assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == (1,)

@@ -35,6 +35,7 @@ def _cost(name: str, *, meter: CostMeter = METER, inputs: ModelInputs = INPUTS) 
         ("instruction-only", 0),
         ("lora", 0),
         ("instruction+labels", 4),
+        ("instruction+neighbors", 4 * 32 * 2 + 4),
         ("plug", 4 * 32 * 2),
         ("wrong-user", 4 * 32 * 2),
         ("population-persona", 0),

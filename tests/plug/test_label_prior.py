@@ -83,6 +83,7 @@ def test_label_prior_ignores_unlabeled_items(width: int) -> None:
     all_items = prior(_history([-1, 2, -1], (3,), vectors=vectors), queries)
     torch.testing.assert_close(all_items, prior(_history([2], (1,), vectors=vectors[1:2]), queries))
     assert not prior(_history([-1, -1], (2,)), queries).any()
+    assert prior(_history([], ()), torch.empty(0, 4)).shape == (0, 3)
 
 
 def test_label_prior_parameters_get_gradients() -> None:

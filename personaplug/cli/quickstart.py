@@ -92,6 +92,8 @@ def run_quickstart(
     click.echo(f"4. {demo.comparison_title}\n")
     click.echo(demo.compare(run, models, list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
+    if demo is RATINGS:
+        click.echo("for answers in each user's manner: personaplug quickstart --chat")
     return results
 
 

@@ -143,10 +143,11 @@ class CausalLM(LanguageModel):
         shared = common_prefix(prompts)
         saved, others = (len(prompts) - 1) * len(shared), sum(map(len, prompts)) - len(prompts) * len(shared)
         if self.supports_prompt_cache and saved >= max(_MIN_SHARED_TOKENS, others // 8):
-            return self.cached_prefix.compute_states(self._compute_in_full([shared])[0], prompts)
-        return self._compute_in_full(prompts)
+            return self.cached_prefix.compute_states(self.compute_whole_prompts([shared])[0], prompts)
+        return self.compute_whole_prompts(prompts)
 
-    def _compute_in_full(self, prompts: Sequence[Ids]) -> list[Tensor]:
+    def compute_whole_prompts(self, prompts: Sequence[Ids]) -> list[Tensor]:
+        """Return the same as `compute_prompt_states`, without a common beginning."""
         ids, mask = pad_with_mask(prompts, side="left", device=self.device)
         return self.prefill(self.embed(ids), mask)[0]
 

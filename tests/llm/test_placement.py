@@ -296,14 +296,14 @@ def test_states_of_prompts_with_a_common_prefix_equal_those_of_each_prompt(
     prompts = [llm.prompt_tokenizer.encode_prompt(text).ids for text in texts]
     expected = [llm.compute_prompt_states([ids])[0] for ids in prompts]
     monkeypatch.setattr("personaplug.llm.causal_lm._MIN_SHARED_TOKENS", 1)
-    in_full, rows = llm._compute_in_full, list[int]()
+    in_full, rows = llm.compute_whole_prompts, list[int]()
 
     def recording(some: list[tuple[int, ...]]) -> list[Tensor]:
         rows.append(len(some))
         states: list[Tensor] = in_full(some)
         return states
 
-    monkeypatch.setattr(llm, "_compute_in_full", recording)
+    monkeypatch.setattr(llm, "compute_whole_prompts", recording)
     states = llm.compute_prompt_states(prompts)
     assert rows == [1]
     for ids, own, full in zip(prompts, states, expected, strict=True):

@@ -96,9 +96,9 @@ def _open_splits(
 @click.option("--chat", is_flag=True, help="Simulate conversations in users' manners instead of ratings of films.")
 @with_settings("model", "plug", "training", "evaluation")
 def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
-    """Simulate users, train a plug, compare it with the controls, and show users side by side. Takes about 5 minutes; with --chat longer.
+    """Simulate users, train a plug, compare it with the controls, and show users side by side.
 
-    The models are real. Some default settings are smaller here, to save time; the command prints its settings first.
+    This takes about 5 minutes on two cores, with --chat longer. The models are real. Some default settings are smaller here, to save time; the command prints its settings first.
     """
     from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 

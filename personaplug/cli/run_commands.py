@@ -98,7 +98,8 @@ def _open_splits(
 def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
     """Simulate users, train a plug, compare it with the controls, and show users side by side.
 
-    This takes about 5 minutes on two cores, with --chat longer. The models are real. Some default settings are smaller here, to save time; the command prints its settings first.
+    This takes about 5 minutes on two cores, with --chat longer. The models are real. Some default settings are smaller
+    here, to save time; the command prints its settings first.
     """
     from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 

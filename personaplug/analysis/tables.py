@@ -81,9 +81,9 @@ def notes(results: Results) -> list[str]:
         "samples.": "choice" in results.metric_names,
         "divergence: KL(plain ‖ row) of the next token, averaged over the tokens of the plain model's answers, in "
         "nats.": "divergence" in results.metric_names,
-        "own_words_recall, own_words_precision: share of right words among the own words of the right answers, and "
-        "among those of the written answers. An own word occurs in the user's past answers, but neither in the input "
-        "nor in the strangers' past answers.": "own_words_recall" in results.metric_names,
+        "own_words_recall, own_words_precision: own words written, as a share of all own words and of all words "
+        "written. An own word is a word of the right answer that occurs in the past answers of either the user or the "
+        "wrong-user stranger, not of both, and not in the input.": "own_words_recall" in results.metric_names,
         "attribution: reciprocal rank of the right user among up to 20 users whose past answers a model of characters "
         "has seen; attribution_top1: share of first ranks. Each user counts once. The row reference is the ceiling, "
         "reference@wrong-user the floor.": "attribution" in results.metric_names,

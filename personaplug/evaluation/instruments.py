@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -43,17 +44,32 @@ def instruments_of(task: Task, config: EvaluationConfig) -> list[str]:
     return [*TEXT_INSTRUMENTS, *identification, *sampled]
 
 
+@dataclass(frozen=True)
+class _WordsOfSample:
+    """The words of the right answer, of the input and of the past answers."""
+
+    right: Words
+    inputs: Words
+    past: Words
+
+
 class TextInstruments:
     """Measures the texts of any row of an evaluation. What they are compared with is the same for all rows."""
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
+        self._own: dict[int, list[Words]] = {}
 
-    def statistics(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
-        """Return the per-sample statistics of each instrument that applies, (n, d), by name."""
+    def statistics(self, texts: Sequence[str], references: Sequence[str], *, seed: int) -> dict[str, Array]:
+        """Return the per-sample statistics of each instrument that applies, (n, d), by name.
+
+        Args:
+            seed: the row's. It determines the strangers, which are those of the row `wrong-user`.
+        """
         statistics: dict[str, Array] = {}
+        own = self.own(seed)
         for metric in (OwnWordsRecall(), OwnWordsPrecision()):
-            if self.own is not None and (counts := metric.of_texts(texts, references, self.own)) is not None:
+            if own is not None and (counts := metric.of_texts(texts, own)) is not None:
                 statistics[metric.name] = counts
         form = FormDistance()
         is_empty = np.array([not text.strip() for text in texts])
@@ -62,25 +78,36 @@ class TextInstruments:
             statistics[form.name] = distances
         return statistics | self.authors.statistics(texts, self.context.owners)
 
-    @cached_property
-    def own(self) -> list[Words] | None:
-        """The own words of each sample; None with fewer than two users.
-
-        The strangers are those of all seeds of the table, so that the words are the same for all rows and seeds.
-        """
+    def own(self, seed: int) -> list[Words] | None:
+        """Return the own words of each sample, the same for all rows; None with fewer than two users."""
         if len(set(self.context.owners)) < 2:
             return None
-        texts = self.context.texts
-        past_words = [words_of(past_answers(text)) for text in texts]
-        draws = [self.context.assign(WRONG_USER, seed=seed) for seed in self.context.run.config.training.seeds]
-        strangers = [[assignment.source for assignment in drawn] for drawn in zip(*draws, strict=True)]
+        if seed not in self._own:
+            drawn = self.context.assign(WRONG_USER, seed=seed)
+            words = zip(self._words, drawn, strict=True)
+            self._own[seed] = [
+                own_words(of.right, inputs=of.inputs, past=of.past, stranger=self._words[a.source].past)
+                for of, a in words
+                if a.source is not None
+            ]
+        return self._own[seed]
+
+    @cached_property
+    def _words(self) -> list[_WordsOfSample]:
+        words: dict[str, Words] = {}  # the samples of a user share past answers
+
+        def of_texts(texts: Iterable[str]) -> Words:
+            texts = list(texts)
+            words.update((text, words_of([text])) for text in texts if text not in words)
+            return frozenset().union(*(words[text] for text in texts))
+
         return [
-            own_words(
-                past_answers(text),
-                inputs=[message for _, message in turns_of(text.full_prompt)],
-                strangers=[past_words[source] for source in sources if source is not None],
+            _WordsOfSample(
+                of_texts([sample.target or ""]),
+                of_texts(message for _, message in turns_of(sample.full_prompt)),
+                of_texts(past_answers(sample)),
             )
-            for text, sources in zip(texts, strangers, strict=True)
+            for sample in self.context.texts
         ]
 
     @cached_property

@@ -67,32 +67,32 @@ def test_right_answers_are_the_ceiling_and_a_strangers_answers_the_floor(texts: 
     results = texts.evaluate("plain,user-words,user-words@wrong-user,reference,reference@wrong-user")
     rows = {row.name: row.metrics for row in results.rows}
     assert rows["reference"]["rouge_1"] == 1
-    assert rows["reference"]["own_words_recall"] == rows["reference"]["own_words_precision"] == 1
-    assert rows["reference@wrong-user"]["own_words_recall"] == 0
+    for metric in ("own_words_recall", "own_words_precision", "attribution"):
+        assert rows["reference"][metric] > rows["reference@wrong-user"][metric]
+    assert rows["reference"]["own_words_recall"] == 1
     assert rows["reference"]["form_distance"] == 0 < rows["reference@wrong-user"]["form_distance"]
     assert rows["reference"]["attribution"] > 0.8 > rows["reference@wrong-user"]["attribution"]
-    # The words of the user are own words; the stranger's are not.
     assert rows["user-words"]["own_words_recall"] > 0
-    assert rows["user-words@wrong-user"]["own_words_recall"] == 0
     gains = results.personal_gains("attribution")
     assert gains["reference"].difference > 0
     assert gains["user-words"].p is not None
 
 
-def test_own_words_are_the_same_for_all_rows_and_exclude_the_strangers_of_all_seeds(texts: Stage) -> None:
+def test_own_words_are_those_of_the_user_and_of_the_stranger_with_the_same_seed(texts: Stage) -> None:
     instruments = texts.evaluator().instruments
     assert instruments is not None
-    own, context = instruments.own, instruments.context
-    assert own is not None
+    context = instruments.context
     draws = [[a.source for a in context.assign("wrong-user", seed=seed)] for seed in (0, 1)]
     assert draws[0] != draws[1]
-    for index, (words, sample) in enumerate(zip(own, context.texts, strict=True)):
-        assert words <= words_of(past_answers(sample))
-        assert not words & words_of(text for _, text in turns_of(sample.full_prompt))
-        for source in {drawn[index] for drawn in draws}:
+    for seed, sources in enumerate(draws):
+        own = instruments.own(seed)
+        assert own is not None
+        assert any(own)
+        for words, sample, source in zip(own, context.texts, sources, strict=True):
             assert source is not None
-            assert not words & words_of(past_answers(context.texts[source]))
-    assert any(own)
+            past, stranger = (words_of(past_answers(text)) for text in (sample, context.texts[source]))
+            inputs = words_of(text for _, text in turns_of(sample.full_prompt))
+            assert words == (words_of([sample.target or ""]) & (past ^ stranger)) - inputs
 
 
 def test_instruments_do_not_depend_on_the_items_that_rows_see(texts: Stage) -> None:

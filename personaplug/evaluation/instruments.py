@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
-from personaplug.analysis.form_distance import FormDistance
+from personaplug.analysis.form_distance import FormDistance, farthest_distances
 from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
 from personaplug.analysis.method_info import WRONG_USER
 from personaplug.analysis.metric_base import AT, Array
@@ -21,6 +22,8 @@ from personaplug.data.records import Sample, turns_of
 from personaplug.data.task import Task
 from personaplug.encoders.style_features import FEATURES, FORM_FEATURES, style_features_of
 from personaplug.methods.context import EvalContext
+
+logger = logging.getLogger(__name__)
 
 TEXT_INSTRUMENTS = (
     *(OwnWordsRecall.name, OwnWordsPrecision.name, FormDistance.name),
@@ -59,6 +62,7 @@ class TextInstruments:
     def __init__(self, context: EvalContext) -> None:
         self.context = context
         self._own: dict[int, list[Words]] = {}
+        self._farthest: Array | None = None
 
     def statistics(self, texts: Sequence[str], references: Sequence[str], *, seed: int) -> dict[str, Array]:
         """Return the per-sample statistics of each instrument that applies, (n, d), by name.
@@ -71,12 +75,15 @@ class TextInstruments:
         for metric in (OwnWordsRecall(), OwnWordsPrecision()):
             if own is not None and (counts := metric.of_texts(texts, own)) is not None:
                 statistics[metric.name] = counts
-        form = FormDistance()
-        is_empty = np.array([not text.strip() for text in texts])
-        distances = form.of_forms(_forms(texts), _forms(references), is_empty=is_empty)
-        if distances is not None:
-            statistics[form.name] = distances
+        statistics[FormDistance.name] = self._form_distances(texts, references)
         return statistics | self.authors.statistics(texts, self.context.owners)
+
+    def _form_distances(self, texts: Sequence[str], references: Sequence[str]) -> Array:
+        right, is_empty = _forms(references), np.array([not text.strip() for text in texts])
+        if is_empty.any() and self._farthest is None:
+            self._farthest = farthest_distances(right)
+        farthest = np.zeros(len(texts)) if self._farthest is None else self._farthest
+        return FormDistance().of_forms(_forms(texts), right, is_empty=is_empty, farthest=farthest)
 
     def own(self, seed: int) -> list[Words] | None:
         """Return the own words of each sample, the same for all rows; None with fewer than two users."""
@@ -117,6 +124,7 @@ class TextInstruments:
         for text in self.context.texts:
             answers.setdefault(text.owner, []).extend(past_answers(text))
         references = [text.target for text in self.context.texts if text.target is not None]
+        logger.info("Attribution: training on the past answers of %d users.", len(answers))
         return AuthorModels(answers, references, seed=self.context.config.draw_seed)
 
 

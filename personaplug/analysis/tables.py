@@ -89,10 +89,10 @@ def notes(results: Results) -> list[str]:
         "is at chance. The row reference is the ceiling, reference@wrong-user the floor, which depends on the number "
         "of users.": "attribution" in results.metric_names,
         "identified_persona: reciprocal rank of the user's persona among up to 20 by the likelihood of the right "
-        "answer; identified_text: rank of the right answer among up to 20 users' right answers, by likelihood per "
-        "token, under the user's persona. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
+        "answer. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
         "form_distance: mean distance between the written and the right answer in length, capitals and punctuation. "
-        "Typical spreads of short texts are 1, and the difference in a feature is at most 4.": "form_distance" in results.metric_names,
+        "Typical spreads of short texts are 1, and the difference in a feature is at most 4.": "form_distance"
+        in results.metric_names,
         "@expected, @best: mean score of the sampled answers, and the score of the best of them. Other columns score "
         "one answer.": any(name.endswith("@expected") for name in results.metric_names),
         "per user: mean of the users' scores, so that each user counts once. In other columns each sample counts "

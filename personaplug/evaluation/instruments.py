@@ -11,7 +11,7 @@ import numpy as np
 
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank, AuthorModels
 from personaplug.analysis.form_distance import FormDistance, farthest_distances
-from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.identification_metrics import IdentifiedPersona
 from personaplug.analysis.method_info import WRONG_USER
 from personaplug.analysis.metric_base import AT, Array
 from personaplug.analysis.metrics import get_metric
@@ -41,7 +41,7 @@ def instruments_of(task: Task, config: EvaluationConfig) -> list[str]:
     """Return the names of the instruments that an evaluation of a task shows, in the order of the columns."""
     if not has_instruments(task):
         return []
-    identification = (IdentifiedPersona.name, IdentifiedText.name) if config.identification_samples else ()
+    identification = (IdentifiedPersona.name,) if config.identification_samples else ()
     metrics = [get_metric(name) for name in task.metrics] if config.sampled_answers else []
     sampled = [f"{metric.name}{AT}{kind}" for metric in metrics if can_be_sampled(metric) for kind in SAMPLED]
     return [*TEXT_INSTRUMENTS, *identification, *sampled]

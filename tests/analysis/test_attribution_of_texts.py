@@ -14,7 +14,9 @@ from personaplug.analysis.metrics import get_metric
 from personaplug.analysis.ranking import chance_of_first, expected_reciprocal_rank
 from personaplug.analysis.significance import per_group_mean
 
-WORDS = [first + last for first in ("bar", "col", "den", "fir", "gar", "hol", "mar") for last in ("ba", "den", "ket", "low")]
+WORDS = [
+    first + last for first in ("bar", "col", "den", "fir", "gar", "hol", "mar") for last in ("ba", "den", "ket", "low")
+]
 
 
 def _text(user: int, rng: random.Random) -> str:

@@ -25,14 +25,16 @@ class FormDistance(MeasuredMetric):
     needs = "features of form"
     shown_for = "tasks with free text"
 
-    def of_forms(self, written: Array, right: Array, *, is_empty: NDArray[np.bool_], farthest: Array) -> Array:
-        """Compute the statistics of each sample, (n, 1).
+    def of_forms(self, written: Array, right: Array, *, is_empty: NDArray[np.bool_], farthest: Array) -> Array | None:
+        """Compute the statistics of each sample, (n, 1); None if all right answers have the same form.
 
         Args:
             written, right: (n, F) features of the written and of the right answers.
             is_empty: (n,) whether nothing was written.
             farthest: (n,) distances that count for empty answers; see `farthest_distances`.
         """
+        if not np.ptp(right, axis=0).any():  # an empty answer would be perfect
+            return None
         return np.where(is_empty, farthest, _distances(written, right))[:, None]
 
 

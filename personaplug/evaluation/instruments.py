@@ -75,10 +75,11 @@ class TextInstruments:
         for metric in (OwnWordsRecall(), OwnWordsPrecision()):
             if own is not None and (counts := metric.of_texts(texts, own)) is not None:
                 statistics[metric.name] = counts
-        statistics[FormDistance.name] = self._form_distances(texts, references)
+        if (distances := self._form_distances(texts, references)) is not None:
+            statistics[FormDistance.name] = distances
         return statistics | self.authors.statistics(texts, self.context.owners)
 
-    def _form_distances(self, texts: Sequence[str], references: Sequence[str]) -> Array:
+    def _form_distances(self, texts: Sequence[str], references: Sequence[str]) -> Array | None:
         right, is_empty = _forms(references), np.array([not text.strip() for text in texts])
         if is_empty.any() and self._farthest is None:
             self._farthest = farthest_distances(right)

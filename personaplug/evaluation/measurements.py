@@ -48,7 +48,7 @@ class Measurements:
         return statistics
 
     def ranks(self) -> list[float | None] | None:
-        """Return the reciprocal rank of the own persona for each measured sample; None if they are off or do not apply."""
+        """Return the reciprocal rank of the own persona for each measured sample; None if off or not applicable."""
         context, config = self.context, self.context.config
         if not config.identification_samples:
             return None

@@ -1,7 +1,7 @@
 """Identification by likelihood: does the persona tell the user from 19 others?
 
-For a sample of a user, log p(right text | own persona) is ranked among log p(the same text | a stranger's persona) of 19
-strangers.
+For a sample of a user, log p(right text | own persona) is ranked among log p(the same text | stranger's persona) of
+19 strangers.
 
 The persona is all that a row makes of a history: soft tokens, texts in the prompt, n-grams. In a row `wrong-user` the
 own persona is the stranger's that the row assigns, so such rows are at the chance level, about .18 for 20 candidates.

@@ -110,12 +110,12 @@ def test_copies_of_right_answers_are_left_out_of_the_training_texts() -> None:
     reference = "The quick brown fox jumps over one lazy dog"
     answers = {
         "same": [reference, f"  {reference} ", "kept"],
-        "near": ["the QUICK brown fox jumps over a lazy dog!", "The quick brown fox sleeps", "kept", "kept"],
+        "near": ["the QUICK brown fox jumps over a lazy dog!", "The quick brown fox sleeps late", "kept", "kept"],
         "marks": ["?!", "...", " "],
     }
     assert without_copies(answers, [reference, "..."]) == {
         "same": ["kept"],
-        "near": ["The quick brown fox sleeps", "kept"],
+        "near": ["The quick brown fox sleeps late", "kept"],
         "marks": ["?!"],
     }
     assert without_copies({"u": ["a b", ""]}, []) == {"u": ["a b"]}

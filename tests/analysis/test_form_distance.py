@@ -14,6 +14,7 @@ METRIC = FormDistance()
 def _distances(written: list[list[float]], right: list[list[float]], *, empty: tuple[int, ...] = ()) -> list[float]:
     is_empty, forms = np.isin(np.arange(len(right)), empty), np.array(right)
     statistics = METRIC.of_forms(np.array(written), forms, is_empty=is_empty, farthest=farthest_distances(forms))
+    assert statistics is not None
     assert statistics.shape == (len(right), 1)
     return [float(distance) for distance in statistics[:, 0]]
 
@@ -34,6 +35,11 @@ def test_feature_that_few_right_answers_have_does_not_outweigh_the_others() -> N
 
 def test_empty_answer_counts_as_the_farthest_right_answer() -> None:
     assert _distances([[0.0], [1.0], [3.0]], [[0.0], [1.0], [3.0]], empty=(1,)) == [0, 2, 0]
+
+
+def test_metric_is_absent_if_all_right_answers_have_the_same_form() -> None:
+    zeros = np.zeros(2)
+    assert METRIC.of_forms(np.ones((2, 1)), zeros[:, None], is_empty=zeros > 0, farthest=zeros) is None
 
 
 def test_features_of_form_ignore_which_words_are_written() -> None:

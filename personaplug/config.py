@@ -371,7 +371,7 @@ class EvaluationConfig:
     identification_samples: int = Field(
         default=0,
         description="samples on which rows with personas must tell the user from 19 others by likelihood (free text; "
-        "about 40 more answers per sample); 0 = none",
+        "about 20 more answers per sample); 0 = none",
         ge=0,
     )
     limit: int = Field(default=0, description="maximum samples to score, drawn by `draw_seed`; 0 = all", ge=0)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank
 from personaplug.analysis.form_distance import FormDistance
-from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.identification_metrics import IdentifiedPersona
 from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, NegativeLogLikelihood
 from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall
@@ -256,7 +256,7 @@ _KINDS: tuple[type[Metric], ...] = (
     *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners),
     *(NegativeLogLikelihood, Choice, Margin, Divergence),
     *(OwnWordsRecall, OwnWordsPrecision, FormDistance, AttributionRank, AttributionFirst),
-    *(IdentifiedPersona, IdentifiedText),
+    IdentifiedPersona,
     *MANNER_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}

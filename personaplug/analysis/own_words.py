@@ -1,9 +1,13 @@
-"""Own words: the words of an answer that only the user's history holds.
+"""Own words: the words of a right answer that one of two histories holds.
 
-An *own word* of a sample occurs in the user's past answers. It occurs neither in the input nor in the past answers of
-the sample's strangers, whose histories the row `wrong-user` gets. So an own word in a text is a sign of the user.
+The two histories are the past answers of the sample's user, and those of the stranger whose history the row
+`wrong-user` gets with the same seed. An *own word* occurs in the right answer and in exactly one of the two, and not in
+the input.
 
-The words depend on the sample alone, so they are the same for all rows of a table. A word counts once in a text.
+So a word of the stranger's history that happens to be right counts too. The words are the same for a row and its
+control. Without anything personal, both histories hold equally many right words, so the gain is about 0.
+
+A word counts once in a text.
 """
 
 from __future__ import annotations
@@ -24,58 +28,59 @@ def words_of(texts: Iterable[str]) -> Words:
     return frozenset(word for text in texts for word in unicode_words(text))
 
 
-def own_words(past_answers: Iterable[str], *, inputs: Iterable[str], strangers: Iterable[Words]) -> Words:
+def own_words(right: Words, *, inputs: Words, past: Words, stranger: Words) -> Words:
     """Return the own words of a sample.
 
     Args:
-        past_answers: the user's.
-        inputs: the texts of the prompt.
-        strangers: the words of the past answers of each stranger.
+        right: the words of the right answer.
+        inputs: the words of the prompt.
+        past: the words of the user's past answers.
+        stranger: the words of the stranger's past answers.
     """
-    return words_of(past_answers).difference(words_of(inputs), *strangers)
+    # The first step keeps the sets small: a history may hold many words.
+    return ((right & past) ^ (right & stranger)) - inputs
 
 
 class _OwnWords(MeasuredMetric):
-    """A share of own words. The statistics of a sample are the right own words written, and the words that count."""
+    """A share of own words. The statistics of a sample are the own words written, and the words that count."""
 
     needs = "the users' past answers"
     shown_for = "tasks with free text"
-    averages_over_users = False  # the answers of one user may hold no own words
+    averages_over_users = False  # the right answers of one user may hold no own words
 
-    def of_texts(self, texts: Sequence[str], golds: Sequence[str], own: Sequence[Words]) -> Array | None:
-        """Compute the statistics of each sample, (n, 2); None if no word counts.
+    def of_texts(self, texts: Sequence[str], own: Sequence[Words]) -> Array | None:
+        """Compute the statistics of each sample, (n, 2); None if no sample has own words.
 
         Args:
-            texts, golds: (n,) written and right answers.
+            texts: (n,) written answers.
             own: (n,) own words of each sample.
         """
-        statistics = [
-            self._counts(words_of([text]) & words, words_of([gold]) & words)
-            for text, gold, words in zip(texts, golds, own, strict=True)
-        ]
-        array = np.array(statistics, dtype=np.float64).reshape(-1, 2)
-        return array if array[:, 1].any() else None
+        if not any(own):
+            return None
+        pairs = [(words_of([text]), words) for text, words in zip(texts, own, strict=True)]
+        statistics = [(len(written & words), self._count(written, words)) for written, words in pairs]
+        return np.array(statistics, dtype=np.float64)
 
     def value(self, means: Array) -> Array:
         return per_counted(means)
 
     @abstractmethod
-    def _counts(self, written: Words, right: Words) -> tuple[int, int]: ...
+    def _count(self, written: Words, own: Words) -> int: ...
 
 
 class OwnWordsRecall(_OwnWords):
-    """Right own words written, divided by the own words of the right answers."""
+    """Own words written, divided by all own words."""
 
     name = "own_words_recall"
 
-    def _counts(self, written: Words, right: Words) -> tuple[int, int]:
-        return len(written & right), len(right)
+    def _count(self, written: Words, own: Words) -> int:
+        return len(own)
 
 
 class OwnWordsPrecision(_OwnWords):
-    """Right own words written, divided by all own words written."""
+    """Own words written, divided by all words written. An empty text counts as one word, so each text counts."""
 
     name = "own_words_precision"
 
-    def _counts(self, written: Words, right: Words) -> tuple[int, int]:
-        return len(written & right), len(written)
+    def _count(self, written: Words, own: Words) -> int:
+        return max(1, len(written))

@@ -14,9 +14,11 @@ rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from personaplug.analysis.metrics import Array, Metric, value_of
@@ -25,6 +27,7 @@ from personaplug.errors import ConfigError, ShapeMismatch
 Groups = Sequence[str] | Sequence[int]
 
 _BLOCK_SIZE = 1 << 20  # users × resamples in memory at once (8 MB), which fits the processor's cache
+_MAX_KEPT = 1 << 24  # users × resamples whose counts are kept for other comparisons (32 MB)
 _ROUNDING = 1e-12  # a relative difference below this is a rounding error
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
@@ -207,12 +210,24 @@ def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *,
 
 def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
     """Yield how often each resample draws each group, in blocks (r, groups) of a total of (resamples, groups)."""
+    is_small = groups * resamples <= _MAX_KEPT
+    blocks = _kept_counts(groups, resamples, seed) if is_small else _count_blocks(groups, resamples, seed)
+    yield from (block.astype(np.float64) for block in blocks)
+
+
+@lru_cache(maxsize=8)
+def _kept_counts(groups: int, resamples: int, seed: int) -> tuple[NDArray[np.uint16], ...]:
+    """Keep the counts for the other metrics and comparisons of a table."""
+    return tuple(block.astype(np.uint16) for block in _count_blocks(groups, resamples, seed))
+
+
+def _count_blocks(groups: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_SIZE // groups)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
         draws = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
-        yield np.bincount(draws.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
+        yield np.bincount(draws.ravel(), minlength=rows * groups).reshape(rows, groups)
 
 
 def _group_sums(stats: Array, groups: Groups) -> tuple[Array, Array]:

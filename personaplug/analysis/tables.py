@@ -81,17 +81,18 @@ def notes(results: Results) -> list[str]:
         "samples.": "choice" in results.metric_names,
         "divergence: KL(plain ‖ row) of the next token, averaged over the tokens of the plain model's answers, in "
         "nats.": "divergence" in results.metric_names,
-        "own_words_recall, own_words_precision: share of right words among the own words of the right answers, and "
-        "among those of the written answers. An own word occurs in the user's past answers, but neither in the input "
-        "nor in the strangers' past answers.": "own_words_recall" in results.metric_names,
+        "own_words_recall, own_words_precision: own words written, as a share of all own words and of all words "
+        "written. An own word is a word of the right answer that occurs in the past answers of either the user or the "
+        "wrong-user stranger, not of both, and not in the input.": "own_words_recall" in results.metric_names,
         "attribution: reciprocal rank of the right user among up to 20 users whose past answers a model of characters "
-        "has seen; attribution_top1: share of first ranks. Each user counts once. The row reference is the ceiling, "
-        "reference@wrong-user the floor.": "attribution" in results.metric_names,
+        "has seen; attribution_top1: share of first ranks. Each user counts once. A text that repeats a past answer "
+        "is at chance. The row reference is the ceiling, reference@wrong-user the floor, which depends on the number "
+        "of users.": "attribution" in results.metric_names,
         "identified_persona: reciprocal rank of the user's persona among up to 20 by the likelihood of the right "
-        "answer; identified_text: rank of the right answer among up to 20 users' right answers, by likelihood per "
-        "token, under the user's persona. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
-        "form_distance: mean distance between the written and the right answer in length, capitals and punctuation, in "
-        "standard deviations of the right answers.": "form_distance" in results.metric_names,
+        "answer. Chance is 0.18 for 20.": "identified_persona" in results.metric_names,
+        "form_distance: mean distance between the written and the right answer in length, capitals and punctuation. "
+        "Typical spreads of short texts are 1, and the difference in a feature is at most 4.": "form_distance"
+        in results.metric_names,
         "@expected, @best: mean score of the sampled answers, and the score of the best of them. Other columns score "
         "one answer.": any(name.endswith("@expected") for name in results.metric_names),
         "per user: mean of the users' scores, so that each user counts once. In other columns each sample counts "

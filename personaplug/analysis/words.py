@@ -31,6 +31,8 @@ def unicode_words(text: str) -> list[str]:
 
     The text is normalized (NFKC) first. ASCII texts have the same words as with `ascii_words`.
     """
+    if text.isascii():
+        return ascii_words(text)  # faster
     words: list[str] = []
     is_inside = False  # whether the last character belongs to a word
     can_grow = False  # whether that word may continue with a letter

@@ -183,7 +183,7 @@ class Evaluator:
         inputs = self._inputs(method, seed=seed)
         predictions = self._predictions(method, inputs, seed=seed)
         predictions = self._with_likelihoods(method, inputs, predictions, seed=seed)
-        statistics = self._statistics(predictions, references)
+        statistics = self._statistics(predictions, references, seed=seed)
         if self.instruments is not None:
             measurements = self._measurements(method, inputs, seed=seed)
             statistics |= measurements.statistics(self.settings.metrics, references)
@@ -216,8 +216,8 @@ class Evaluator:
         texts, references = [outputs[sample.id] for sample in samples], _references(samples)
         metrics = [metric for metric in self.settings.metrics if metric.of_answers]
         statistics = {metric.name: metric.statistics(texts, references) for metric in metrics}
-        statistics |= self._of_instruments(texts, references)
         seed = self.run.config.training.seeds[0]
+        statistics |= self._of_instruments(texts, references, seed=seed)
         return Trial(ORACLE, seed, statistics, invalid_rate=self._invalid_rate(texts), decoding="computed")
 
     # ---- inputs → predictions
@@ -265,7 +265,7 @@ class Evaluator:
 
     # ---- scores → trial
 
-    def _statistics(self, predictions: Predictions, references: Sequence[str]) -> dict[str, Array]:
+    def _statistics(self, predictions: Predictions, references: Sequence[str], *, seed: int) -> dict[str, Array]:
         """Return the per-sample statistics of each metric that applies to the row, (n, d)."""
         statistics: dict[str, Array] = {}
         for metric in self.settings.metrics:
@@ -274,10 +274,10 @@ class Evaluator:
                 statistics[metric.name] = metric.statistics(texts, references)
             elif (of_likelihoods := _of_likelihoods(metric, predictions)) is not None:
                 statistics[metric.name] = of_likelihoods
-        return statistics | self._of_instruments(predictions.texts, references)
+        return statistics | self._of_instruments(predictions.texts, references, seed=seed)
 
-    def _of_instruments(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
-        return {} if self.instruments is None else self.instruments.statistics(texts, references)
+    def _of_instruments(self, texts: Sequence[str], references: Sequence[str], *, seed: int) -> dict[str, Array]:
+        return {} if self.instruments is None else self.instruments.statistics(texts, references, seed=seed)
 
     def _trial(
         self,

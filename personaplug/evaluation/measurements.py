@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.identification_metrics import IdentifiedPersona
 from personaplug.analysis.metric_base import Array, Metric
 from personaplug.analysis.sampled_metrics import SampledMetric
 from personaplug.encoders.encoded_sample import samples_fingerprint
@@ -39,16 +39,16 @@ class Measurements:
         """Return the per-sample statistics of the metrics that are turned on and apply to the row, by name."""
         statistics: dict[str, Array] = {}
         if ranks := self.ranks():
-            for metric in (IdentifiedPersona(), IdentifiedText()):
-                if (of_ranks := metric.of_ranks(ranks)) is not None:
-                    statistics[metric.name] = of_ranks
+            identified = IdentifiedPersona()
+            if (of_ranks := identified.of_ranks(ranks)) is not None:
+                statistics[identified.name] = of_ranks
         if answers := self.answers():
             sampled = [metric for metric in metrics if isinstance(metric, SampledMetric)]
             statistics |= {metric.name: metric.of_samples(answers, references) for metric in sampled}
         return statistics
 
-    def ranks(self) -> list[list[float]] | None:
-        """Return the ranks of persona and text of each sample; None if they are off or do not apply."""
+    def ranks(self) -> list[float | None] | None:
+        """Return the reciprocal rank of the own persona for each measured sample; None if off or not applicable."""
         context, config = self.context, self.context.config
         if not config.identification_samples:
             return None
@@ -56,7 +56,11 @@ class Measurements:
         return self._cached(
             "identification",
             partial(self.method.identification, context, self.inputs, seed=self.seed),
-            depends_on=[samples, config.identification_samples, config.draw_seed],
+            # The strangers' personas come from the items that rows may use, which the row's own key does not hold.
+            depends_on=[
+                *(samples, config.identification_samples, config.draw_seed),
+                *(config.max_eval_history, config.item_kinds),
+            ],
         )
 
     def answers(self) -> list[list[str]] | None:

@@ -97,8 +97,8 @@ class Method(ABC):
         """Return KL(plain ‖ row), summed along each plain answer, and its number of tokens, (n, 2), or None."""
         return None
 
-    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return reciprocal ranks of persona and text, (n, 2 or 0), or None; see `methods/identification.py`."""
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[float | None] | None:
+        """Return the reciprocal rank of the own persona for each measured sample; see `methods/identification.py`."""
         return None
 
     def sampled_answers(

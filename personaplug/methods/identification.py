@@ -1,9 +1,7 @@
-"""Identification by likelihood: does the persona, or the text, tell the user from 19 others?
+"""Identification by likelihood: does the persona tell the user from 19 others?
 
-For a sample of a user, with 19 strangers who each have one sample:
-
-    persona  rank of log p(right text | own persona) among log p(the same text | a stranger's persona)
-    text     rank of the right text among the strangers' right texts under the own persona, by log p per token
+For a sample of a user, log p(right text | own persona) is ranked among log p(the same text | stranger's persona) of
+19 strangers.
 
 The persona is all that a row makes of a history: soft tokens, texts in the prompt, n-grams. In a row `wrong-user` the
 own persona is the stranger's that the row assigns, so such rows are at the chance level, about .18 for 20 candidates.
@@ -11,7 +9,7 @@ own persona is the stranger's that the row assigns, so such rows are at the chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,8 +38,10 @@ def drawn_samples(count: int, *, limit: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng([seed, 12]).permutation(count)[:limit].tolist())
 
 
-def drawn_strangers(owners: Sequence[str], assignments: Sequence[Assignment], *, seed: int) -> list[list[int]]:
-    """Draw samples of up to 19 other users for each sample, one of each user.
+def drawn_strangers(
+    owners: Sequence[str], assignments: Sequence[Assignment], *, chosen: Sequence[int], seed: int
+) -> dict[int, list[int]]:
+    """Draw samples of up to 19 other users for each chosen sample, one of each user.
 
     The draws are the same for all rows, except that the user whose history a row assigns is not drawn again. All rows
     have equally many strangers: two users less than there are, if these are fewer than 19.
@@ -50,10 +50,10 @@ def drawn_strangers(owners: Sequence[str], assignments: Sequence[Assignment], *,
     for index, owner in enumerate(owners):
         by_owner.setdefault(owner, []).append(index)
     count = max(0, min(STRANGERS, len(by_owner) - 2))
-    return [
-        _strangers_of(index, owners, by_owner, assigned=assignment.source, count=count, seed=seed)
-        for index, assignment in enumerate(assignments)
-    ]
+    return {
+        index: _strangers_of(index, owners, by_owner, assigned=assignments[index].source, count=count, seed=seed)
+        for index in chosen
+    }
 
 
 def _strangers_of(
@@ -81,8 +81,8 @@ def identification(
     build: Callable[[Sequence[Assignment]], ModelInputs],
     prompter: SoftPrompter | None,
     title: str = "identification",
-) -> list[list[float]] | None:
-    """Return the reciprocal ranks of persona and text of each drawn sample, and none for the others.
+) -> list[float | None] | None:
+    """Return the reciprocal rank of the own persona for each drawn sample, and None for the others.
 
     Args:
         inputs: the row's inputs, with the personas that it assigns.
@@ -93,17 +93,16 @@ def identification(
     """
     config = context.config
     chosen = drawn_samples(len(context.samples), limit=config.identification_samples, seed=config.draw_seed)
-    strangers = drawn_strangers(context.owners, inputs.assignments, seed=config.draw_seed)
-    if not chosen or not strangers[chosen[0]]:
+    strangers = drawn_strangers(context.owners, inputs.assignments, chosen=chosen, seed=config.draw_seed)
+    if not any(strangers.values()):
         return None
     others = _variants(context, chosen, strangers, build=build)
     judge = _Judge(context.models.llm, prompter, batch_size=config.evaluation_batch_size)
     judge.cache([inputs.samples[index] for index in chosen])
-    ranks: list[list[float]] = [[] for _ in context.samples]
+    ranks: list[float | None] = [None] * len(context.samples)
     with Progress(title, total=len(chosen), unit="samples") as progress:
         for index in chosen:
-            own, texts = inputs.samples[index], [context.samples[source].target or "" for source in strangers[index]]
-            ranks[index] = [judge.persona_rank(own, others[index]), judge.text_rank(own, texts)]
+            ranks[index] = judge.persona_rank(inputs.samples[index], others[index])
             progress.advance()
     return ranks
 
@@ -111,7 +110,7 @@ def identification(
 def _variants(
     context: EvalContext,
     chosen: Sequence[int],
-    strangers: Sequence[Sequence[int]],
+    strangers: Mapping[int, Sequence[int]],
     *,
     build: Callable[[Sequence[Assignment]], ModelInputs],
 ) -> dict[int, list[EncodedSample]]:
@@ -130,13 +129,13 @@ def _variants(
 
 
 class _Judge:
-    """Ranks personas and texts by a language model's likelihoods."""
+    """Ranks personas by a language model's likelihoods."""
 
     def __init__(self, llm: LanguageModel, prompter: SoftPrompter | None, *, batch_size: int) -> None:
         self.llm, self.prompter, self.batch_size = llm, prompter, batch_size
 
     def cache(self, samples: Sequence[EncodedSample]) -> None:
-        """Read the prompts once for all personas and texts, if soft tokens follow them."""
+        """Read the prompts once for all personas, if soft tokens follow them."""
         if self.prompter is not None and self.prompter.placement == "suffix":
             self.llm.cache_prompts([sample.prompt for sample in samples])
 
@@ -144,21 +143,13 @@ class _Judge:
     def persona_rank(self, own: EncodedSample, others: Sequence[EncodedSample]) -> float:
         """Return the reciprocal rank of the own persona by log p of the right text."""
         samples, text = [own, *others], own.target or ""
-        step, losses = self._step([text]), list[float]()
+        step, losses = self._step(text), list[float]()
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
             losses += self.llm.loss(prompt_batch(self.llm, part, self.prompter), [text] * len(part))[0].tolist()
         return expected_reciprocal_rank(-np.array(losses), 0, tolerance=_ROUNDING)
 
-    @torch.no_grad()
-    def text_rank(self, own: EncodedSample, others: Sequence[str]) -> float:
-        """Return the reciprocal rank of the right text by log p per token under the own persona."""
-        texts = [own.target or "", *others]
-        batch = prompt_batch(self.llm, [own], self.prompter)
-        losses, tokens = self.llm.text_losses(batch, texts, batch_size=self._step(texts))
-        return expected_reciprocal_rank(-(losses.double() / tokens).cpu().numpy(), 0, tolerance=_ROUNDING)
-
-    def _step(self, texts: Sequence[str]) -> int:
-        """Return how many of these texts fit in a pass."""
-        longest = max(map(len, self.llm.prompt_tokenizer.encode_targets(texts)))
-        return max(1, min(self.batch_size, MAX_PASS_TOKENS // longest))
+    def _step(self, text: str) -> int:
+        """Return how many copies of this text fit in a pass."""
+        (target,) = self.llm.prompt_tokenizer.encode_targets([text])
+        return max(1, min(self.batch_size, MAX_PASS_TOKENS // max(1, len(target))))

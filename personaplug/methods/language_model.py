@@ -97,8 +97,8 @@ class LanguageModelMethod(Method):
             title=f"{self._title(seed)}, divergence",
         )
 
-    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return None for a row whose prompts and soft tokens are the same for all users."""
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[float | None] | None:
+        """Return None for a row whose prompts, soft tokens and n-grams are the same for all users."""
         if not self._differs_between_users(context):
             return None
         return identification(
@@ -169,7 +169,8 @@ class LanguageModelMethod(Method):
         return self.soft is not None and self.soft.reads_items and self.info.history != "none"
 
     def _differs_between_users(self, context: EvalContext) -> bool:
-        has_persona = self.soft is not None and self.soft.reads_items and context.config.persona_scale > 0
+        reads_items = self.ngrams or (self.soft is not None and self.soft.reads_items)
+        has_persona = reads_items and context.config.persona_scale > 0
         return self.info.history != "none" and (has_persona or self.texts is not None)
 
     def _plug(self, context: EvalContext, *, seed: int) -> PersonaPlug | None:

@@ -64,7 +64,7 @@ class LoraMethod(LanguageModelMethod):
         """Return None, because a model with a LoRA is not the plain model."""
         return None
 
-    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+    def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[float | None] | None:
         """Return None, because each persona would be another LoRA in the model."""
         return None
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
+from personaplug.analysis import significance
 from personaplug.analysis.metric_base import per_counted
 from personaplug.analysis.metrics import Metric, get_metric
 from personaplug.analysis.significance import (
@@ -422,3 +423,14 @@ def test_draws_without_a_defined_metric_count_against_both_methods() -> None:
     assert tuple(interval) == (1, 1, 1)
     empty = bootstrap_interval(np.zeros((8, 2)), list(range(8)), _Share(), resamples=100)
     assert all(map(math.isnan, empty))
+
+
+def test_kept_draws_are_those_of_large_tables_and_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = np.random.default_rng(0).random((60, 1))
+    groups = [index % 30 for index in range(60)]
+    kept = bootstrap_interval(stats, groups, ACCURACY, resamples=300, seed=91)
+    draws = significance._kept_counts.cache_info().misses
+    paired_bootstrap(stats, stats[::-1], groups, ACCURACY, resamples=300, seed=91)
+    assert significance._kept_counts.cache_info().misses == draws
+    monkeypatch.setattr(significance, "_MAX_KEPT", 0)
+    assert bootstrap_interval(stats, groups, ACCURACY, resamples=300, seed=91) == kept

@@ -675,6 +675,15 @@ def test_phrases_come_from_the_history_of_the_row(style: Stage) -> None:
     assert rows["plug+phrases"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
 
 
+def test_phrases_are_identified_by_likelihood_unless_the_scale_is_0(style: Stage) -> None:
+    names, samples = "instruction-only,instruction+phrases", "identification_samples=4"
+    rows = {row["method"]: row["metrics"] for row in style.evaluate(names, settings=(samples,))["rows"]}
+    assert 0 < rows["instruction+phrases"]["identified_persona"] <= 1
+    assert "identified_persona" not in rows["instruction-only"]
+    results = style.evaluate("instruction+phrases", settings=(samples, "persona_scale=0"))
+    assert "identified_persona" not in results["rows"][0]["metrics"]
+
+
 def test_phrases_need_generated_answers(rating: Stage) -> None:
     with pytest.raises(ConfigError, match="closed set of labels"):
         rating.evaluate("plug+phrases")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, small_llm
 
-from personaplug.analysis.identification_metrics import IdentifiedPersona, IdentifiedText
+from personaplug.analysis.identification_metrics import IdentifiedPersona
 from personaplug.analysis.metric_base import value_of
 from personaplug.analysis.ranking import expected_reciprocal_rank
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
@@ -73,27 +73,26 @@ class Row:
         ]
         return ModelInputs(samples, assignments)
 
-    def ranks(self, prompter: Any, *, sources: Sequence[int] = range(USERS)) -> list[list[float]]:
+    def ranks(self, prompter: Any, *, sources: Sequence[int] = range(USERS)) -> list[float | None]:
         inputs = self.build([Assignment(source, np.arange(1)) for source in sources])
         ranks = identification(self.context, inputs, build=self.build, prompter=prompter)
         assert ranks is not None
         return ranks
 
 
-def _by_hand(llm: LanguageModel, prompter: Any) -> list[list[float]]:
-    """Return the ranks from one pass for each persona and text."""
+def _by_hand(llm: LanguageModel, prompter: Any) -> list[float | None]:
+    """Return the ranks from one pass for each persona."""
 
-    def per_token(sample: EncodedSample, text: str) -> float:
-        loss, tokens = llm.loss(PromptBatch([sample.prompt], prompter.soft_prompt([sample])), [text])
-        return -float(loss) / float(tokens)
+    def score(sample: EncodedSample) -> float:
+        loss, _ = llm.loss(PromptBatch([sample.prompt], prompter.soft_prompt([sample])), [sample.target or ""])
+        return -float(loss)
 
-    ranks = []
-    strangers = drawn_strangers([s.owner for s in SAMPLES], [Assignment(k, NO_ITEMS) for k in range(USERS)], seed=0)
-    for sample, others in zip(SAMPLES, strangers, strict=True):
-        text = sample.target or ""
-        personas = [per_token(s, text) for s in (sample, *(replace(sample, rows=SAMPLES[k].rows) for k in others))]
-        texts = [per_token(sample, each) for each in (text, *(SAMPLES[k].target or "" for k in others))]
-        ranks.append([expected_reciprocal_rank(np.array(scores), 0) for scores in (personas, texts)])
+    ranks: list[float | None] = []
+    own, owners = [Assignment(k, NO_ITEMS) for k in range(USERS)], [s.owner for s in SAMPLES]
+    strangers = drawn_strangers(owners, own, chosen=range(USERS), seed=0)
+    for index, sample in enumerate(SAMPLES):
+        scores = [score(s) for s in (sample, *(replace(sample, rows=SAMPLES[k].rows) for k in strangers[index]))]
+        ranks.append(expected_reciprocal_rank(np.array(scores), 0))
     return ranks
 
 
@@ -102,19 +101,21 @@ def test_ranks_equal_those_of_single_passes(toy: CausalLM, placement: str) -> No
     prompter = SoftPromptOfItems(toy, placement)
     ranks = Row(toy).ranks(prompter)
     assert ranks == _by_hand(toy, prompter)
-    assert len({rank for row in ranks for rank in row}) > 2
+    assert len({*ranks}) > 2
 
 
 def test_only_the_drawn_samples_are_measured(toy: CausalLM) -> None:
     prompter = SoftPromptOfItems(toy, "suffix")
     few, all_of_them = Row(toy, samples=2).ranks(prompter), Row(toy).ranks(prompter)
     chosen = drawn_samples(USERS, limit=2, seed=0)
-    assert [index for index, row in enumerate(few) if row] == chosen
+    assert [index for index, rank in enumerate(few) if rank is not None] == chosen
     assert [few[index] for index in chosen] == [all_of_them[index] for index in chosen]
     statistics = IdentifiedPersona().of_ranks(few)
     assert statistics is not None
-    assert value_of(statistics, IdentifiedPersona()) == pytest.approx(np.mean([few[index][0] for index in chosen]))
-    assert IdentifiedText().of_ranks([[]] * USERS) is None
+    assert value_of(statistics, IdentifiedPersona()) == pytest.approx(
+        np.mean([few[index] for index in chosen], dtype=float)
+    )
+    assert IdentifiedPersona().of_ranks([None] * USERS) is None
 
 
 def test_equal_personas_are_at_the_chance_level(toy: CausalLM) -> None:
@@ -123,29 +124,24 @@ def test_equal_personas_are_at_the_chance_level(toy: CausalLM) -> None:
             return super().soft_prompt([SAMPLES[0]] * len(samples))
 
     candidates = np.arange(1, USERS)  # four strangers and the own persona
-    for persona, _ in Row(toy).ranks(Constant(toy, "suffix")):
+    for persona in Row(toy).ranks(Constant(toy, "suffix")):
         assert persona == pytest.approx(np.mean(1 / candidates))
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix", "none"])
-def test_prompt_is_read_once_for_all_texts_and_suffix_personas(
+def test_prompt_is_read_once_for_all_suffix_personas(
     toy: CausalLM, placement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads = {"prefill": 0, "states": 0}
+    reads, compute = [], toy.prompt_states.compute
 
-    def counted(name: str, real: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
-        def call(*arguments: Any, **more: Any) -> Any:
-            reads[name] += size(*arguments)
-            return real(*arguments, **more)
+    def counted(prompts: Any, *arguments: Any, **more: Any) -> Any:
+        reads.extend(prompts)
+        return compute(prompts, *arguments, **more)
 
-        return call
-
-    monkeypatch.setattr(toy, "prefill", counted("prefill", toy.prefill, lambda embeds, _: len(embeds)))
-    monkeypatch.setattr(toy.prompt_states, "compute", counted("states", toy.prompt_states.compute, len))
+    monkeypatch.setattr(toy.prompt_states, "compute", counted)
     toy.clear_cache()
     Row(toy).ranks(None if placement == "none" else SoftPromptOfItems(toy, placement))
-    assert reads["states"] == (USERS if placement == "suffix" else 0)
-    assert reads["prefill"] >= USERS
+    assert len(reads) == (USERS if placement == "suffix" else 0)
     toy.clear_cache()
 
 
@@ -166,10 +162,15 @@ def test_losses_of_texts_after_one_prompt_equal_those_of_single_rows(family: str
 def test_strangers_are_other_users_and_the_same_for_all_rows() -> None:
     owners = [f"u{index % 30}" for index in range(60)]
     own = [Assignment(index, NO_ITEMS) for index in range(60)]
-    strangers = drawn_strangers(owners, own, seed=0)
-    assert strangers == drawn_strangers(owners, own, seed=0) != drawn_strangers(owners, own, seed=1)
-    wrong = [Assignment(drawn[3], NO_ITEMS) for drawn in strangers]
-    for index, (drawn, others) in enumerate(zip(strangers, drawn_strangers(owners, wrong, seed=0), strict=True)):
+    chosen = range(60)
+    strangers = drawn_strangers(owners, own, chosen=chosen, seed=0)
+    assert strangers == drawn_strangers(owners, own, chosen=chosen, seed=0)
+    assert strangers != drawn_strangers(owners, own, chosen=chosen, seed=1)
+    assert drawn_strangers(owners, own, chosen=[7, 30], seed=0) == {7: strangers[7], 30: strangers[30]}
+    wrong = [Assignment(strangers[index][3], NO_ITEMS) for index in chosen]
+    of_wrong = drawn_strangers(owners, wrong, chosen=chosen, seed=0)
+    for index, drawn in strangers.items():
+        others = of_wrong[index]
         assert len(drawn) == len(others) == STRANGERS
         assert len({owners[index], *(owners[other] for other in drawn)}) == STRANGERS + 1
         assert len({*drawn} & {*others}) == STRANGERS - 1
@@ -178,5 +179,6 @@ def test_strangers_are_other_users_and_the_same_for_all_rows() -> None:
 
 def test_few_users_have_few_strangers() -> None:
     assignments = [Assignment(index, NO_ITEMS) for index in range(4)]
-    assert [len(drawn) for drawn in drawn_strangers(["a", "b", "c", "d"], assignments, seed=0)] == [2] * 4
-    assert drawn_strangers(["a", "b", "a", "b"], assignments, seed=0) == [[]] * 4
+    strangers = drawn_strangers(["a", "b", "c", "d"], assignments, chosen=range(4), seed=0)
+    assert [len(drawn) for drawn in strangers.values()] == [2] * 4
+    assert drawn_strangers(["a", "b", "a", "b"], assignments, chosen=[0, 2], seed=0) == {0: [], 2: []}

@@ -295,15 +295,6 @@ class LanguageModel(ABC):
             logits = bias.add_to(logits, target_tokens)
         return token_loss(logits, target_tokens, batch.ngrams)
 
-    def text_losses(self, batch: PromptBatch, texts: Sequence[str], *, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return −log p and the number of tokens of texts after the same prompt, both (n,); `batch` has one row.
-
-        `batch_size` is the maximum number of texts in a pass. Where the model allows it, the prompt is read once.
-        """
-        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        losses, tokens = zip(*(self.loss(batch.take([0] * len(part)), part) for part in parts), strict=True)
-        return torch.cat(losses), torch.cat(tokens)
-
     @torch.no_grad()
     def score(self, batch: PromptBatch, labels: Sequence[str]) -> Tensor:
         """Return (B, C) log-probabilities of a closed set of labels, plus the label bias, not renormalized."""

@@ -16,11 +16,10 @@ from personaplug.llm.generation import decode_tokens
 from personaplug.llm.padding import pad, pad_states
 from personaplug.llm.prefix_attention import CachedPrefix, prefix_attention
 from personaplug.llm.prompt_tokenizer import Ids
-from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced
+from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 
 if TYPE_CHECKING:
     from personaplug.llm.causal_lm import CausalLM
-    from personaplug.llm.ngram_cache import UserNgramCache
 
 _LABEL_LOGITS = 2**26  # logits of labels per pass; 256 MB in float32
 
@@ -38,24 +37,6 @@ class CachedPrefixRunner(Runner):
         assert batch.soft is not None
         logits = self.answer_logits(self.load_prefix(batch.prompts, share=True), batch.soft, target_ids)
         return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
-
-    def losses_after(
-        self, spliced: Spliced, target_ids: Sequence[Ids], *, ngrams: Sequence[UserNgramCache] | None, batch_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return −log p and the number of tokens of targets after one prompt, both (n,); the prompt is read once.
-
-        The prompt's last token is not cached: it takes the place of a soft token.
-        """
-        states, _ = self.llm.prefill(spliced.embeds[:, :-1], spliced.mask[:, :-1])
-        parts = []
-        for start in range(0, len(target_ids), batch_size):
-            part = target_ids[start : start + batch_size]
-            last = SoftPrompt(spliced.embeds[:, -1:].expand(len(part), -1, -1), placement="suffix")
-            logits = self.answer_logits(CachedPrefix(*pad_states(states, device=self.llm.device)), last, part)
-            targets = pad(part, fill=IGNORED, side="right").to(self.llm.device)
-            parts.append(token_loss(logits, targets, None if ngrams is None else [*ngrams] * len(part)))
-        losses, tokens = zip(*parts, strict=True)
-        return torch.cat(losses), torch.cat(tokens)
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
         """Score labels with one pass over the soft tokens and one over all labels of two or more tokens.

@@ -59,15 +59,6 @@ class CausalLM(LanguageModel):
             return self.cached_prefix
         return self.whole
 
-    def text_losses(self, batch: PromptBatch, texts: Sequence[str], *, batch_size: int) -> tuple[Tensor, Tensor]:
-        target_ids = self.prompt_tokenizer.encode_targets(texts)
-        runner = self.choose_runner(batch, new_tokens=max(map(len, target_ids)))
-        spliced = self.splice_prompts(batch)
-        is_cached = runner is self.ways["batched"] and self.supports_prompt_cache
-        if not is_cached or spliced.embeds.shape[1] < 2:  # one token is read again, after the cached ones
-            return super().text_losses(batch, texts, batch_size=batch_size)
-        return self.cached_prefix.losses_after(spliced, target_ids, ngrams=batch.ngrams, batch_size=batch_size)
-
     @property
     def max_cached_tokens(self) -> int | None:
         """Longest sequence whose cached states stay valid; None if the config sets no limit."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, small_llm
 
 from personaplug.analysis.identification_metrics import IdentifiedPersona
 from personaplug.analysis.metric_base import value_of
@@ -143,20 +142,6 @@ def test_prompt_is_read_once_for_all_suffix_personas(
     Row(toy).ranks(None if placement == "none" else SoftPromptOfItems(toy, placement))
     assert len(reads) == (USERS if placement == "suffix" else 0)
     toy.clear_cache()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("placement", ["prefix", "suffix", "none"])
-def test_losses_of_texts_after_one_prompt_equal_those_of_single_rows(family: str, placement: str) -> None:
-    llm = small_llm(family)
-    soft = None if placement == "none" else SoftPromptOfItems(llm, placement).soft_prompt(SAMPLES[:1])
-    batch = PromptBatch(["a question"], soft, soft_at=[2])
-    texts = ["yes", "a longer answer than that", "no", ""]
-    losses, tokens = llm.text_losses(batch, texts, batch_size=3)
-    for text, loss, count in zip(texts, losses.tolist(), tokens.tolist(), strict=True):
-        alone, length = llm.loss(batch, [text])
-        assert loss == pytest.approx(float(alone), rel=1e-3, abs=1e-3)
-        assert count == int(length)
 
 
 def test_strangers_are_other_users_and_the_same_for_all_rows() -> None:

@@ -133,7 +133,8 @@ class _Round:
         """Return the scores of texts for each user, (n, C); 0 for texts that repeat a training text."""
         is_new = np.array([text not in self.copies for text in texts])
         scores = self.vectorizer.transform(texts) @ self.weights + self.biases
-        return np.asarray(scores, dtype=np.float64) * is_new[:, None]
+        scores_of_new: Array = np.asarray(scores, dtype=np.float64) * is_new[:, None]
+        return scores_of_new
 
 
 def without_copies(past_answers: Mapping[str, Sequence[str]], references: Sequence[str]) -> dict[str, list[str]]:

@@ -124,7 +124,9 @@ class LabelPriorFit:
             scores: (n, C) log-probabilities of the labels without the prior; None = those in all training answers.
         """
         ids = self._label_ids(samples)
-        for rows in torch.split(torch.nonzero(ids >= 0)[:, 0], _BATCH_SIZE):
+        labelled = torch.nonzero(ids >= 0)[:, 0]
+        for start in range(0, len(labelled), _BATCH_SIZE):
+            rows = labelled[start : start + _BATCH_SIZE]
             batch = [samples[row] for row in rows.tolist()]
             yield self._batch(batch, ids[rows], scores=None if scores is None else scores[rows.to(scores.device)])
 

@@ -85,14 +85,14 @@ def test_fit_beside_a_model_changes_the_numbers_only(tmp_path: Path) -> None:
     fit, samples = _fit(tmp_path, prior="neighbors", users=60)
     fit.fit_alone(samples, config=CONFIG, seed=0)
     assert fit.prior.metric is not None
-    metric, trust = fit.prior.metric.weight.clone(), float(fit.prior.near_trust)
+    metric, trust = fit.prior.metric.weight.clone(), fit.prior.near_trust.item()
     others = samples[1:] + samples[:1]
     strangers = [s.with_items_of(o, np.arange(len(o.rows))) for s, o in zip(samples, others, strict=True)]
     uniform = torch.full((len(samples), 3), 1 / 3).log()
     before = fit.loss(strangers, scores=uniform)
     after = fit.fit_beside(uniform, strangers)
     assert after < before
-    assert float(fit.prior.near_trust) < trust / 2  # a stranger's answers tell nothing
+    assert fit.prior.near_trust.item() < trust / 2  # a stranger's answers tell nothing
     assert torch.equal(fit.prior.metric.weight, metric)
 
 

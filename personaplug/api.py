@@ -40,7 +40,7 @@ from personaplug.methods.base import Method
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import CARD, find_plug, model_card, read_description
 from personaplug.run import Models, Run, open_models
-from personaplug.training.parts import COUNTING, INSTRUCTION, PLUG, train
+from personaplug.training.parts import INSTRUCTION, PLUG, train, trained_counting
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +348,7 @@ class Plug(ModelHubMixin):
         return self.run.trained_parts(PLUG.name, INSTRUCTION.name)
 
     def _default_methods(self) -> list[Method]:
-        trained = [*self._trained_parts(), *self.run.trained_parts(*(part.name for part in COUNTING))]
+        trained = [*self._trained_parts(), *trained_counting(self.run)]
         rows = default_rows(self.run.task, has_train_split=self._data is not None, trained=trained)
         return [row for row in rows if all(part.name in trained for part in needed_parts([row]))]
 

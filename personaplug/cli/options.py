@@ -118,9 +118,9 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
     """
     from personaplug.data.splits import drawn
     from personaplug.methods import default_rows
-    from personaplug.training.parts import COUNTING
+    from personaplug.training.parts import trained_counting
 
-    trained = run.trained_parts(*(part.name for part in COUNTING))
+    trained = trained_counting(run)
     rows = default_rows(run.task, trained=trained)
     users: set[str | None] | None = None
     with suppress(MissingData):

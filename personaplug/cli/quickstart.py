@@ -24,7 +24,7 @@ from personaplug.inference import generate
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import default_rows
 from personaplug.run import Models, Run, dated, open_models
-from personaplug.training.parts import COUNTING, train
+from personaplug.training.parts import train, trained_counting
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_quickstart(
         run,
         reader,
         split="dev",
-        methods=default_rows(run.task, trained=run.trained_parts(*(part.name for part in COUNTING))),
+        methods=default_rows(run.task, trained=trained_counting(run)),
         config=config.evaluation,
         models=models,
         oracle=data / "dev_oracle.json",

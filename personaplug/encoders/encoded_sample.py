@@ -222,9 +222,10 @@ def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:
     return style_features_of(item.text if item.answer_text is None else item.answer_text for item in items)
 
 
-def past_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
-    """Return the non-empty answers of the latest items, in order."""
-    return tuple(item.answer for item in items[-latest:] if item.answer)
+def past_answers(items: Sequence[HistoryItem], *, latest: int | None = None) -> tuple[str, ...]:
+    """Return the non-empty answers of the latest items, in order; None = of all items."""
+    chosen = items if latest is None else items[-latest:]
+    return tuple(item.answer for item in chosen if item.answer)
 
 
 def no_style(items: int = 0) -> StyleArray:

@@ -18,8 +18,9 @@ from personaplug.analysis.metrics import get_metric
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall, Words, own_words, words_of
 from personaplug.analysis.sampled_metrics import SAMPLED, can_be_sampled
 from personaplug.config import EvaluationConfig
-from personaplug.data.records import Sample, turns_of
+from personaplug.data.records import turns_of
 from personaplug.data.task import Task
+from personaplug.encoders.encoded_sample import past_answers
 from personaplug.encoders.style_features import FEATURES, FORM_FEATURES, style_features_of
 from personaplug.methods.context import EvalContext
 
@@ -113,7 +114,7 @@ class TextInstruments:
             _WordsOfSample(
                 of_texts([sample.target or ""]),
                 of_texts(message for _, message in turns_of(sample.full_prompt)),
-                of_texts(past_answers(sample)),
+                of_texts(past_answers(sample.history)),
             )
             for sample in self.context.texts
         ]
@@ -123,7 +124,7 @@ class TextInstruments:
         """The models that attribute texts to users, fitted on all past answers of the evaluation's users."""
         answers: dict[str, list[str]] = {}
         for text in self.context.texts:
-            answers.setdefault(text.owner, []).extend(past_answers(text))
+            answers.setdefault(text.owner, []).extend(past_answers(text.history))
         references = [text.target for text in self.context.texts if text.target is not None]
         logger.info("Attribution: training on the past answers of %d users.", len(answers))
         return AuthorModels(answers, references, seed=self.context.config.draw_seed)
@@ -133,8 +134,3 @@ def _forms(texts: Sequence[str]) -> Array:
     """Return the features of form of each text, (n, F)."""
     columns = [FEATURES.index(name) for name in FORM_FEATURES]
     return style_features_of(texts)[:, columns].astype(np.float64)
-
-
-def past_answers(sample: Sample) -> list[str]:
-    """Return the answers in a sample's history, in order."""
-    return [item.answer for item in sample.history if item.answer]

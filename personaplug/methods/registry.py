@@ -15,11 +15,11 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, nearest
 from personaplug.infra.plugins import load_plugins, register
 from personaplug.methods.base import Method
+from personaplug.training.parts import COUNTING
 from personaplug.training.trainings import TrainedPart
 
 _EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
 _FREE_BASELINES = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
-_COUNTING = ("instruction+labels", "instruction+neighbors")
 _BOUNDS = ("reference@wrong-user", "reference")  # floor and ceiling of measures of texts
 
 MethodFactory = Callable[[str], Method]
@@ -69,7 +69,7 @@ def default_rows(task: Task, *, has_train_split: bool = True, trained: Collectio
         has_train_split: whether rows can be fitted on the training split.
         trained: names of the run's trained parts.
     """
-    counts = [name for name in _COUNTING if name in trained]
+    counts = [part.name for part in COUNTING if part.name in trained]
     baselines = [find_method(name) for name in (*_FREE_BASELINES, *counts, *_BOUNDS)]
     suitable = [row for row in baselines if _fits(row, task) and (has_train_split or not row.needs_train_split)]
     first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")

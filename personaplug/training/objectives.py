@@ -115,8 +115,7 @@ class PlugObjective:
         self, samples: Sequence[EncodedSample], answers: Sequence[str], *, soft: SoftPrompt
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of an answer to each sample and its number of tokens, both (B,)."""
-        batch = PromptBatch([sample.prompt for sample in samples], soft, [sample.soft_at for sample in samples])
-        return self.llm.loss(batch, answers, labels=self.labels)
+        return self.llm.loss(prompts_with(soft, samples), answers, labels=self.labels)
 
     def _preference_loss(
         self,
@@ -207,6 +206,11 @@ def plug_parameter_groups(plugs: Sequence[PersonaPlug], config: TrainingConfig) 
     kinds = [plug.parameter_kinds() for plug in plugs]
     groups = {kind: list(dict.fromkeys(p for own in kinds for p in own[kind])) for kind in rates}
     return [{"params": groups[kind], "peak": rate} for kind, rate in rates.items() if groups[kind]]
+
+
+def prompts_with(soft: SoftPrompt, samples: Sequence[EncodedSample]) -> PromptBatch:
+    """Return the samples' prompts with their soft tokens."""
+    return PromptBatch([sample.prompt for sample in samples], soft, [sample.soft_at for sample in samples])
 
 
 def _texts(samples: Sequence[EncodedSample]) -> tuple[list[Prompt], list[str]]:

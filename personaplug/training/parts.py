@@ -23,7 +23,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.locks import sole_trainer
-from personaplug.llm.base import LanguageModel, PromptBatch
+from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
@@ -31,7 +31,7 @@ from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.label_prior_fit import LabelPriorFit
-from personaplug.training.objectives import PlugObjective
+from personaplug.training.objectives import PlugObjective, prompts_with
 from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, mean_loss
 from personaplug.training.trainings import TrainedPart, Trainings
@@ -293,6 +293,11 @@ def default_parts(run: Run) -> tuple[TrainedPart, ...]:
     return (INSTRUCTION, *counting, PLUG)
 
 
+def trained_counting(run: Run) -> list[str]:
+    """Return the names of the run's trained parts that only count labels."""
+    return run.trained_parts(*(part.name for part in COUNTING))
+
+
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:
     """Return an untrained plug for the run's models; `seed` determines its initial weights."""
     identity = models.llm.identity
@@ -359,7 +364,6 @@ def _label_scores(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings
     labels, rows, scores = trainings.run.task.labels, trainings.run.config.evaluation.evaluation_batch_size, []
     for start in range(0, len(samples), rows):
         batch = samples[start : start + rows]
-        soft = personalizer.soft_prompt(batch)
-        prompts = PromptBatch([sample.prompt for sample in batch], soft, [sample.soft_at for sample in batch])
+        prompts = prompts_with(personalizer.soft_prompt(batch), batch)
         scores.append(llm.score(prompts, labels).float().log_softmax(dim=1))
     return torch.cat(scores)

@@ -16,10 +16,11 @@ from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import turns_of
 from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation import instruments
 from personaplug.evaluation.evaluator import Evaluator, evaluate, predict
-from personaplug.evaluation.instruments import TEXT_INSTRUMENTS, past_answers
+from personaplug.evaluation.instruments import TEXT_INSTRUMENTS
 from personaplug.evaluation.measurements import Measurements
 from personaplug.methods import find_method, identification, parse_methods
 from personaplug.run import Models, Run, open_models
@@ -92,7 +93,7 @@ def test_own_words_are_those_of_the_user_and_of_the_stranger_with_the_same_seed(
         assert any(own)
         for words, sample, source in zip(own, context.texts, sources, strict=True):
             assert source is not None
-            past, stranger = (words_of(past_answers(text)) for text in (sample, context.texts[source]))
+            past, stranger = (words_of(past_answers(text.history)) for text in (sample, context.texts[source]))
             inputs = words_of(text for _, text in turns_of(sample.full_prompt))
             assert words == (words_of([sample.target or ""]) & (past ^ stranger)) - inputs
 

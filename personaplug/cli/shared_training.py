@@ -59,3 +59,6 @@ def tell_trained(folders: Sequence[Path]) -> None:
             f"best step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
             f"per {fitted.get('unit', 'token')}"
         )
+        if "served_as" in fitted:
+            losses = ", ".join(f"{loss:.4f} as {name}" for name, loss in fitted["loss_by_choice"].items())
+            click.echo(f"  loss of held-out users: {losses}; the plug serves users as {fitted['served_as']}")

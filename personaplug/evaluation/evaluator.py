@@ -327,10 +327,10 @@ class Evaluator:
         """Return the share of the samples with a history whose history a personal row did not use."""
         if method.info.history == "none":
             return 0.0
-        cold_start_items = method.cold_start_items(self.context, seed=seed)
+        ignored_items = method.ignored_items(self.context, seed=seed)
         pairs = zip(inputs.items_used, self.context.history_sizes, strict=True)
         items_used = [items for items, size in pairs if size]
-        return float(np.mean([items <= cold_start_items for items in items_used])) if items_used else 0.0
+        return float(np.mean([items <= ignored_items for items in items_used])) if items_used else 0.0
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         task = self.run.task

@@ -115,8 +115,8 @@ class Method(ABC):
         """Return the number of soft tokens that the row adds to a prompt."""
         return 0
 
-    def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
-        """Return the largest number of items with which a user still gets the cold start."""
+    def ignored_items(self, context: EvalContext, *, seed: int) -> int:
+        """Return the largest number of items that the row ignores: the items of a cold start."""
         return 0
 
     def remark(self, task: Task) -> str | None:

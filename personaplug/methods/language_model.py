@@ -155,9 +155,9 @@ class LanguageModelMethod(Method):
             return 0
         return self.soft.plug_config(context.run.config.plug).soft_tokens
 
-    def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
+    def ignored_items(self, context: EvalContext, *, seed: int) -> int:
         plug = self._plug(context, seed=seed)
-        return 0 if plug is None else plug.cold_start.max_items
+        return 0 if plug is None else plug.cold_start.ignored_items
 
     def remark(self, task: Task) -> str | None:
         if self.info.history == SHUFFLED and self.info.control_of == "plug":

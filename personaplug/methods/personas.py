@@ -46,8 +46,8 @@ class MeanPersona:
     """
 
     def __init__(self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, batch_size: int = 64) -> None:
-        cold_start_items = personalizer.plug.cold_start.max_items
-        samples = [sample for sample in samples if len(sample.rows) > cold_start_items] or samples
+        ignored_items = personalizer.plug.cold_start.ignored_items
+        samples = [sample for sample in samples if len(sample.rows) > ignored_items] or samples
         with torch.no_grad():
             parts = [
                 _weighted_sum(personalizer.soft_prompt(samples[start : start + batch_size]), weight=1 / len(samples))

@@ -29,11 +29,13 @@ class Drift:
 
 @torch.no_grad()
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-    """Return the weight of each item in the persona for a query, (N,); all 0 for a cold-start user."""
-    plug = personalizer.plug
-    if plug.persona is None or plug.cold_start.covers(history.kind_ids):
-        return np.zeros(len(history), dtype=np.float32)
-    weights: npt.NDArray[np.float32] = plug.persona.item_weights([query], personalizer.collate(history)).cpu().numpy()
+    """Return the weight of each item for a query, (N,); all 0 if the items have no effect.
+
+    The weights are those of the persona. For users without a persona, they are those of the label prior.
+    """
+    weights: npt.NDArray[np.float32] = (
+        personalizer.plug.item_weights(query, personalizer.collate(history)).cpu().numpy()
+    )
     return weights
 
 

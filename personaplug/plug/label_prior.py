@@ -53,31 +53,64 @@ class LabelPrior(nn.Module):
         counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # add-one smoothing
         self.usual.copy_(counts / counts.sum())
 
+    def numbers(self) -> Tensor:
+        """Return all parameters but A: log doubt, trust and, with A, log near doubt, near trust, log temperature."""
+        near = () if self.metric is None else (self.log_near_doubt, self.near_trust, self.log_temperature)
+        return torch.stack([self.log_doubt, self.trust, *near])
+
     def freeze_metric(self) -> None:
         """Exclude A from further training: it has far more parameters than samples of most sets."""
         if self.metric is not None:
             self.metric.requires_grad_(False)
 
-    def forward(self, history: HistoryBatch, queries: Tensor | None = None, *, cosines: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        history: HistoryBatch,
+        queries: Tensor | None = None,
+        *,
+        cosines: Tensor | None = None,
+        numbers: Tensor | None = None,
+    ) -> Tensor:
         """Return b of each user, (B, C).
 
         Args:
             queries: (B, E) unit vectors of the queries; needed to count similar items.
             cosines: the result of `cosines` in place of the queries.
+            numbers: other values of `numbers`; None = the prior's own.
         """
+        log_doubt, trust, *near_numbers = (self.numbers() if numbers is None else numbers).unbind()
         owners = self._owners(history)
         is_label = history.label_ids >= 0
         cells = (owners * len(self.usual) + history.label_ids)[is_label]
-        own = self._frequencies(self._sums(cells, torch.ones_like(cells), history), self.usual, self.log_doubt)
-        bias = self.trust * (own / self.usual).log()
+        own = self._frequencies(self._sums(cells, torch.ones_like(cells), history), self.usual, log_doubt)
+        bias = trust * (own / self.usual).log()
         if self.metric is None:
             return bias
         if cosines is None:
             assert queries is not None, "similar items depend on the query"
             cosines = self.cosines(history, queries)
-        weights = ((cosines[is_label] - 1) / self.log_temperature.exp()).exp()
-        near = self._frequencies(self._sums(cells, weights, history), own, self.log_near_doubt)
-        return bias + self.near_trust * (near / own).log()
+        log_near_doubt, near_trust, log_temperature = near_numbers
+        weights = self._similarities(cosines[is_label], log_temperature)
+        near = self._frequencies(self._sums(cells, weights, history), own, log_near_doubt)
+        return bias + near_trust * (near / own).log()
+
+    def item_weights(self, history: HistoryBatch, queries: Tensor | None, *, numbers: Tensor | None = None) -> Tensor:
+        """Return the share of each item of one user in r or, without A, in s, (M,); 0 for an item without a label.
+
+        The rest of the weight is that of π.
+
+        Args:
+            queries, numbers: as for `forward`.
+        """
+        log_doubt, _, *near_numbers = (self.numbers() if numbers is None else numbers).unbind()
+        is_label = (history.label_ids >= 0).to(self.usual)
+        own = is_label / (is_label.sum() + log_doubt.exp())
+        if self.metric is None:
+            return own
+        assert queries is not None, "similar items depend on the query"
+        near = is_label * self._similarities(self.cosines(history, queries), near_numbers[2])
+        near_doubt = near_numbers[0].exp()
+        return (near + near_doubt * own) / (near.sum() + near_doubt)
 
     def cosines(self, history: HistoryBatch, queries: Tensor) -> Tensor:
         """Return cos(A·x, A·h_i) of each item and the query of its user, (M,)."""
@@ -95,6 +128,10 @@ class LabelPrior(nn.Module):
         """Sum the weights of items by user and label, (B, C); `cells` are indices into the flat result."""
         sums = self.usual.new_zeros(len(history.lengths) * len(self.usual))
         return sums.index_add(0, cells, weights.to(sums)).view(-1, len(self.usual))
+
+    @staticmethod
+    def _similarities(cosines: Tensor, log_temperature: Tensor) -> Tensor:
+        return ((cosines - 1) / log_temperature.exp()).exp()
 
     @staticmethod
     def _frequencies(counts: Tensor, prior: Tensor, log_doubt: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B users, M items of all users together, E encoder width, D language mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -209,17 +209,31 @@ class OptionHint(nn.Module):
 
 
 class ColdStart(nn.Module):
-    """Give users with at most `max_items` items the unscaled `tokens` (S, D).
+    """Give users with at most `max_items` items the unscaled `tokens` (S, D) in place of a persona, and no label bias.
 
-    Without `tokens`, these users get the prompt of a user without items. A user with a stated preference is never cold.
+    Without `tokens`, these users get the prompt of a user without items. With `prior_numbers`, these users get the bias
+    of the plug's label prior with these numbers. A user with a stated preference is never cold, because only a persona
+    can read the preference.
+
+    Args:
+        prior_numbers: see `LabelPrior.numbers`; needs `tokens`.
     """
 
     tokens: Tensor | None
+    prior_numbers: Tensor | None
 
-    def __init__(self, tokens: Tensor | None = None, *, max_items: int = 0) -> None:
+    def __init__(
+        self, tokens: Tensor | None = None, *, max_items: int = 0, prior_numbers: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.max_items = max_items
         self.register_buffer("tokens", tokens)
+        self.register_buffer("prior_numbers", prior_numbers)
+
+    @property
+    def ignored_items(self) -> int:
+        """Largest number of items that have no effect on the prompt."""
+        return self.max_items if self.prior_numbers is None else 0
 
     def is_cold(self, history: HistoryBatch) -> Tensor:
         """Return which users are cold, (B,) bool, on the CPU."""
@@ -228,6 +242,10 @@ class ColdStart(nn.Module):
     def covers(self, kind_ids: Tensor | Int8Array) -> bool:
         """Return True if a user with items of these kinds, (N,), is cold."""
         return len(kind_ids) <= self.max_items and not bool((kind_ids == PREFERENCE_KIND).any())
+
+    def ignores(self, kind_ids: Tensor | Int8Array) -> bool:
+        """Return True if the items of a user, with these kinds, (N,), have no effect on the prompt."""
+        return self.covers(kind_ids) and len(kind_ids) <= self.ignored_items
 
     def hide_items(self, history: HistoryBatch, is_cold: Tensor) -> HistoryBatch:
         """Drop the items of cold users, unless `replace_tokens` replaces their soft tokens."""
@@ -241,6 +259,9 @@ class ColdStart(nn.Module):
         """Replace the soft tokens, (B, S, D), of cold users by `tokens`."""
         return soft if self.tokens is None else torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
 
-    def mask_bias(self, bias: Tensor, is_cold: Tensor) -> Tensor:
-        """Set the label bias, (B, C), of cold users to 0."""
-        return bias.masked_fill(is_cold[:, None].to(bias.device), 0) if is_cold.any() else bias
+    def replace_bias(self, bias: Tensor, is_cold: Tensor, *, bias_with: Callable[[Tensor], Tensor]) -> Tensor:
+        """Set the label bias, (B, C), of cold users to 0 or, with `prior_numbers`, to the bias with these numbers."""
+        if not is_cold.any():
+            return bias
+        other = torch.zeros_like(bias) if self.prior_numbers is None else bias_with(self.prior_numbers)
+        return torch.where(is_cold[:, None].to(bias.device), other, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ _KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens"
     "numbers",
 )
 _COLD_TOKENS = "cold_start.tokens"
+_COLD_NUMBERS = "cold_start.prior_numbers"
 _MAX_COLD_ITEMS = "cold_start.max_items"  # in the file of the weights, so that prompts depend on one file
 
 
@@ -113,14 +115,34 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             persona = self.persona(queries, visible, options=options, persona_scale=persona_scale)
             tokens = torch.cat([tokens, persona], dim=1)
         if self.label_prior is not None:
-            bias = persona_scale * self.cold_start.mask_bias(self.label_bias(queries, visible), is_cold)
+            bias_with = partial(self.label_bias, queries, visible)
+            bias = persona_scale * self.cold_start.replace_bias(bias_with(), is_cold, bias_with=bias_with)
         return self._soft_prompt(self.cold_start.replace_tokens(tokens, is_cold), label_bias=bias)
 
-    def label_bias(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """Return the label prior of each user, (B, C), without the cold start and the persona scale."""
+    def label_bias(self, queries: Sequence[str], history: HistoryBatch, prior_numbers: Tensor | None = None) -> Tensor:
+        """Return the label prior of each user, (B, C), without the cold start and the persona scale.
+
+        Args:
+            prior_numbers: other numbers of the prior, see `LabelPrior.numbers`; None = its own.
+        """
         assert self.label_prior is not None
-        bias: Tensor = self.label_prior(history, self.query_vectors(queries) if self._compares_items else None)
+        vectors = self.query_vectors(queries) if self._compares_items else None
+        bias: Tensor = self.label_prior(history, vectors, numbers=prior_numbers)
         return bias
+
+    def item_weights(self, query: str, history: HistoryBatch) -> Tensor:
+        """Return the weights of one user's items, (M,): in the persona or, without one, in the label prior.
+
+        All weights are 0 if the items have no effect.
+        """
+        is_cold = self.cold_start.covers(history.kind_ids)
+        if self.persona is not None and not is_cold:
+            return self.persona.item_weights([query], history)
+        if self.label_prior is None or self.cold_start.ignores(history.kind_ids):
+            return self.instruction.new_zeros(len(history.kind_ids))
+        numbers = self.cold_start.prior_numbers if is_cold else None
+        vectors = self.query_vectors([query]) if self._compares_items else None
+        return self.label_prior.item_weights(history, vectors, numbers=numbers)
 
     def query_vectors(self, queries: Sequence[str]) -> Tensor:
         """Return the frozen encoder's unit vectors of queries, (B, E)."""
@@ -216,10 +238,17 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:
-        cold_start = {_COLD_TOKENS: (self.config.soft_tokens, self.spec.llm.width), _MAX_COLD_ITEMS: ()}
+        cold_start: dict[str, tuple[int, ...]] = {
+            _COLD_TOKENS: (self.config.soft_tokens, self.spec.llm.width),
+            _MAX_COLD_ITEMS: (),
+        }
+        if self.label_prior is not None:
+            cold_start[_COLD_NUMBERS] = tuple(self.label_prior.numbers().shape)
         tensors = load_tensors(path, remedy=saving.REMEDY, shapes=shapes_of(self), optional=cold_start)
         max_items = int(tensors.pop(_MAX_COLD_ITEMS, torch.tensor(0)))
-        self.cold_start = ColdStart(tensors.get(_COLD_TOKENS), max_items=max_items)
+        self.cold_start = ColdStart(
+            tensors.get(_COLD_TOKENS), max_items=max_items, prior_numbers=tensors.get(_COLD_NUMBERS)
+        )
         self.load_state_dict(tensors)
 
 

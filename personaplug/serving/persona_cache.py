@@ -55,7 +55,7 @@ class _Entry:
 
     version: int
     items: int
-    is_cold: bool  # too few items for the user's own persona
+    is_cold: bool  # too few items to have an effect
     phrases: UserNgramCache | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
@@ -179,7 +179,7 @@ class PersonaCache:
         return self._build_phrases(past_answers(self.store.list_items(tenant, user, latest=latest), latest=latest))
 
     def _entry(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Entry:
-        facts = (history.version, len(history), self.plug.cold_start.covers(history.kind_ids))
+        facts = (history.version, len(history), self.plug.cold_start.ignores(history.kind_ids))
         if not self.plug.ignores_query:
             return _Entry(*facts, phrases, history=self.personalizer.precompute(history))
         with self.plug_lock:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -32,6 +33,7 @@ from personaplug.training.batching import user_split
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.label_prior_fit import LabelPriorFit
 from personaplug.training.objectives import PlugObjective, prompts_with
+from personaplug.training.persona_choice import keep_better
 from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, mean_loss
 from personaplug.training.trainings import TrainedPart, Trainings
@@ -145,10 +147,12 @@ class PlugPart(SoftPromptPart):
         return super().fit(trainings, seed=seed)
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
-        """Train the control, whose tokens may serve users with few items; the plug does not require it."""
+        """Train the parts without a persona, whose tokens may serve users; the plug does not require them."""
         if self._has_control(trainings.run):
             try:
                 trainings.train(INSTRUCTION, seed=seed)
+                if counting := _counting_part(trainings.run):
+                    trainings.train(counting, seed=seed)
             except TrainingDiverged as error:
                 logger.warning("The control diverged, so the plug is trained without it. %s", error)
 
@@ -164,7 +168,7 @@ class PlugPart(SoftPromptPart):
         *,
         seed: int,
     ) -> dict[str, object]:
-        """Choose the cold start: the soft tokens of users with few items."""
+        """Choose the soft tokens of users with few items, then whether any user gets a persona."""
         run = trainings.run
         if not self._has_control(run) or not on_main(lambda: run.trained(INSTRUCTION.name, seed=seed)):
             return {}
@@ -172,13 +176,15 @@ class PlugPart(SoftPromptPart):
         _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
         with synchronized():
             control = load_control(trainings, seed=seed).instruction.detach()
-        losses = set_best_cold_start(
-            plug,
-            control,
-            held_out,
-            mean_loss=lambda subset: mean_loss(objective, subset, max_tokens=config.max_tokens_per_microbatch),
-        )
-        return {"loss_of_few_items": losses}
+        measure = partial(mean_loss, objective, max_tokens=config.max_tokens_per_microbatch)
+        losses = set_best_cold_start(plug, control, held_out, mean_loss=measure)
+        facts: dict[str, object] = {"loss_of_few_items": losses}
+        part = _counting_part(run)
+        if part is None or not on_main(lambda: run.trained(part.name, seed=seed)):
+            return facts
+        with synchronized():
+            counting = run.load_plug(part.name, seed=seed, models=trainings.models)
+        return facts | keep_better(plug, counting, held_out, name=part.name, mean_loss=measure)
 
 
 @dataclass(frozen=True)
@@ -296,6 +302,11 @@ def default_parts(run: Run) -> tuple[TrainedPart, ...]:
 def trained_counting(run: Run) -> list[str]:
     """Return the names of the run's trained parts that only count labels."""
     return run.trained_parts(*(part.name for part in COUNTING))
+
+
+def _counting_part(run: Run) -> LabelPriorPart | None:
+    """Return the part without a persona that has the plug's kind of label prior."""
+    return next((part for part in COUNTING if part.prior == run.config.plug.label_prior), None)
 
 
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:

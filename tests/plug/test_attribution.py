@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from plugs import WIDTH, build_plug
 
-from personaplug.encoders.encoded_sample import EncodedHistory, all_answers, no_style
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND, EncodedHistory, all_answers, no_style
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import drift, item_weights, leave_one_out
 from personaplug.plug.layers import ColdStart
@@ -44,6 +45,18 @@ def test_item_weights_sum_to_one_and_are_zero_for_a_cold_user() -> None:
     plug.cold_start = ColdStart(max_items=3)
     assert item_weights(Personalizer(plug), "x", history).tolist() == [0, 0, 0]
     assert item_weights(Personalizer(build_plug(persona_tokens=0)), "x", history).tolist() == [0, 0, 0]
+
+
+def test_item_weights_of_a_dropped_persona_are_those_of_the_label_prior() -> None:
+    plug = build_plug(persona_tokens=2, labels=("1", "2"), label_prior="neighbors")
+    history = replace(_history(np.random.default_rng(0)), label_ids=np.array([0, -1, 1], dtype=np.int16))
+    of_persona = item_weights(Personalizer(plug), "x", history)
+    plug.cold_start = ColdStart(plug.population_prompt().vectors[0], max_items=3, prior_numbers=torch.zeros(5))
+    weights = item_weights(Personalizer(plug), "x", history)
+    assert of_persona[1] > 0 == weights[1]  # the label prior does not read an item without a label
+    assert 0 < weights.sum() < 1
+    stated = replace(history, kind_ids=np.array([0, 0, PREFERENCE_KIND], dtype=np.int8))
+    assert item_weights(Personalizer(plug), "x", stated).tolist() == pytest.approx(of_persona.tolist())
 
 
 def test_leave_one_out_drops_each_item_in_turn() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from plugs import LLM, QUERIES, WIDTH, build_history, build_plug, head_of
 
 from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND
 from personaplug.errors import MissingData
+from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 
@@ -110,3 +113,63 @@ def test_cold_start_removes_the_label_bias_of_cold_users(tmp_path: Path) -> None
     plug.save_pretrained(tmp_path)
     loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     torch.testing.assert_close(loaded(QUERIES, history).label_bias, bias_with_cold_start)
+
+
+def _plug_without_persona(encoder: HashEncoder, *, label_prior: str) -> PersonaPlug:
+    """Return a plug whose users get other tokens and another label prior."""
+    plug = build_plug(encoder, labels=LABELS, label_prior=label_prior, kinds=True)
+    assert plug.label_prior is not None
+    plug.label_prior.set_usual(torch.tensor([0, 0, 1, 2]))
+    numbers = plug.label_prior.numbers().detach() - 0.4
+    tokens = torch.full_like(plug.population_prompt().vectors[0], 2.0)
+    plug.cold_start = ColdStart(tokens, max_items=plug.config.max_history, prior_numbers=numbers)
+    return plug
+
+
+def _with_a_preference(history: HistoryBatch) -> HistoryBatch:
+    """Return a batch in which the first item of the first user is a stated preference."""
+    kinds = history.kind_ids.clone()
+    kinds[0] = PREFERENCE_KIND
+    return replace(history, kind_ids=kinds)
+
+
+@pytest.mark.parametrize("label_prior", ["counts", "neighbors"])
+def test_users_without_persona_get_the_tokens_and_the_other_label_prior(tmp_path: Path, label_prior: str) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = _plug_without_persona(encoder, label_prior=label_prior), build_history(lengths=(4, 2, 0))
+    soft = plug(QUERIES, history)
+    assert torch.equal(soft.vectors, torch.full_like(soft.vectors, 2.0) * plug.spec.embedding_scale)
+    torch.testing.assert_close(soft.label_bias, plug.label_bias(QUERIES, history, plug.cold_start.prior_numbers))
+    assert soft.label_bias[:2].any(dim=1).all()
+    assert not soft.label_bias[2].any()
+    assert not torch.allclose(soft.label_bias[0], plug.label_bias(QUERIES, history)[0])
+    halved = plug(QUERIES, history, persona_scale=0.5)
+    torch.testing.assert_close(halved.label_bias, soft.label_bias / 2)
+    assert torch.equal(halved.vectors, soft.vectors)
+    plug.save_pretrained(tmp_path)
+    loaded = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)(QUERIES, history)
+    assert torch.equal(loaded.vectors, soft.vectors)
+    assert torch.equal(loaded.label_bias, soft.label_bias)
+
+
+def test_user_with_a_stated_preference_keeps_the_persona() -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = _plug_without_persona(encoder, label_prior="counts"), _with_a_preference(build_history())
+    without = plug(QUERIES, history)
+    plug.cold_start = ColdStart()
+    with_persona = plug(QUERIES, history)
+    assert torch.equal(without.vectors[0], with_persona.vectors[0])
+    assert torch.equal(without.label_bias[0], with_persona.label_bias[0])
+    assert not torch.equal(without.label_bias[1], with_persona.label_bias[1])
+
+
+@pytest.mark.parametrize(
+    ("label_prior", "message"), [("counts", r"prior_numbers should have shape \[2\]"), ("none", "is not expected")]
+)
+def test_prior_numbers_that_do_not_fit_are_refused_on_loading(tmp_path: Path, label_prior: str, message: str) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug = build_plug(encoder, labels=LABELS, label_prior=label_prior)
+    plug.cold_start = ColdStart(plug.population_prompt().vectors[0], prior_numbers=torch.zeros(5))
+    plug.save_pretrained(tmp_path)
+    with pytest.raises(MissingData, match=message):
+        PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)

@@ -86,6 +86,22 @@ def test_label_prior_ignores_unlabeled_items(width: int) -> None:
     assert prior(_history([], ()), torch.empty(0, 4)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("width", [0, 4])
+def test_item_weights_and_the_rest_give_the_frequencies(width: int) -> None:
+    prior = _prior(width=width)
+    numbers = torch.tensor([0.3, 1.0, -0.5, 1.0, -1.0])[: 5 if width else 2]  # with trusts of 1, b = log(r / π)
+    vectors = torch.nn.functional.normalize(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    history, query = _history([0, 2, -1, 2], (4,), vectors=vectors), torch.eye(1, 4)
+    with torch.no_grad():
+        weights = prior.item_weights(history, query, numbers=numbers)
+        frequencies = prior.usual * prior(history, query, numbers=numbers)[0].exp()
+    by_label = torch.stack([weights[0], torch.tensor(0.0), weights[1] + weights[3]])
+    torch.testing.assert_close(by_label + (1 - weights.sum()) * prior.usual, frequencies)
+    assert weights[2] == 0
+    assert (weights[1] != weights[3]) == bool(width)
+    assert not torch.equal(prior.item_weights(history, query), weights)
+
+
 def test_label_prior_parameters_get_gradients() -> None:
     prior = _prior(width=4)
     (-prior(_history([2, 2], (2,)), torch.eye(1, 4))[0, 2]).backward()

@@ -241,3 +241,18 @@ def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None
         assert bool(weights.any()) == (applied[-1] == "user")
     assert applied == ["population", "population", "user"]
     assert not torch.equal(_tokens(cache, "ann"), _tokens(cache, None))
+
+
+def test_items_of_a_user_without_persona_act_through_the_label_prior(tmp_path: Path) -> None:
+    cache, tokens = _open_cache(tmp_path, QUERY_DEPENDENT), torch.ones(8, 8)
+    cache.plug.cold_start = ColdStart(tokens, max_items=512, prior_numbers=torch.ones(2))
+    assert _ask(cache, "shop", None, query="a film").applied == "population"
+    add(cache.store, "shop", "ann", ITEMS)
+    for _ in range(2):  # computed, then cached
+        persona = _ask(cache, "shop", "ann", query="a film")
+        assert persona.applied == "user"
+        assert persona.soft is not None
+        assert persona.soft.label_bias is not None
+        assert torch.equal(persona.soft.vectors[0], tokens * cache.plug.spec.embedding_scale)
+        torch.testing.assert_close(persona.soft.label_bias, _persona(cache.plug, ITEMS).label_bias)
+        assert persona.soft.label_bias.any()

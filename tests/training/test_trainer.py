@@ -364,7 +364,7 @@ def test_cold_start_has_the_lowest_held_out_loss(
         return losses[len(calls) - 1]
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", scripted_loss)
-    run = _train(tmp_path / "run", data, "max_steps=1")
+    run = _train(tmp_path / "run", data, "max_steps=1", "label_prior=none")
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).samples
     _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
@@ -383,7 +383,7 @@ def test_cold_start_has_the_lowest_held_out_loss(
 
 
 def test_facts_have_both_losses_of_each_cold_start_decision(tmp_path: Path, data: Path) -> None:
-    run = _train(tmp_path / "run", data)
+    run = _train(tmp_path / "run", data, "label_prior=none")
     table = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
     plug = run.load_plug("plug", seed=0, models=open_models(run.config))
     controls = table["0"]["instruction-only"] < table["0"]["plug"]
@@ -480,6 +480,6 @@ def test_cold_start_never_covers_a_full_history(
         return float(cast(PersonaPlug, objective.module).cold_start.tokens is None)  # the control always wins
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", scripted_loss)
-    run = _train(tmp_path / "run", data, setting, "max_steps=1")
+    run = _train(tmp_path / "run", data, setting, "max_steps=1", "label_prior=none")
     assert sizes == [{0}, {0}, {1}, {1}]
     assert run.load_plug("plug", seed=0, models=open_models(run.config)).cold_start.max_items == 1

@@ -134,7 +134,7 @@ def test_plug_without_persona_is_evaluated_as_the_counting_row(
 ) -> None:
     monkeypatch.setattr("personaplug.training.parts.mean_loss", _scripted(NAME, []))
     run, models = _train(tmp_path / "run", data)
-    results = evaluate(
+    results: Any = evaluate(
         run,
         open_dataset(data, "dev", task=run.task),
         split="dev",

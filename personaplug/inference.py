@@ -20,7 +20,8 @@ from personaplug.data.task_prompts import TaskPrompts, TaskQuery, find_task
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig, PromptBatch
-from personaplug.llm.ngram_cache import check_ngrams
+from personaplug.llm.copied_answers import MAX_ANSWERS, check_model, copy_source
+from personaplug.llm.copy_head import CopyHead, Copying
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import item_weights, leave_one_out
 from personaplug.plug.model import PersonaPlug
@@ -68,7 +69,7 @@ def generate(
     plug: PersonaPlug | None = None,
     seed: int | None = None,
     plain: bool = False,
-    phrases: bool = False,
+    copy_head: CopyHead | None = None,
     config: EvaluationConfig | None = None,
 ) -> Answer:
     """Answer one prompt, or the last message of a conversation, with a trained run; see `respond`.
@@ -79,12 +80,11 @@ def generate(
         plug: the run's plug; None = load it.
         seed: training seed of the plug; None = the first seed.
         plain: answer without the plug.
+        copy_head: the run's copy head (`load_copy_head`), for free text; None = copy nothing.
         config: None = the run's own config.
     Raises:
         ConfigError: if the prompt lacks the wording that marks the query, or an item does not belong to the run's task.
     """
-    if phrases:
-        check_ngrams(run.task)
     _check_texts(prompt)
     items = _checked_items(history, run.task)
     models, config = models or open_models(run.config), config or run.config.evaluation
@@ -92,7 +92,7 @@ def generate(
     if not plain:
         plug = plug or load_plug(run, models, seed=seed)
         personalizer = Personalizer(plug, persona_scale=config.persona_scale)
-    return respond(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
+    return respond(prompt, items, run=run, models=models, personalizer=personalizer, config=config, copy_head=copy_head)
 
 
 def load_plug(run: Run, models: Models, *, seed: int | None = None) -> PersonaPlug:
@@ -124,26 +124,26 @@ def respond(
     models: Models,
     personalizer: Personalizer | None,
     config: EvaluationConfig,
-    phrases: bool = False,
+    copy_head: CopyHead | None = None,
 ) -> Answer:
     """Answer a prompt for a user with these items. The answer is a label if the task has labels.
 
     Args:
-        phrases: mix phrases from the items' answers into generated text; this needs a persona.
+        copy_head: copies tokens of the prompt and of the items' answers into generated text; this needs a persona.
     Raises:
         ConfigError: if the prompt lacks the wording that marks the query.
     """
-    task, soft, ngrams = run.task, None, None
+    task, soft, copying = run.task, None, None
     if personalizer is not None:
         query, history = _query(run, last_message(prompt)), personalizer.encode(items, encoder=models.encoder)
         soft = personalizer.persona(query.text, history, options=query.options)
     if task.labels and config.decoding != "generate":
         scores = models.llm.score(PromptBatch([prompt], soft), task.labels)
         return Answer(task.labels[int(scores[0].argmax())], label_distribution(task.labels, scores[0].tolist()))
-    if phrases and personalizer is not None and config.persona_scale:
-        answers = past_answers(items, latest=personalizer.plug.config.max_history)
-        ngrams = [models.llm.build_ngram_cache(answers)]
-    generated = models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))
+    if copy_head is not None and personalizer is not None and config.persona_scale:
+        answers = past_answers(items, latest=MAX_ANSWERS)
+        copying = Copying(copy_head, [copy_source(check_model(models.llm), copy_head, answers)])
+    generated = models.llm.generate(PromptBatch([prompt], soft, copying=copying), _generation_config(task, config))
     return Answer(generated[0].text)
 
 

@@ -69,7 +69,7 @@ class EncodedSample:
         prompt: prompt with the messages before it.
         rows: (N,) row ids of the history's items, in order.
         label_ids, style, kind_ids: as in `EncodedHistory`.
-        own_answers: the user's past answers, if n-grams of them are interpolated with the language model.
+        own_answers: the user's past answers, if a copy head reads them.
     """
 
     id: str

@@ -19,9 +19,9 @@ from personaplug.data.records import Prompt
 from personaplug.errors import ConfigError
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_divergence, token_loss
+from personaplug.llm.copy_head import Copying
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
 from personaplug.llm.padding import pad_with_mask
 from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
@@ -72,12 +72,12 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class PromptBatch:
-    """B prompts or conversations before the chat template, with optional soft prompts and n-gram caches."""
+    """B prompts or conversations before the chat template, with optional soft prompts and a copy head."""
 
     prompts: Sequence[Prompt]
     soft: SoftPrompt | None = None  # B rows; None = no soft tokens
     soft_at: Sequence[int] | None = None  # characters of each text before its `prefix` soft tokens; None = 0
-    ngrams: Sequence[UserNgramCache] | None = None  # one per row, interpolated with the model
+    copying: Copying | None = None  # mixed with the model; needs `suffix` soft tokens
     seeds: Sequence[int] | None = None  # one per row for sampling; None = one seed for the batch, the config's
 
     def has_soft(self, placement: str) -> bool:
@@ -90,7 +90,7 @@ class PromptBatch:
             [self.prompts[index] for index in indices],
             None if self.soft is None else self.soft.rows(indices),
             None if self.soft_at is None else [self.soft_at[index] for index in indices],
-            None if self.ngrams is None else [self.ngrams[index] for index in indices],
+            None if self.copying is None else self.copying.take(indices),
             None if self.seeds is None else [self.seeds[index] for index in indices],
         )
 
@@ -114,6 +114,10 @@ class Runner(ABC):
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Return logits (B, L, V) and the target tokens that they predict (B, L); padding is IGNORED."""
 
+    def target_loss(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Return −log p of each target and its number of tokens, both (B,)."""
+        return token_loss(*self.target_logits(batch, target_ids))
+
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
         """Return the log-probability of each label, (B, C).
 
@@ -123,7 +127,7 @@ class Runner(ABC):
         if all(len(ids) == 1 for ids in label_ids):
             logits, _ = self.target_logits(batch, [label_ids[0]] * rows)
             return log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
-        losses = [token_loss(*self.target_logits(batch, [ids] * rows))[0] for ids in label_ids]
+        losses = [self.target_loss(batch, [ids] * rows)[0] for ids in label_ids]
         return -torch.stack(losses, dim=1)
 
     def start_decoding(self, batch: PromptBatch) -> Decoding | None:
@@ -269,11 +273,6 @@ class LanguageModel(ABC):
         content_ids = [token for token in ids if token not in self.end_ids]
         return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))
 
-    def build_ngram_cache(self, answers: Sequence[str]) -> UserNgramCache:
-        """Build an n-gram cache from a user's past answers; long answers are truncated."""
-        encode = self.prompt_tokenizer.encode_target_uncached
-        return UserNgramCache(encode(text[:MAX_CHARACTERS], end=len(text) <= MAX_CHARACTERS) for text in answers)
-
     def cache_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Cache the states of prompts before `suffix` soft tokens and drop earlier ones. Only the speed changes."""
         self.prompt_states.fill([row.ids for row in self.prompt_tokenizer.encode_prompts(prompts)], self.prompt_layout)
@@ -289,11 +288,11 @@ class LanguageModel(ABC):
         """Return −log p of each target and its number of tokens, both (B,); `labels` is the closed set of targets."""
         target_ids = self.prompt_tokenizer.encode_targets(targets, labels=labels)
         runner = self.choose_runner(batch, new_tokens=max(map(len, target_ids), default=0))
+        if not labels or batch.soft is None or batch.soft.label_bias is None:
+            return runner.target_loss(batch, target_ids)
         logits, target_tokens = runner.target_logits(batch, target_ids)
-        if labels and batch.soft is not None and batch.soft.label_bias is not None:
-            bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
-            logits = bias.add_to(logits, target_tokens)
-        return token_loss(logits, target_tokens, batch.ngrams)
+        bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
+        return token_loss(bias.add_to(logits, target_tokens), target_tokens)
 
     @torch.no_grad()
     def score(self, batch: PromptBatch, labels: Sequence[str]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from personaplug.data.records import Prompt
 from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
-from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
+from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss, token_losses
+from personaplug.llm.copy_head import Copying, CopyInputs
 from personaplug.llm.generation import decode_tokens
 from personaplug.llm.padding import pad, pad_states
 from personaplug.llm.prefix_attention import CachedPrefix, prefix_attention
@@ -37,6 +38,40 @@ class CachedPrefixRunner(Runner):
         assert batch.soft is not None
         logits = self.answer_logits(self.load_prefix(batch.prompts, share=True), batch.soft, target_ids)
         return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
+
+    def target_loss(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        if batch.copying is None:
+            return super().target_loss(batch, target_ids)
+        head, rows = batch.copying.head, self.copy_inputs(batch, target_ids, layer=batch.copying.head.layer)
+        losses = [head.losses(inputs, own).sum() for inputs, own in zip(rows, batch.copying.own, strict=True)]
+        return torch.stack(losses), torch.tensor([len(ids) for ids in target_ids], device=self.llm.device)
+
+    @torch.no_grad()
+    def copy_inputs(self, batch: PromptBatch, target_ids: Sequence[Ids], *, layer: int) -> list[CopyInputs]:
+        """Return what a copy head with states of this layer reads of each row's answer."""
+        assert batch.soft is not None
+        prefix = self.load_prefix(batch.prompts, share=True)
+        logits = self.answer_logits(prefix, batch.soft, target_ids)
+        losses = token_losses(logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device))
+        prompts, (_, live) = self._prompt_states(batch.prompts, prefix, layer=layer), prefix.values(layer)
+        states = live[:, batch.soft.tokens - 1 :]
+        return [
+            CopyInputs(
+                losses[row, : len(ids)], states[row, : len(ids)], torch.tensor(ids, device=losses.device), *prompt
+            )
+            for row, (ids, prompt) in enumerate(zip(target_ids, prompts, strict=True))
+        ]
+
+    def _prompt_states(
+        self, prompts: Sequence[Prompt], prefix: CachedPrefix, *, layer: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return each row's prompt tokens after the first, (n − 1,), after the states before them, (n − 1, W)."""
+        rows, (cached, _) = self.llm.prompt_tokenizer.encode_prompts(prompts), prefix.values(layer)
+        repeats = len(rows) // len(cached)
+        return [
+            (cached[index // repeats, -len(row.ids) : -1], torch.tensor(row.ids[1:], device=cached.device))
+            for index, row in enumerate(rows)
+        ]
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
         """Score labels with one pass over the soft tokens and one over all labels of two or more tokens.
@@ -66,9 +101,30 @@ class CachedPrefixRunner(Runner):
         def last_logits(embeds: Tensor) -> Tensor:
             return self.logits(embeds, prefix, columns=torch.tensor([embeds.shape[1] - 1]))[:, 0]
 
-        return Decoding(
-            last_logits(self._cast(batch.soft)), lambda tokens: last_logits(self.llm.embed(tokens)[:, None])
-        )
+        run: Callable[[Tensor], Tensor] = last_logits
+        if batch.copying is not None:
+            run = self._copying_logits(batch.copying, batch.prompts, prefix, last_logits=last_logits)
+        return Decoding(run(self._cast(batch.soft)), lambda tokens: run(self.llm.embed(tokens)[:, None]))
+
+    def _copying_logits(
+        self,
+        copying: Copying,
+        prompts: Sequence[Prompt],
+        prefix: CachedPrefix,
+        *,
+        last_logits: Callable[[Tensor], Tensor],
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a function like `last_logits`, whose log-probabilities contain the copied tokens."""
+        head = copying.head
+        sources = [head.prompt.source(*prompt) for prompt in self._prompt_states(prompts, prefix, layer=head.layer)]
+
+        def mixed(embeds: Tensor) -> Tensor:
+            logits = last_logits(embeds)
+            states = prefix.values(head.layer)[1][:, -1]
+            rows = zip(logits, states, sources, copying.own, strict=True)
+            return torch.stack([head.mix(row, state, prompt=prompt, own=own) for row, state, prompt, own in rows])
+
+        return mixed
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         return decode_tokens(self.llm, config, batch, decoding=self.start_decoding(batch))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from personaplug.errors import ConfigError
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.cached_prefix import CachedPrefixRunner
 from personaplug.llm.chunked_cross_entropy import log_softmax
+from personaplug.llm.copy_head import CopyHead
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
 from personaplug.llm.model_cache import cache_argument, cache_of
 from personaplug.llm.model_check import check_model
@@ -52,12 +55,33 @@ class CausalLM(LanguageModel):
         return self.cached_prefix
 
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
-        """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out."""
+        """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out.
+
+        Raises:
+            ConfigError: if a batch with a copy head needs another runner.
+        """
         if self._reaches_rope_switch(batch, new_tokens=new_tokens):
-            return self.row_by_row
-        if batch.has_soft("suffix") and num_beams == 1 and self.supports_prompt_cache:
+            runner: Runner = self.row_by_row
+        elif batch.has_soft("suffix") and num_beams == 1 and self.supports_prompt_cache:
             return self.cached_prefix
-        return self.whole
+        else:
+            runner = self.whole
+        if batch.copying is not None:
+            raise ConfigError(
+                "A copy head needs placement=suffix, num_beams=1, a model with a prompt cache, and prompts within the "
+                "length of its usual positions. Leave the copy head out."
+            )
+        return runner
+
+    def new_copy_head(self, *, seed: int) -> CopyHead:
+        """Return an untrained copy head for this model, which must support the prompt cache."""
+        assert self.prompt_layout is not None
+        return CopyHead.for_layout(self.prompt_layout, seed=seed).to(self.device)
+
+    def load_copy_head(self, folder: Path) -> CopyHead:
+        """Load a copy head that was trained for this model; see `CopyHead.load`."""
+        assert self.prompt_layout is not None
+        return CopyHead.load(folder, layout=self.prompt_layout).to(self.device)
 
     @property
     def max_cached_tokens(self) -> int | None:

@@ -6,30 +6,31 @@ backward pass needs only the original logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from personaplug.llm.ngram_cache import UserNgramCache, interpolate_losses
 from personaplug.llm.soft_prompt import IGNORED
 
 _CPU_LOGITS = 2**18  # logits per chunk on a CPU: 1 MB in float32
 _GPU_LOGITS = 2**26  # on other devices, because kernel launches cost more than memory
 
 
-def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of −log p over each row's labels (eq. 6) and the number of labels, both (B,).
 
     `logits` (B, L, V) are aligned with `labels` (B, L). A label is IGNORED if there is nothing to predict.
     """
+    return token_losses(logits, labels).sum(dim=1), (labels != IGNORED).sum(dim=1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return −log p of each label, (B, L), and 0 for IGNORED; see `token_loss`."""
     is_label = labels != IGNORED
     losses: Tensor = _TokenLosses.apply(logits, labels, is_label)  # type: ignore[no-untyped-call]
-    if ngrams is not None:
-        losses = interpolate_losses(losses, labels, ngrams)
-    per_position = losses.new_zeros(labels.shape).masked_scatter(is_label, losses)
-    return per_position.sum(dim=1), is_label.sum(dim=1)
+    return losses.new_zeros(labels.shape).masked_scatter(is_label, losses)
 
 
 def token_divergence(plain: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,13 +11,38 @@ from torch import Tensor
 
 from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.generation import sample_tokens
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 from personaplug.llm.padding import group_by_length, pad_states, pad_with_mask
-from personaplug.llm.prefix_attention import CachedPrefix
+from personaplug.llm.prefix_attention import CachedPrefix, join_heads
 from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
+
+
+@dataclass(eq=False, repr=False)
+class SlotCopying:
+    """A copy head, the past answers of the slot's user and, after the prompt has run, the tokens of the prompt."""
+
+    head: CopyHead
+    own: CopySource
+    prompt: CopySource | None = None
+
+    def start(self, slot: Slot, states: Tensor, logits: Tensor) -> Tensor:
+        """Keep the tokens of the prompt, and return the log-probabilities of the first token, (V,).
+
+        Args:
+            states: keys and values of the prompt and the soft tokens, (2 · layers, heads, n, head width).
+            logits: (V,) of the first token.
+        """
+        values, ids = join_heads(states[2 * self.head.layer + 1]), slot.prompt.ids
+        self.prompt = self.head.prompt.source(values[: len(ids) - 1], torch.tensor(ids[1:], device=values.device))
+        return self.mix(logits, values[-1])
+
+    def mix(self, logits: Tensor, state: Tensor) -> Tensor:
+        """Return the log-probabilities of the next token, (V,), given logits (V,) and the last token's state (W,)."""
+        assert self.prompt is not None
+        return self.head.mix(logits, state, prompt=self.prompt, own=self.own)
 
 
 @dataclass(eq=False, repr=False)
@@ -28,7 +53,7 @@ class Slot:
     soft: SoftPrompt | None  # one row
     config: GenerationConfig  # without beams
     choices: Sequence[Ids] = ()  # allowed responses, () = any; no choice is a prefix of another
-    ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
+    copying: SlotCopying | None = None  # mixed with the model if there are no choices; needs `suffix` soft tokens
     needs_scores: bool = False  # True = compute `scores` in any case
     scores: list[float] = field(default_factory=list)  # log-probability of each choice, label bias included
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
@@ -53,8 +78,6 @@ class Slot:
     def _append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
         if self.choices:
             logits = self._mask_choices(logits)
-        elif self.ngrams is not None:
-            logits = interpolate_logits(logits[None], [self.ngrams], [self.ids])[0]
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the largest logit is not finite")
         token = int(sample_tokens(logits[None], self.config, generator=self._generator)[0])
@@ -103,7 +126,8 @@ class ContinuousBatch:
                 if is_greedy and slot.scores:
                     slot.choose(max(range(len(slot.scores)), key=slot.scores.__getitem__))
                 else:
-                    slot.append_next(own_logits.cpu(), end_ids=self.llm.end_ids)
+                    mixed = own_logits if slot.copying is None else slot.copying.start(slot, own_states, own_logits)
+                    slot.append_next(mixed.cpu(), end_ids=self.llm.end_ids)
                 if slot.ended is None:
                     active.append(slot)
                     states.append(own_states)
@@ -121,7 +145,12 @@ class ContinuousBatch:
         last = torch.tensor([slot.ids[-1] if slot.ids else 0 for slot in self._slots], device=self.llm.device)
         embeds = self.llm.embed(last)[:, None]
         logits = self.llm.cached_prefix.logits(embeds, self._prefix, columns=torch.tensor([0]))
-        for slot, own_logits in zip(self._slots, logits[:, 0].float().cpu(), strict=True):
+        logits = logits[:, 0].float()
+        for row, slot in enumerate(self._slots):
+            if slot.ended is None and slot.copying is not None:
+                states = self._prefix.values(slot.copying.head.layer)[1]
+                logits[row] = slot.copying.mix(logits[row], states[row, -1])
+        for slot, own_logits in zip(self._slots, logits.cpu(), strict=True):
             if slot.ended is None:
                 slot.append_next(own_logits, end_ids=self.llm.end_ids)
 

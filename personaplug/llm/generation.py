@@ -1,4 +1,4 @@
-"""Token sampling, and generation by transformers with user n-gram caches."""
+"""Token sampling, and generation by transformers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig as TransformersConfig
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from personaplug.errors import ConfigError, first_line
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch
-from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 
 
 def sample_tokens(
@@ -58,19 +56,15 @@ def decode_tokens(
     llm: LanguageModel, config: GenerationConfig, batch: PromptBatch, *, decoding: Decoding
 ) -> list[list[int]]:
     """Return the token ids of R responses; ended rows continue until all rows have ended."""
-    first, ngrams = decoding.first, batch.ngrams
+    first = decoding.first
     end = torch.tensor(llm.end_ids, device=first.device)
     generator = torch.Generator(first.device).manual_seed(config.seed)
     draws = None if batch.seeds is None else _draws_of_rows(batch.seeds, config, device=first.device)
     has_ended = torch.zeros(len(first), dtype=torch.bool, device=first.device)
     logits, tokens = first, list[Tensor]()
     while True:
-        logits = logits.float()
-        if ngrams is not None:
-            prefixes = torch.stack(tokens, dim=1).tolist() if tokens else [[]] * len(first)
-            logits = interpolate_logits(logits, ngrams, prefixes)
         step_draws = None if draws is None else draws[len(tokens)]
-        tokens.append(sample_tokens(logits, config, generator=generator, draws=step_draws))
+        tokens.append(sample_tokens(logits.float(), config, generator=generator, draws=step_draws))
         has_ended |= torch.isin(tokens[-1], end)
         if len(tokens) == config.max_new_tokens or bool(has_ended.all()):
             return torch.stack(tokens, dim=1).tolist()
@@ -84,17 +78,13 @@ def generate_with_transformers(
 
     Transformers draws for all rows with one seed: the first of the batch's seeds, else the config's.
     """
-    ngrams = batch.ngrams
     start = inputs.get("decoder_input_ids")  # transformers returns them before the response
     first = 0 if start is None else int(start.shape[1])
-    processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(batch.seeds[0] if batch.seeds else config.seed)
         try:
             rows: list[list[int]] = llm.model.generate(
-                **inputs,
-                generation_config=_as_transformers(config, llm),
-                logits_processor=LogitsProcessorList(processors),
+                **inputs, generation_config=_as_transformers(config, llm)
             ).tolist()
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -116,11 +106,3 @@ def _as_transformers(config: GenerationConfig, llm: LanguageModel) -> Any:
         pad_token_id=llm.end_ids[0],
         **sampling,
     )
-
-
-class _NgramProcessor(LogitsProcessor):
-    def __init__(self, ngrams: Sequence[UserNgramCache], beams: int, *, first: int) -> None:
-        self.ngrams, self.first = [cache for cache in ngrams for _ in range(beams)], first
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return interpolate_logits(scores, self.ngrams, input_ids[:, self.first :].tolist())

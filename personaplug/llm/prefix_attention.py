@@ -59,6 +59,11 @@ class CachedPrefix(Cache):
         parts = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
         return torch.stack(parts) if parts else self.states[:0]
 
+    def values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's values of the prompts, (P, T, heads · width), and of live tokens, (R, L, heads · width)."""
+        cached: Any = self.layers[layer]
+        return join_heads(cached.values), join_heads(cached.live.values)
+
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -75,6 +80,11 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() + self.live.get_seq_length()
+
+
+def join_heads(values: Tensor) -> Tensor:
+    """Turn values of a layer, (…, heads, T, width), into one vector for each token, (…, T, heads · width)."""
+    return values.transpose(-3, -2).flatten(-2)
 
 
 @contextmanager

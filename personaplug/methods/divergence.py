@@ -21,7 +21,7 @@ def plain_answers(llm: LanguageModel, samples: Sequence[EncodedSample], *, batch
     """Return the tokens of the bare model's greedy answer to each sample's prompt, end of text included."""
     answers: dict[int, Ids] = {}
     for indices in prompt_batches(samples, batch_size=batch_size, title="plain answers"):
-        batch = prompt_batch(llm, [samples[index] for index in indices], None)
+        batch = prompt_batch([samples[index] for index in indices], None)
         answers.update(zip(indices, llm.answer_ids(batch, _GREEDY), strict=True))
     return [answers[index] for index in range(len(samples))]
 
@@ -49,8 +49,8 @@ def divergence(
     divergences: dict[int, list[float]] = {}
     lengths = [*map(len, answers)]
     for indices in answer_batches(lengths, batch_size=batch_size, title=title):
-        plain_batch = prompt_batch(llm, [plain[index] for index in indices], None)
-        row_batch = prompt_batch(llm, [samples[index] for index in indices], prompter)
+        plain_batch = prompt_batch([plain[index] for index in indices], None)
+        row_batch = prompt_batch([samples[index] for index in indices], prompter)
         sums = llm.divergence(plain_batch, row_batch, [answers[index] for index in indices]).tolist()
         divergences.update(
             (index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True)

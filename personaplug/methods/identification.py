@@ -146,7 +146,7 @@ class _Judge:
         step, losses = self._step(text), list[float]()
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
-            losses += self.llm.loss(prompt_batch(self.llm, part, self.prompter), [text] * len(part))[0].tolist()
+            losses += self.llm.loss(prompt_batch(part, self.prompter), [text] * len(part))[0].tolist()
         return expected_reciprocal_rank(-np.array(losses), 0, tolerance=_ROUNDING)
 
     def _step(self, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Rows that use the frozen language model: bare, with soft tokens, with texts in the prompt, with n-grams."""
+"""Rows that use the frozen language model: bare, with soft tokens, with texts in the prompt, with a copy head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from personaplug.analysis.method_info import SHUFFLED
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample, past_answers, samples_fingerprint
-from personaplug.llm.ngram_cache import check_ngrams
+from personaplug.llm.copied_answers import check_model
 from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
+from personaplug.methods.copy_heads import CopyingPrompter
 from personaplug.methods.costs import UserCost
 from personaplug.methods.divergence import divergence, plain_answers
 from personaplug.methods.identification import identification
@@ -24,44 +25,36 @@ from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.sampled_answers import sampled_answers
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer, SoftPrompter
+from personaplug.training.copy_head_part import CopyHeadPart
 from personaplug.training.parts import SoftPromptPart
 from personaplug.training.trainings import TrainedPart
 
 
 @dataclass(frozen=True)
 class LanguageModelMethod(Method):
-    """The frozen language model with soft tokens, texts of the history, n-grams, or none of these.
+    """The frozen language model with soft tokens, texts of the history, a copy head, or none of these.
 
     Attributes:
         soft: the trained part that makes soft tokens; None = no soft tokens.
         texts: the texts of the history in the prompt; None = the bare prompt.
-        ngrams: whether n-grams of the user's past answers are mixed into the model's predictions.
+        copy_head: the trained head that copies tokens of the prompt and of past answers; None = no copy head.
     """
 
     soft: SoftPromptPart | None = None
     texts: PromptTexts | None = None
-    ngrams: bool = False
-
-    @property
-    def can_take_ngrams(self) -> bool:
-        """Whether the row may be combined with n-grams of the user's past answers."""
-        return not self.ngrams and not self.info.is_control
+    copy_head: CopyHeadPart | None = None
 
     @property
     def requires(self) -> tuple[TrainedPart, ...]:
-        return (*(self.texts.requires if self.texts else ()), *((self.soft,) if self.soft else ()))
-
-    def check(self, task: Task) -> None:
-        super().check(task)
-        if self.ngrams:
-            check_ngrams(task)
+        own = tuple(part for part in (self.soft, self.copy_head) if part is not None)
+        return (*(self.texts.requires if self.texts else ()), *own)
 
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
         own = context.run.config.plug
         samples = with_assigned_items(
             context.samples_for(self.soft.plug_config(own) if self.soft else own), assignments
         )
-        if self.ngrams and context.config.persona_scale:  # a scale of 0 is the plain model
+        if self.copy_head and context.config.persona_scale:  # a scale of 0 is the plain model
             items = context.assigned_items(assignments)
             samples = [
                 replace(sample, own_answers=past_answers(history, latest=own.max_history))
@@ -83,8 +76,8 @@ class LanguageModelMethod(Method):
         return self._reference_nll(context, inputs.samples, prompter=prompter, seed=seed)
 
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return None for a row with n-grams, because these do not change the model's logits."""
-        if self.ngrams:
+        """Return None for a row with a copy head, because it does not change the model's logits."""
+        if self.copy_head:
             return None
         llm, size = context.models.llm, context.config.evaluation_batch_size
         return divergence(
@@ -98,7 +91,7 @@ class LanguageModelMethod(Method):
         )
 
     def identification(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[float | None] | None:
-        """Return None for a row whose prompts, soft tokens and n-grams are the same for all users."""
+        """Return None for a row whose prompts, soft tokens and copied texts are the same for all users."""
         if not self._differs_between_users(context):
             return None
         return identification(
@@ -116,11 +109,16 @@ class LanguageModelMethod(Method):
         return self._sampled_answers(context, inputs.samples, prompter=prompter, count=count, seed=seed)
 
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
-        """Return the source of the row's soft tokens; None if the row has no soft tokens."""
+        """Return the source of the row's soft tokens, with its copy head; None if the row has no soft tokens."""
         plug = self._plug(context, seed=seed)
         if plug is None:
             return None
-        return Personalizer(plug, table=context.embeddings, persona_scale=context.config.persona_scale)
+        personalizer = Personalizer(plug, table=context.embeddings, persona_scale=context.config.persona_scale)
+        if self.copy_head is None or not context.config.persona_scale:
+            return personalizer
+        llm = check_model(context.models.llm)
+        head = llm.load_copy_head(context.run.check_trained(self.copy_head.name, seed=seed))
+        return CopyingPrompter(personalizer, head=head, llm=llm)
 
     def cache_key(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[Any] | None:
         llm, run = context.models.llm, context.run
@@ -146,7 +144,7 @@ class LanguageModelMethod(Method):
             cost += context.costs.embeddings()
         if self.soft is not None and self.soft.counts_labels:
             cost += context.costs.labels()
-        if self.ngrams or (self.texts is not None and self.texts.keeps_texts):
+        if self.copy_head or (self.texts is not None and self.texts.keeps_texts):
             cost += context.costs.texts()
         return cost
 
@@ -169,7 +167,7 @@ class LanguageModelMethod(Method):
         return self.soft is not None and self.soft.reads_items and self.info.history != "none"
 
     def _differs_between_users(self, context: EvalContext) -> bool:
-        reads_items = self.ngrams or (self.soft is not None and self.soft.reads_items)
+        reads_items = bool(self.copy_head) or (self.soft is not None and self.soft.reads_items)
         has_persona = reads_items and context.config.persona_scale > 0
         return self.info.history != "none" and (has_persona or self.texts is not None)
 

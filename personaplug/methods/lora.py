@@ -122,10 +122,6 @@ class UserLoraMethod(LoraMethod):
     def can_be_shuffled(self) -> bool:
         return False
 
-    @property
-    def can_take_ngrams(self) -> bool:
-        return False
-
     def _users(self, context: EvalContext, *, seed: int) -> UserLoras:
         return context.once(
             ("user-loras", seed),

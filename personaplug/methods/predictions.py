@@ -30,6 +30,7 @@ from personaplug.infra.checksums import read_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.progress import Progress
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
+from personaplug.methods.copy_heads import CopyingPrompter
 from personaplug.plug.personalizer import SoftPrompter
 from personaplug.training.batching import micro_batches
 
@@ -168,7 +169,7 @@ def _answer_nll(
     lengths = [*map(len, llm.prompt_tokenizer.encode_targets([answer for _, answer in pairs]))]
     for indices in answer_batches(lengths, batch_size=batch_size, title=title):
         samples, answers = zip(*(pairs[index] for index in indices), strict=True)
-        losses, tokens = llm.loss(prompt_batch(llm, samples, prompter), answers)
+        losses, tokens = llm.loss(prompt_batch(samples, prompter), answers)
         values = zip(losses.tolist(), tokens.tolist(), strict=True)
         nll.update(zip(indices, ([round(loss, 6), count] for loss, count in values), strict=True))
     return [nll[index] for index in range(len(pairs))]
@@ -273,22 +274,21 @@ def _predict_batch(
 ) -> list[_Prediction]:
     with torch.no_grad():
         if decoding == "score":
-            scores = llm.score(prompt_batch(llm, batch, prompter), task.labels)
+            scores = llm.score(prompt_batch(batch, prompter), task.labels)
             best_ids = scores.argmax(dim=1).tolist()
             rows = zip(best_ids, _probabilities(scores), _label_nll(scores, batch, task), strict=True)
             return [_Prediction(task.labels[best], probabilities=probs, nll=nll) for best, probs, nll in rows]
-        outputs = llm.generate(prompt_batch(llm, batch, prompter), generation)
+        outputs = llm.generate(prompt_batch(batch, prompter), generation)
         return [_Prediction(output.text, unfinished=not output.finished) for output in outputs]
 
 
-def prompt_batch(llm: LanguageModel, samples: Sequence[EncodedSample], prompter: SoftPrompter | None) -> PromptBatch:
-    """Return the samples' prompts with their soft tokens and, if any sample has past answers, n-gram caches."""
-    has_ngrams = any(sample.own_answers for sample in samples)
+def prompt_batch(samples: Sequence[EncodedSample], prompter: SoftPrompter | None) -> PromptBatch:
+    """Return the samples' prompts with their soft tokens and, if the prompter has one, a copy head."""
     return PromptBatch(
         [sample.prompt for sample in samples],
         soft=None if prompter is None else prompter.soft_prompt(samples),
         soft_at=[sample.soft_at for sample in samples],
-        ngrams=[llm.build_ngram_cache(sample.own_answers) for sample in samples] if has_ngrams else None,
+        copying=prompter.copying(samples) if isinstance(prompter, CopyingPrompter) else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The registry of rows, and the grammar of their names.
 
-A name is a base, extensions after `+`, and a control after `@`: `plug+bm25:1+phrases@wrong-user`. The text after a
+A name is a base, extensions after `+`, and a control after `@`: `plug+bm25:1@wrong-user`. The text after a
 colon is the argument of the part before it. `rows.py` registers the rows of this package.
 """
 

@@ -3,7 +3,7 @@
     plain  instruction-only  plug  paper-plug                the bare model, the task alone, the method
     bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
     instruction+bm25:4  plug+bm25:1  profile+bm25:4          soft tokens trained on such prompts; a profile before them
-    plug+phrases  instruction+phrases  plug+bm25:1+phrases   with the n-grams of the user's past answers mixed in
+    plug+copy-head  instruction+copy-head    with tokens copied from the prompt and from the user's past answers
     instruction+labels                                       soft tokens, and counts of the user's own labels
     instruction+neighbors                                    the same, and labels of the user's similar items
     profile                                                  a description of the user that the model wrote
@@ -46,6 +46,7 @@ from personaplug.methods.registry import (
     register_method,
     unknown_method,
 )
+from personaplug.training.copy_head_part import COPY_HEAD, INSTRUCTION_COPY_HEAD
 from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, NEIGHBORS, PAPER_PLUG, PLUG
 
 _USER_WORDS = 8
@@ -102,31 +103,22 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
     )
 
 
-def _with_phrases(name: str, base: str, argument: str) -> Method:
-    if not base or argument:
-        raise unknown_method(name)
-    if base == "instruction-only":
-        raise ConfigError(f"Write {_INSTRUCTION}+phrases instead of {name}.")
-    method = find_method("instruction-only" if base == _INSTRUCTION else base)
-    if not isinstance(method, LanguageModelMethod) or not method.can_take_ngrams:
+def _with_copy_head(name: str, base: str, argument: str) -> Method:
+    parts = {"plug": COPY_HEAD, _INSTRUCTION: INSTRUCTION_COPY_HEAD}
+    if base not in parts or argument:
         raise ConfigError(
-            f"+phrases must follow a row that asks the frozen model, as in plug+phrases, instruction+phrases or "
-            f"plug+bm25:1+phrases. A control ends with it: plug+phrases@wrong-user. Found {name!r}."
+            f"+copy-head must follow plug or {_INSTRUCTION}, as in plug+copy-head; a control ends with it: "
+            f"plug+copy-head@wrong-user. Found {name!r}."
         )
-    family = "counts" if method.info.family == "none" else method.info.family
+    method = find_method("instruction-only" if base == _INSTRUCTION else base)
+    assert isinstance(method, LanguageModelMethod)
+    parents = (method.name, *((f"{_INSTRUCTION}+copy-head",) if base == "plug" else ()))
     return replace(
         method,
-        info=replace(method.info, name=name, family=family, history="own", parents=_parents_with_phrases(method)),
-        rationale=f"how much mixing in n-grams of the user's past answers adds to {method.name}",
-        ngrams=True,
+        info=replace(method.info, name=name, family="plug", history="own", parents=parents),
+        rationale=f"how much copied tokens of the prompt and of the user's past answers add to {method.name}",
+        copy_head=parts[base],
     )
-
-
-def _parents_with_phrases(method: Method) -> tuple[str, ...]:
-    """Return the row without phrases, then its parents with phrases; the parent `plug` stays without."""
-    parents = [parent if parent == "plug" else f"{parent}+phrases" for parent in method.info.parents]
-    is_plug_alone = method.info.family == "plug" and not parents
-    return (method.name, *parents, *((f"{_INSTRUCTION}+phrases",) if is_plug_alone else ()))
 
 
 def _no_lm(
@@ -237,4 +229,4 @@ register_method("copy", _copy)
 register_method("user-words", _user_words)
 for _retriever in RETRIEVERS:
     _register_retriever(_retriever)
-register_extension("phrases", _with_phrases, examples=("plug+phrases", "instruction+phrases"))
+register_extension("copy-head", _with_copy_head, examples=("plug+copy-head", "instruction+copy-head"))

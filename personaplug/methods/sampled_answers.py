@@ -40,7 +40,7 @@ def sampled_answers(
     for indices in prompt_batches(samples, batch_size=max(1, batch_size // count), title=title):
         part = [samples[index] for index in indices]
         # The answers of a sample are adjacent, so that they share the cached prompt.
-        batch = prompt_batch(llm, part, prompter).take([place for place in range(len(part)) for _ in range(count)])
+        batch = prompt_batch(part, prompter).take([place for place in range(len(part)) for _ in range(count)])
         seeds = [_seed(generation.seed, sample.id, number) for sample in part for number in range(count)]
         texts = [output.text for output in llm.generate(replace(batch, seeds=seeds), generation)]
         answers |= {index: texts[place * count : (place + 1) * count] for place, index in enumerate(indices)}

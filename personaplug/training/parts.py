@@ -249,7 +249,7 @@ class LabelPriorPart(InstructionPart):
             train_samples=len(train),
             validation_samples=len(held_out),
         )
-        facts = trainings.facts(report, objective, seed=seed) | {"unit": "label"}
+        facts = trainings.facts(report, objective.module, unit="label", seed=seed)
         return self.save(objective, samples, trainings, facts=facts, seed=seed)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from personaplug.data.records import Sample
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, past_answers
 from personaplug.infra.distributed import main_first, on_main
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.training_facts import write_facts
@@ -81,12 +81,12 @@ class Trainings:
             title=f"{part.name} (seed {seed})",
             owner=on_main(lambda: self.run.owner(part.name, seed=seed)),
         )
-        return self.facts(report, objective, seed=seed)
+        return self.facts(report, objective.module, unit=objective.unit, seed=seed)
 
-    def facts(self, report: FitReport, objective: Objective, *, seed: int) -> dict[str, object]:
-        """Return the facts about a training for `fit.json`."""
+    def facts(self, report: FitReport, module: nn.Module, *, unit: str, seed: int) -> dict[str, object]:
+        """Return the facts about the training of a module for `fit.json`."""
         facts = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
-        return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
+        return asdict(report) | facts | {"unit": unit, "parameters": _parameter_count(module)}
 
     def samples_for(self, plug: PlugConfig, *, retrieval: Retrieval | None, seed: int) -> list[EncodedSample]:
         """Return the training samples encoded for a plug; with `retrieval`, their prompts contain retrieved texts."""
@@ -110,10 +110,21 @@ class Trainings:
 
     def texts(self, count: int) -> list[Sample]:
         """Return `count` evenly spaced training samples with their texts; 0 = all."""
+        return [sample for _, sample in self._spaced(count)]
+
+    def with_answers(self, count: int, *, latest: int) -> list[EncodedSample]:
+        """Return `count` evenly spaced training samples with their users' latest past answers; 0 = all."""
+        return [
+            replace(self.samples[index], own_answers=past_answers(sample.history, latest=latest))
+            for index, sample in self._spaced(count)
+        ]
+
+    def _spaced(self, count: int) -> Iterator[tuple[int, Sample]]:
+        """Yield the indices and the texts of `count` evenly spaced training samples; 0 = all."""
         total = len(self.samples)
         indices = set(np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist())
         samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
-        return [sample for index, sample in enumerate(samples) if index in indices]
+        yield from ((index, sample) for index, sample in enumerate(samples) if index in indices)
 
     def _read(self) -> tuple[EmbeddingStore, list[EncodedSample]]:
         embeddings = self.run.open_vectors(self.models.encoder)

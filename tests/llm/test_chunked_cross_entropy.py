@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from personaplug.llm.ngram_cache import UserNgramCache
 from scipy.special import log_softmax, rel_entr
 
 from personaplug.analysis.metric_base import Array
 from personaplug.llm import chunked_cross_entropy
 from personaplug.llm.chunked_cross_entropy import token_divergence, token_loss
-from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import IGNORED
 
 

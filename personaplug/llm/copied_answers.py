@@ -1,0 +1,80 @@
+"""Read past answers with the frozen model, so that a copy head can copy their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from personaplug.data.task import Task
+from personaplug.errors import ConfigError
+from personaplug.llm.base import LanguageModel
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.copy_head import CopyHead, CopySource
+from personaplug.llm.padding import group_by_length
+from personaplug.llm.prefix_attention import join_heads
+from personaplug.llm.prompt_tokenizer import Ids
+
+MAX_ANSWERS = 32
+"""The latest answers of a user that are read."""
+
+_MAX_CHARACTERS = 2048  # of an answer; a very long answer would block the server
+_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, repr=False)
+class ReadAnswer:
+    """The tokens of an answer, (n,), and the state before each token, (n, W), in the model's dtype."""
+
+    tokens: Tensor
+    states: Tensor
+
+
+def check_answers(task: Task) -> None:
+    """Raise ConfigError unless the history items of a task have free-text answers, so that they can be copied."""
+    if task.labels:
+        raise ConfigError(
+            f"A copy head needs free-text answers, but task {task.name} has a closed set of labels. Leave it out; a "
+            f"plug already reads the user's labels."
+        )
+    if task.answer_field is None:
+        raise ConfigError(
+            f"A copy head needs history items with answers, but task {task.name} has no answer_field. Leave it out."
+        )
+
+
+def check_model(llm: LanguageModel) -> CausalLM:
+    """Return the model if it can have a copy head; raise ConfigError otherwise."""
+    if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
+        raise ConfigError(
+            f"A copy head needs a decoder-only model with a prompt cache; {llm.identity.name} has none. Leave it out."
+        )
+    return llm
+
+
+@torch.no_grad()
+def read_answers(llm: CausalLM, texts: Sequence[str], *, layer: int) -> list[ReadAnswer]:
+    """Read each answer alone, after an empty prompt; the end-of-text token is included if the answer is not cut."""
+    head = llm.prompt_tokenizer.encode_prompt("").ids
+    answers = [_tokens(llm, text) for text in texts]
+    read: dict[Ids, ReadAnswer] = {}
+    for group in group_by_length(list(dict.fromkeys(answers)), len):
+        # The last token predicts nothing, so it is left out.
+        for ids, states in zip(group, llm.compute_prompt_states([head + ids[:-1] for ids in group]), strict=True):
+            values = join_heads(states[2 * layer + 1])[len(head) - 1 :].clone()
+            read[ids] = ReadAnswer(torch.tensor(ids, device=values.device), values)
+    return [read[ids] for ids in answers]
+
+
+@torch.no_grad()
+def copy_source(llm: CausalLM, head: CopyHead, answers: Sequence[str]) -> CopySource:
+    """Return the source of a user's past answers, the latest `MAX_ANSWERS` of them."""
+    read = read_answers(llm, answers[-MAX_ANSWERS:], layer=head.layer)
+    return CopySource.cat([head.own.source(answer.states, answer.tokens).compressed() for answer in read])
+
+
+def _tokens(llm: CausalLM, text: str) -> Ids:
+    ids = llm.prompt_tokenizer.encode_target_uncached(text[:_MAX_CHARACTERS], end=len(text) <= _MAX_CHARACTERS)
+    return ids[:_MAX_TOKENS]

@@ -1,0 +1,39 @@
+"""CopyingPrompter: soft tokens with a copy head, for rows whose users' past answers may be copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.copied_answers import MAX_ANSWERS, read_answers
+from personaplug.llm.copy_head import CopyHead, Copying, CopySource
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug.personalizer import SoftPrompter
+
+
+class CopyingPrompter:
+    """Soft tokens of another prompter, and the past answers of each sample (`EncodedSample.own_answers`).
+
+    Each answer is read once for all samples and users.
+    """
+
+    def __init__(self, prompter: SoftPrompter, *, head: CopyHead, llm: CausalLM) -> None:
+        self.prompter, self.head, self.llm = prompter, head, llm
+        self._sources: dict[str, CopySource] = {}
+
+    @property
+    def placement(self) -> str:
+        return self.prompter.placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        """Make the soft prompts of samples, (B, S, D)."""
+        return self.prompter.soft_prompt(samples)
+
+    def copying(self, samples: Sequence[EncodedSample]) -> Copying:
+        """Return the copy head with the past answers of each sample."""
+        answers = [sample.own_answers[-MAX_ANSWERS:] for sample in samples]
+        unread = list(dict.fromkeys(text for texts in answers for text in texts if text not in self._sources))
+        for text, answer in zip(unread, read_answers(self.llm, unread, layer=self.head.layer), strict=True):
+            self._sources[text] = self.head.own.source(answer.states, answer.tokens).compressed()
+        return Copying(self.head, [CopySource.cat([self._sources[text] for text in texts]) for texts in answers])

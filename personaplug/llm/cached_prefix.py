@@ -53,8 +53,8 @@ class CachedPrefixRunner(Runner):
         prefix = self.load_prefix(batch.prompts, share=True)
         logits = self.answer_logits(prefix, batch.soft, target_ids)
         losses = token_losses(logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device))
-        prompts, (_, live) = self._prompt_states(batch.prompts, prefix, layer=layer), prefix.values(layer)
-        states = live[:, batch.soft.tokens - 1 :]
+        prompts = self._prompt_states(batch.prompts, prefix, layer=layer)
+        states = prefix.live_values(layer)[:, batch.soft.tokens - 1 :]
         return [
             CopyInputs(
                 losses[row, : len(ids)], states[row, : len(ids)], torch.tensor(ids, device=losses.device), *prompt
@@ -66,7 +66,7 @@ class CachedPrefixRunner(Runner):
         self, prompts: Sequence[Prompt], prefix: CachedPrefix, *, layer: int
     ) -> list[tuple[Tensor, Tensor]]:
         """Return each row's prompt tokens after the first, (n − 1,), after the states before them, (n − 1, W)."""
-        rows, (cached, _) = self.llm.prompt_tokenizer.encode_prompts(prompts), prefix.values(layer)
+        rows, cached = self.llm.prompt_tokenizer.encode_prompts(prompts), prefix.prompt_values(layer)
         repeats = len(rows) // len(cached)
         return [
             (cached[index // repeats, -len(row.ids) : -1], torch.tensor(row.ids[1:], device=cached.device))
@@ -120,7 +120,7 @@ class CachedPrefixRunner(Runner):
 
         def mixed(embeds: Tensor) -> Tensor:
             logits = last_logits(embeds)
-            states = prefix.values(head.layer)[1][:, -1]
+            states = prefix.live_values(head.layer)[:, -1]
             rows = zip(logits, states, sources, copying.own, strict=True)
             return torch.stack([head.mix(row, state, prompt=prompt, own=own) for row, state, prompt, own in rows])
 

@@ -148,7 +148,7 @@ class ContinuousBatch:
         logits = logits[:, 0].float()
         for row, slot in enumerate(self._slots):
             if slot.ended is None and slot.copying is not None:
-                states = self._prefix.values(slot.copying.head.layer)[1]
+                states = self._prefix.live_values(slot.copying.head.layer)
                 logits[row] = slot.copying.mix(logits[row], states[row, -1])
         for slot, own_logits in zip(self._slots, logits.cpu(), strict=True):
             if slot.ended is None:

@@ -59,10 +59,14 @@ class CachedPrefix(Cache):
         parts = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
         return torch.stack(parts) if parts else self.states[:0]
 
-    def values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's values of the prompts, (P, T, heads · width), and of live tokens, (R, L, heads · width)."""
+    def prompt_values(self, layer: int) -> Tensor:
+        """Return the values of a layer for the prompts' tokens, (P, T, heads · width)."""
+        return join_heads(self.states[2 * layer + 1])
+
+    def live_values(self, layer: int) -> Tensor:
+        """Return the values of a layer for the live tokens, (R, L, heads · width)."""
         cached: Any = self.layers[layer]
-        return join_heads(cached.values), join_heads(cached.live.values)
+        return join_heads(cached.live.values)
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,7 @@ from personaplug.training.parts import INSTRUCTION, PLUG, SoftPromptPart
 from personaplug.training.trainer import FitReport
 from personaplug.training.trainings import TrainedPart, Trainings
 
-MAX_SAMPLES = 800
+MAX_SAMPLES = 400
 """Upper bound of the training samples, because all their states are in memory."""
 
 _READ_TOGETHER = 256  # past answers between two reports of the progress
@@ -40,11 +40,7 @@ class CopyHeadPart(TrainedPart):
         base: the part that makes the soft tokens.
     """
 
-    name: str = field(init=False)
     base: SoftPromptPart = PLUG
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", f"{self.base.name.removesuffix('-only')}+copy-head")
 
     def check(self, task: Task) -> None:
         check_answers(task)
@@ -80,7 +76,8 @@ class CopyHeadPart(TrainedPart):
         return fit_copy_head(head, train, held_out=held_out, seed=seed, title=f"{self.name} (seed {seed})")
 
 
-COPY_HEAD, INSTRUCTION_COPY_HEAD = CopyHeadPart(PLUG), CopyHeadPart(INSTRUCTION)
+COPY_HEAD = CopyHeadPart("plug+copy-head", PLUG)
+INSTRUCTION_COPY_HEAD = CopyHeadPart("instruction+copy-head", INSTRUCTION)
 
 
 def check_run(run: Run) -> None:

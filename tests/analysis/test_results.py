@@ -163,12 +163,13 @@ def test_many_rows_have_selected_comparisons() -> None:
     assert len(pairs) == len(set(pairs))
 
 
-def test_rows_with_phrases_are_compared_with_rows_without_phrases() -> None:
-    names = ["instruction-only", "plug", "wrong-user", "plug+bm25:4", "instruction+bm25:4"]
-    pairs = compared_names([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
-    assert ("plug+bm25:4+phrases", "plug+bm25:4") in pairs
-    assert ("plug+bm25:4+phrases", "instruction+bm25:4+phrases") in pairs
-    assert ("instruction+bm25:4+phrases", "instruction+bm25:4") in pairs
+def test_rows_with_a_copy_head_are_compared_with_rows_without_one() -> None:
+    names = ["plain", "instruction-only", "plug", "wrong-user", "plug+copy-head", "instruction+copy-head"]
+    pairs = compared_names([*names, "plug+copy-head@wrong-user"])
+    assert ("plug+copy-head", "plug") in pairs
+    assert ("plug+copy-head", "instruction+copy-head") in pairs
+    assert ("plug+copy-head", "plug+copy-head@wrong-user") in pairs
+    assert ("instruction+copy-head", "instruction-only") in pairs
     assert len(pairs) == len(set(pairs))
 
 

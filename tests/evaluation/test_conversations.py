@@ -252,9 +252,9 @@ def test_divergence_is_zero_only_for_the_plain_model_and_scale_0(neutral: Stage)
 
 
 def test_divergence_is_cached_and_rows_without_it_are_reported(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = neutral.evaluate("plain,plug,plug+phrases")
-    assert "divergence" not in results.by_name["plug+phrases"].metrics
-    assert "divergence: missing for plug+phrases." in results.about.notes
+    results = neutral.evaluate("plain,plug,plug+copy-head")
+    assert "divergence" not in results.by_name["plug+copy-head"].metrics
+    assert "divergence: missing for plug+copy-head." in results.about.notes
     assert "divergence ↓" in results_table(results)
     path = neutral.run.folder / "evaluations" / "dev" / "plug.seed-0"
     scores = json.loads(Path(f"{path}.scores.json").read_text())

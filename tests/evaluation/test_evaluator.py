@@ -72,6 +72,10 @@ class Stage:
         self.models: Models = open_models(self.config)
         train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models)
 
+    def train(self, names: str) -> None:
+        parts = needed_parts(parse_methods(names))
+        train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models, parts=parts)
+
     def evaluate(self, names: str = "", *, settings: tuple[str, ...] = (), oracle: bool = False) -> Any:
         config = load_config(overrides=settings, base=self.config).evaluation
         return _evaluate(
@@ -95,6 +99,14 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """With the paper's plug (placement=prefix); `rating` has the default plug (placement=suffix)."""
     return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
+
+
+@pytest.fixture(scope="module")
+def copying(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """With written answers and copy heads."""
+    stage = Stage(tmp_path_factory.mktemp("copying"), kind="style")
+    stage.train("plug+copy-head,instruction+copy-head")
+    return stage
 
 
 def test_results_have_the_documented_fields(rating: Stage) -> None:
@@ -664,29 +676,41 @@ def test_users_have_equal_weight_in_nll(style: Stage) -> None:
     assert np.isfinite(row["per_user"]["nll"])
 
 
-def test_phrases_come_from_the_history_of_the_row(style: Stage) -> None:
-    names = "plug,plug+phrases,plug+phrases@wrong-user,instruction-only,instruction+phrases"
-    rows = {row["method"]: row for row in style.evaluate(names)["rows"]}
+def test_copied_answers_come_from_the_history_of_the_row(copying: Stage) -> None:
+    names = "plug,plug+copy-head,plug+copy-head@wrong-user,instruction-only,instruction+copy-head"
+    rows = {row["method"]: row for row in copying.evaluate(names)["rows"]}
     likely = {name: row["metrics"]["nll"] for name, row in rows.items()}
-    assert likely["plug+phrases"] < likely["plug+phrases@wrong-user"]
-    assert likely["plug+phrases"] < likely["plug"]
-    assert likely["instruction+phrases"] < likely["instruction-only"]
-    assert rows["instruction+phrases"]["costs"]["bytes_per_user"] > 0
-    assert rows["plug+phrases"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
+    assert likely["plug+copy-head"] < likely["plug+copy-head@wrong-user"]
+    assert likely["plug+copy-head"] < likely["plug"]
+    assert likely["instruction+copy-head"] < likely["instruction-only"]
+    assert rows["instruction+copy-head"]["costs"]["bytes_per_user"] > 0
+    assert rows["plug+copy-head"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
 
 
-def test_phrases_are_identified_by_likelihood_unless_the_scale_is_0(style: Stage) -> None:
-    names, samples = "instruction-only,instruction+phrases", "identification_samples=4"
-    rows = {row["method"]: row["metrics"] for row in style.evaluate(names, settings=(samples,))["rows"]}
-    assert 0 < rows["instruction+phrases"]["identified_persona"] <= 1
+def test_copied_answers_are_identified_by_likelihood_unless_the_scale_is_0(copying: Stage) -> None:
+    names, samples = "instruction-only,instruction+copy-head", "identification_samples=4"
+    rows = {row["method"]: row["metrics"] for row in copying.evaluate(names, settings=(samples,))["rows"]}
+    assert 0 < rows["instruction+copy-head"]["identified_persona"] <= 1
     assert "identified_persona" not in rows["instruction-only"]
-    results = style.evaluate("instruction+phrases", settings=(samples, "persona_scale=0"))
+    results = copying.evaluate("instruction+copy-head", settings=(samples, "persona_scale=0"))
     assert "identified_persona" not in results["rows"][0]["metrics"]
 
 
-def test_phrases_need_generated_answers(rating: Stage) -> None:
+def test_copy_head_needs_generated_answers(rating: Stage) -> None:
     with pytest.raises(ConfigError, match="closed set of labels"):
-        rating.evaluate("plug+phrases")
+        rating.evaluate("plug+copy-head")
+
+
+def test_copy_head_needs_soft_tokens_behind_the_prompt(style: Stage) -> None:
+    with pytest.raises(ConfigError, match="placement=suffix"):
+        style.train("plug+copy-head")
+
+
+def test_copy_head_lowers_the_loss_of_held_out_users(copying: Stage) -> None:
+    facts = copying.run.training_facts("plug+copy-head", seed=0)
+    assert facts is not None
+    assert facts["best_loss"] < facts["loss_without_copy_head"]
+    assert facts["parameters"] < 300_000
 
 
 def test_history_below_the_cold_start_threshold_counts_as_lost(tmp_path: Path) -> None:

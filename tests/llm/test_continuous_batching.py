@@ -10,7 +10,9 @@ import torch
 
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Slot
+from personaplug.llm.continuous_batching import ContinuousBatch, Slot, SlotCopying
+from personaplug.llm.copied_answers import copy_source
+from personaplug.llm.copy_head import Copying
 from personaplug.llm.soft_prompt import SoftPrompt
 
 PROMPTS = ["one", "a somewhat longer prompt", "", "x y z " * 9, "rate this film", "and this"]
@@ -155,16 +157,26 @@ def test_slots_that_join_at_random_equal_generate(toy: CausalLM) -> None:
         assert toy.prompt_tokenizer.decode(slot.ids) == _alone(toy, prompt, placement="suffix", config=config)
 
 
-def test_slot_ngrams_affect_that_slot_only(toy: CausalLM) -> None:
+def test_slots_with_a_copy_head_equal_generate(toy: CausalLM) -> None:
     config, soft = GenerationConfig(max_new_tokens=20), [_soft(toy, n, placement="suffix") for n in range(3)]
-    caches = [toy.build_ngram_cache(["Why Music, Part 2"] * 90), None, toy.build_ngram_cache(["On tea"] * 90)]
-    slots = [Slot(toy.prompt_tokenizer.encode_prompt(PROMPTS[n]), soft[n], config, ngrams=caches[n]) for n in range(3)]
+    head = toy.new_copy_head(seed=0)
+    with torch.no_grad():
+        head.gate.bias.copy_(torch.tensor([0.0, 0.0, 6.0]))
+    own = [copy_source(toy, head, answers) for answers in (["Why Music, Part 2"], [], ["On tea"])]
+    copying = [Copying(head, [own[0]]), None, Copying(head, [own[2]])]
+    slots = [
+        Slot(
+            toy.prompt_tokenizer.encode_prompt(PROMPTS[n]),
+            soft[n],
+            config,
+            copying=None if copying[n] is None else SlotCopying(head, own[n]),
+        )
+        for n in range(3)
+    ]
     batch = ContinuousBatch(toy)
     batch.add(slots)
     _finish(batch, slots)
     texts = [toy.prompt_tokenizer.decode(slot.ids) for slot in slots]
-    assert texts == ["Why Music, Part 2", _alone(toy, 1, placement="suffix", config=config), "On tea"]
-    alone = toy.generate(
-        PromptBatch([PROMPTS[0]], soft[0], ngrams=[toy.build_ngram_cache(["Why Music, Part 2"] * 90)]), config
-    )
-    assert alone[0].text == texts[0]
+    alone = [toy.generate(PromptBatch([PROMPTS[n]], soft[n], copying=copying[n]), config)[0].text for n in range(3)]
+    assert texts == alone
+    assert alone[0] != _alone(toy, 0, placement="suffix", config=config)

@@ -19,6 +19,7 @@ from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.registry import known_methods
 from personaplug.training.baseline_parts import LORA, ROPG
+from personaplug.training.copy_head_part import COPY_HEAD, INSTRUCTION_COPY_HEAD
 from personaplug.training.parts import INSTRUCTION, PLUG
 
 
@@ -60,20 +61,20 @@ def test_rejects_an_invalid_list_of_rows(text: str) -> None:
         "user-words:0",
         "copy@wrong-user",
         "classical:words",
-        "+phrases",
-        "phrases",
-        "plug+phrases:3",
-        "wrong-user+phrases",
-        "shuffled+phrases",
-        "plug@wrong-user+phrases",
-        "instruction-only+phrases",
+        "+copy-head",
+        "copy-head",
+        "plug+copy-head:3",
+        "wrong-user+copy-head",
+        "shuffled+copy-head",
+        "plug@wrong-user+copy-head",
+        "instruction-only+copy-head",
         "instruction-only+bm25:4",
         "instruction",
-        "copy+phrases",
-        "plug+phrases+phrases",
+        "copy+copy-head",
+        "plug+copy-head+copy-head",
         "plug+bm25:1+dense:1",
-        "random-vectors+phrases",
-        "lora-per-user+phrases",
+        "plug+bm25:1+copy-head",
+        "lora-per-user+copy-head",
         "classical:text@wrong-user",
         "classical+bm25:4",
         "user-median:4",
@@ -127,7 +128,7 @@ def test_default_rows_include_trained_label_counts_where_items_have_labels(task:
     assert rows == ([*others[:-2], *counting, *others[-2:]] if is_suitable else others)
 
 
-@pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
+@pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+copy-head", "bm25:4@wrong-user"])
 def test_row_has_a_rationale_and_the_given_name(name: str) -> None:
     method = find_method(name)
     assert method.name == name
@@ -235,18 +236,9 @@ def test_parts_that_several_rows_need_are_trained_once() -> None:
     assert needed_parts(rows) == [PLUG, INSTRUCTION, ROPG, find_method("instruction+ropg:4").requires[1], LORA]
 
 
-@pytest.mark.parametrize(
-    ("base", "requires"), [("plug", (PLUG,)), ("instruction", (INSTRUCTION,)), ("plain", ()), ("lora", (LORA,))]
-)
-def test_phrases_can_follow_any_row_of_the_frozen_model(base: str, requires: tuple[object, ...]) -> None:
-    row = find_method(f"{base}+phrases")
-    assert isinstance(row, LanguageModelMethod)
-    assert row.ngrams
-    assert (row.requires, row.info.history) == (requires, "own")
-    assert find_method(f"{base}+phrases@wrong-user").info.gain_of == f"{base}+phrases"
-
-
-def test_phrases_need_no_training_beyond_that_of_their_base() -> None:
-    row, without = find_method("plug+bm25:1+phrases"), find_method("plug+bm25:1")
-    assert needed_parts([row, without]) == list(without.requires)
-    assert {"plug+bm25:1", "instruction+bm25:1+phrases", "plug"} <= set(row.info.parents)
+def test_copy_head_is_trained_behind_its_base() -> None:
+    row = find_method("plug+copy-head")
+    assert (row.requires, row.info.history) == ((PLUG, COPY_HEAD), "own")
+    assert find_method("instruction+copy-head").requires == (INSTRUCTION, INSTRUCTION_COPY_HEAD)
+    assert find_method("plug+copy-head@wrong-user").info.gain_of == "plug+copy-head"
+    assert set(row.info.parents) == {"plug", "instruction+copy-head"}

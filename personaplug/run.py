@@ -51,14 +51,13 @@ from personaplug.plug.model import PersonaPlug
 TASKS_FILE, SHARED_TRAINING = "tasks.json", "shared"
 """Names in the folder of a shared run, next to the runs of its tasks; see `shared_run`."""
 
-COPY_HEAD = "plug+copy-head"  # the trained part in `training/copy_head_part.py`
-
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""
 
 SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
 """Settings of these sections that affect only speed and place, not results."""
 
+COPY_HEAD = "plug+copy-head"  # the trained part in `training/copy_head_part.py`
 _REMEDY = "Restore it, or train again in a new folder."
 _MOVABLE = ("model.llm", "model.encoder", *SPEED_ONLY)  # users may edit these settings after they move a run
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from personaplug.data.task_prompts import TaskPrompts
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.errors import ConfigError, StoreConflict
-from personaplug.llm.loading import choose_device
 from personaplug.llm.copied_answers import check_answers
+from personaplug.llm.loading import choose_device
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import COPY_HEAD, Run

@@ -6,7 +6,6 @@ It uses the Personalizer of the evaluation, so the served personas are the evalu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,6 +23,7 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
+from personaplug.serving.copied_answers import AnswerReader, CopiedAnswers
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings, Ticket
 
 Fallback = Literal["population", "plain"]
@@ -31,9 +31,6 @@ Fallback = Literal["population", "plain"]
 
 Applied = Literal["user", "population", "plain"]
 """The persona that a request got. Users with few items get the population's."""
-
-ReadAnswers = Callable[[Sequence[str]], Copying]
-"""Reads a user's past answers with the language model for a copy head; see `Engine.load_copy_head`."""
 
 _OTHER_STORE = "Name another store; `personaplug load` creates one. In Python, create it with `store_settings(plug)`."
 _ENTRY_BYTES = 1024  # size of an entry without its arrays
@@ -58,15 +55,14 @@ class _Entry:
     version: int
     items: int
     is_cold: bool  # too few items to have an effect
-    copying: Copying | None = None
+    answers: CopiedAnswers | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
     first_day: int = 0  # first day of the history under the store's retention rules
 
     @property
     def bytes(self) -> int:
-        sources = self.copying.own if self.copying else ()
-        arrays = (self.soft.vectors if self.soft else None, self.history, *sources)
+        arrays = (self.soft.vectors if self.soft else None, self.history, self.answers)
         return _ENTRY_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
@@ -78,7 +74,7 @@ class PersonaCache:
 
     Args:
         fallback: the persona of requests without a user or whose user has no history.
-        read_answers: reads a user's past answers, for answers with a copy head; None = no copy head.
+        reader: the copy head of the answers, and how it reads past answers; None = no copy head.
     """
 
     def __init__(
@@ -87,7 +83,7 @@ class PersonaCache:
         store: HistoryStore,
         *,
         fallback: Fallback = "population",
-        read_answers: ReadAnswers | None = None,
+        reader: AnswerReader | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if fallback not in get_args(Fallback):
@@ -96,18 +92,18 @@ class PersonaCache:
             raise ConfigError(
                 f"persona_scale must be between 0 and {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}."
             )
-        if read_answers is not None and not store.settings.keep_text:
+        if reader is not None and not store.settings.keep_text:
             raise StoreConflict(
                 "A copy head needs the items' texts, but the store has none. Create a store with keep_text."
             )
         check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
-        self.fallback, self._read_answers = fallback, read_answers
+        self.fallback, self._reader = fallback, reader
         self.plug_lock = threading.Lock()  # for computing soft tokens, because the plug is not thread-safe
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
-        self._population = self._entry(_empty_history(self.plug), answers=())
+        self._population = self._entry(_empty_history(self.plug), answers=self._answers(None))
 
     def persona(
         self,
@@ -135,7 +131,7 @@ class PersonaCache:
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
         applied: Applied = "population" if entry.is_cold else "user"
-        return Persona(soft, applied, entry.items, scale, cached, entry.copying)
+        return Persona(soft, applied, entry.items, scale, cached, entry.answers and entry.answers.copying())
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop the entry of an erased user."""
@@ -146,7 +142,7 @@ class PersonaCache:
     @property
     def has_copy_head(self) -> bool:
         """Whether answers copy tokens. If so, the persona of a new version of a history waits for the model."""
-        return self._read_answers is not None
+        return self._reader is not None
 
     @property
     def cached_users(self) -> int:
@@ -167,7 +163,7 @@ class PersonaCache:
         if not version:  # the user is unknown, or another process erased the user
             self.forget(tenant, user)
             return self._population, False
-        history, answers = self._read(ticket), self._answers(tenant, user)
+        history, answers = self._read(ticket), self._answers(ticket, entry and entry.answers)
         entry = replace(self._entry(history, answers=answers), first_day=first_day)
         self.store.check(ticket)
         with self._entries_lock:
@@ -182,19 +178,19 @@ class PersonaCache:
         history = self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
         return history.select(self.plug.known_items(history.kind_ids))
 
-    def _answers(self, tenant: str, user: str) -> tuple[str, ...]:
-        """Return the texts that a copy head may copy."""
-        if not self.has_copy_head:
-            return ()
-        return past_answers(self.store.list_items(tenant, user, latest=MAX_ANSWERS))
+    def _answers(self, ticket: Ticket | None, earlier: CopiedAnswers | None = None) -> CopiedAnswers | None:
+        """Read the answers that a copy head may copy; `earlier` are those of an older version of the history."""
+        if self._reader is None:
+            return None
+        items = [] if ticket is None else self.store.list_items(ticket.tenant, ticket.user, latest=MAX_ANSWERS)
+        return CopiedAnswers.read(self._reader, past_answers(items), earlier=earlier)
 
-    def _entry(self, history: StoredHistory, *, answers: Sequence[str]) -> _Entry:
+    def _entry(self, history: StoredHistory, *, answers: CopiedAnswers | None) -> _Entry:
         facts = (history.version, len(history), self.plug.cold_start.ignores(history.kind_ids))
-        copying = None if self._read_answers is None else self._read_answers(answers)
         if not self.plug.ignores_query:
-            return _Entry(*facts, copying, history=self.personalizer.precompute(history))
+            return _Entry(*facts, answers, history=self.personalizer.precompute(history))
         with self.plug_lock:
-            return _Entry(*facts, copying, soft=self.personalizer.persona("", history))
+            return _Entry(*facts, answers, soft=self.personalizer.persona("", history))
 
 
 def _empty_history(plug: PersonaPlug) -> StoredHistory:

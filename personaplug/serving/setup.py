@@ -46,7 +46,7 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             Personalizer(each_plug, persona_scale=config.persona_scale),
             store,
             fallback=config.fallback,
-            read_answers=engine.load_copy_head(each, seed=_seed(each, config.seed)) if config.copy_head else None,
+            reader=engine.load_copy_head(each, seed=_seed(each, config.seed)) if config.copy_head else None,
             cache_bytes=_CACHE_BYTES // len(plugs),
         )
         for each, each_plug in zip((run, *others), plugs, strict=True)

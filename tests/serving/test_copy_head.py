@@ -22,9 +22,12 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, EngineFailure, MissingData, StoreConflict
 from personaplug.inference import generate
 from personaplug.infra.training_facts import write_facts
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.copied_answers import ReadAnswer, read_answers
 from personaplug.llm.copy_head import CopySource
 from personaplug.run import COPY_HEAD, Models, Run, open_models
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines.in_process import _groups_of_texts
 from personaplug.serving.service import Service
 from personaplug.serving.setup import open_service
 from personaplug.training.copy_head_part import COPY_HEAD as PART
@@ -159,6 +162,31 @@ def test_new_items_change_the_copied_words(eager: Run, models: Models, tmp_path:
         assert not torch.equal(_source(service, "ann").tokens, source.tokens)
 
 
+def test_new_item_rereads_no_earlier_answer(eager: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, passes = _open(eager, tmp_path), list[list[str]]()
+
+    def counted(llm: CausalLM, texts: Sequence[str], *, layer: int) -> list[ReadAnswer]:
+        passes.append(list(texts))
+        return read_answers(llm, texts, layer=layer)
+
+    monkeypatch.setattr("personaplug.serving.engines.in_process.read_answers", counted)
+    with served(service) as url:
+        for text in ("one", "two", "one"):
+            _post(url, "ann", [{"id": f"{text} {len(passes)}", "text": text}])
+            _ask(url, "ann")
+        assert passes == [["one"], ["two"]]
+        assert len(_source(service, "ann")) == len("onetwoone") + 3  # a letter is a token, and each text ends
+        _post(url, "bob", _items("one"))
+        _ask(url, "bob")
+    assert passes == [["one"], ["two"], ["one"]], "users share no source"
+
+
+def test_reading_long_answers_takes_several_passes() -> None:
+    groups = list(_groups_of_texts(["a" * 900] * 5 + ["b" * 9000, "c"]))
+    assert [[len(text) for text in group] for group in groups] == [[900, 900], [900, 900], [900], [9000], [1]]
+    assert list(_groups_of_texts([])) == []
+
+
 def test_only_answers_with_soft_tokens_have_a_copy_head(run: Run, models: Models, tmp_path: Path) -> None:
     with served(_open(run, tmp_path)) as url:
         _post(url, "ann", _items(WORDS["ann"]))
@@ -184,12 +212,11 @@ def test_closing_service_refuses_to_read_answers(run: Run, tmp_path: Path) -> No
     service = _open(run, tmp_path)
     with served(service) as url:
         _post(url, "ann", _items(WORDS["ann"]))
-        read = service.personas._read_answers
-        assert read is not None
-        assert len(read(["On tea"]).own[0]) > 0
+        reader = service.personas._reader
+        assert reader is not None
+        assert len(reader.read(["On tea"])[0]) > 0
     with pytest.raises(EngineFailure, match="not running"):
-        read(["On tea"])
-    assert len(read([]).own[0]) == 0
+        reader.read(["On tea"])
 
 
 def test_copy_head_needs_its_training(run: Run, tmp_path: Path) -> None:

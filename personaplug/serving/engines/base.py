@@ -16,6 +16,7 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Run
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
 
 
@@ -103,12 +104,8 @@ class Engine(ABC):
             code="unsupported",
         )
 
-    def load_copy_head(self, run: Run, *, seed: int) -> Callable[[Sequence[str]], Copying]:
-        """Load a run's copy head, if the engine supports one; return a function that reads a user's past answers.
-
-        The function waits for the model, so call it outside the event loop. It raises EngineFailure if the engine is
-        closed.
-        """
+    def load_copy_head(self, run: Run, *, seed: int) -> AnswerReader:
+        """Load the copy head of a run, if the engine supports one."""
         raise NotImplementedError
 
     async def close(self) -> None:  # noqa: B027  # optional

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,14 +16,15 @@ from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot, SlotCopying
-from personaplug.llm.copied_answers import MAX_ANSWERS, copy_source
-from personaplug.llm.copy_head import CopyHead, Copying, CopySource
+from personaplug.llm.copied_answers import read_answers
+from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.loading import open_llm
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Run
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.engines.base import (
     Engine,
     EngineReply,
@@ -44,7 +45,7 @@ _SCORE_ROWS = 32
 _SCORE_ANSWER_TOKENS = 512
 _SCORE_TOKENS = 8192
 
-_READ_ANSWERS = 8  # past answers to read between two tokens; each has at most 256 tokens
+_READ_CHARACTERS = 2048  # of past answers to read between two tokens, about 512 tokens
 _MAX_HELD = 32_768  # maximum tokens of all running rows, with padding; limits the memory
 _MIN_TEMPERATURE = 1e-4  # below it, decoding is greedy
 _MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # replies have these fields, and no template writes them
@@ -98,15 +99,19 @@ class InProcessEngine(Engine):
     async def close(self) -> None:
         await self._scheduler.close()
 
-    def load_copy_head(self, run: Run, *, seed: int) -> Callable[[Sequence[str]], Copying]:
+    def load_copy_head(self, run: Run, *, seed: int) -> AnswerReader:
         head = run.load_copy_head(self.llm, seed=seed)
-        return lambda answers: Copying(head, [self._read(answers[-MAX_ANSWERS:], head=head)])
+        return AnswerReader(head, partial(self._read, head))
 
-    def _read(self, answers: Sequence[str], *, head: CopyHead) -> CopySource:
+    def _read(self, head: CopyHead, answers: Sequence[str]) -> list[CopySource]:
         """Read past answers in several passes, so that other requests can run in between."""
-        parts = [answers[start : start + _READ_ANSWERS] for start in range(0, len(answers), _READ_ANSWERS)]
-        read = partial(copy_source, self.llm, head)
-        return CopySource.cat([self._scheduler.run_and_wait(partial(read, part)) for part in parts])
+
+        def read(texts: Sequence[str]) -> list[CopySource]:
+            parts = read_answers(self.llm, texts, layer=head.layer)
+            return [head.own.source(part.states, part.tokens).compressed() for part in parts]
+
+        groups = _groups_of_texts(answers)
+        return [source for texts in groups for source in self._scheduler.run_and_wait(partial(read, texts))]
 
     def check_length(self, characters: int) -> None:
         if characters > self.max_tokens * self._longest_token:
@@ -234,6 +239,18 @@ class InProcessEngine(Engine):
             return tokenizer.encode_chat(turns)
         except ConfigError as error:  # the template refuses these roles
             raise RequestError(str(error), code="messages") from None
+
+
+def _groups_of_texts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Group texts in order, with a limited number of characters; a longer text is alone."""
+    group: list[str] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > _READ_CHARACTERS:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group
 
 
 def _slot_copying(request: EngineRequest) -> SlotCopying | None:

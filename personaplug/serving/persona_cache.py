@@ -131,7 +131,8 @@ class PersonaCache:
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
         applied: Applied = "population" if entry.is_cold else "user"
-        return Persona(soft, applied, entry.items, scale, cached, entry.answers and entry.answers.copying())
+        copying = None if entry.answers is None else entry.answers.copying()
+        return Persona(soft, applied, entry.items, scale, cached, copying)
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop the entry of an erased user."""
@@ -163,7 +164,7 @@ class PersonaCache:
         if not version:  # the user is unknown, or another process erased the user
             self.forget(tenant, user)
             return self._population, False
-        history, answers = self._read(ticket), self._answers(ticket, entry and entry.answers)
+        history, answers = self._read(ticket), self._answers(ticket, None if entry is None else entry.answers)
         entry = replace(self._entry(history, answers=answers), first_day=first_day)
         self.store.check(ticket)
         with self._entries_lock:

@@ -39,7 +39,7 @@ from personaplug.methods import default_rows, needed_parts, parse_methods
 from personaplug.methods.base import Method
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import CARD, find_plug, model_card, read_description
-from personaplug.run import Models, Run, open_models
+from personaplug.run import COPY_HEAD, Models, Run, open_models
 from personaplug.training.parts import INSTRUCTION, PLUG, train, trained_counting
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 QUESTIONS_PER_USER = 8
 
 _DATA, _RUN, _COLUMNS = "data", "run", "columns.json"
-_SAVED = ("*.json", "*.yaml", "plug/*", "instruction-only/*")
+_SAVED = ("*.json", "*.yaml", "plug/*", "instruction-only/*", f"{COPY_HEAD}/*")
 _EXAMPLE = """from personaplug import Plug
 
 plug = Plug.from_pretrained("this folder or repository")
@@ -266,7 +266,7 @@ class Plug(ModelHubMixin):
         The folder is also a run, for `personaplug serve --run` and `personaplug generate --run`.
         """
         folder = Path(save_directory)
-        allowed = {CARD, "run.json", "config.yaml", "data.json", _COLUMNS, PLUG.name, INSTRUCTION.name}
+        allowed = {CARD, "run.json", "config.yaml", "data.json", _COLUMNS, PLUG.name, INSTRUCTION.name, COPY_HEAD}
         names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
         if folder.resolve() == self.run.folder.resolve() or names - allowed:
             raise RunConflict(f"{folder} holds more than a saved Plug. Choose a new folder.")
@@ -345,7 +345,7 @@ class Plug(ModelHubMixin):
             write_checked_json(folder / _COLUMNS, self._form.to_dict())
 
     def _trained_parts(self) -> list[str]:
-        return self.run.trained_parts(PLUG.name, INSTRUCTION.name)
+        return self.run.trained_parts(PLUG.name, INSTRUCTION.name, COPY_HEAD)
 
     def _default_methods(self) -> list[Method]:
         trained = [*self._trained_parts(), *trained_counting(self.run)]

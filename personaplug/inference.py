@@ -130,6 +130,7 @@ def respond(
 
     Args:
         copy_head: copies tokens of the prompt and of the items' answers into generated text; this needs a persona.
+            Decoding is then without beams.
     Raises:
         ConfigError: if the prompt lacks the wording that marks the query.
     """
@@ -143,6 +144,7 @@ def respond(
     if copy_head is not None and personalizer is not None and config.persona_scale:
         answers = past_answers(items, latest=MAX_ANSWERS)
         copying = Copying(copy_head, [copy_source(check_model(models.llm), copy_head, answers)])
+        config = replace(config, num_beams=1)
     generated = models.llm.generate(PromptBatch([prompt], soft, copying=copying), _generation_config(task, config))
     return Answer(generated[0].text)
 

@@ -42,6 +42,8 @@ from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.links import check_links
 from personaplug.infra.training_facts import read_facts
 from personaplug.llm.base import LanguageModel
+from personaplug.llm.copied_answers import check_model
+from personaplug.llm.copy_head import CopyHead
 from personaplug.llm.loading import choose_device, open_llm
 from personaplug.llm.prompt_tokenizer import today
 from personaplug.plug.model import PersonaPlug
@@ -55,6 +57,7 @@ FIXED = ("model", "plug", "training", "retrieval", "adapter")
 SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
 """Settings of these sections that affect only speed and place, not results."""
 
+COPY_HEAD = "plug+copy-head"  # the trained part in `training/copy_head_part.py`
 _REMEDY = "Restore it, or train again in a new folder."
 _MOVABLE = ("model.llm", "model.encoder", *SPEED_ONLY)  # users may edit these settings after they move a run
 
@@ -259,7 +262,7 @@ class Run:
         folder = self.plug_folder(name, seed=seed)
         if not self.trained(name, seed=seed):
             raise MissingData(
-                f"{folder} contains no finished training. Remove {name} from --methods, or repeat this run's "
+                f"{folder} contains no finished training. Leave {name} out, or repeat this run's "
                 f"`personaplug train` command with the same settings and --methods {name}."
             )
         return folder
@@ -273,6 +276,10 @@ class Run:
         folder = self.check_trained(name, seed=seed)
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.llm.identity)
         return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
+
+    def load_copy_head(self, llm: LanguageModel, *, seed: int) -> CopyHead:
+        """Load a trained copy head; MissingData if its training has not finished."""
+        return check_model(llm).load_copy_head(self.check_trained(COPY_HEAD, seed=seed))
 
     def open_vectors(self, encoder: Encoder) -> EmbeddingStore:
         """Open the run's table of item vectors.

@@ -27,6 +27,8 @@ from personaplug.inference import generate
 from personaplug.llm.base import PromptBatch
 from personaplug.methods import default_rows
 from personaplug.plug.personalizer import Personalizer
+from personaplug.training.copy_head_part import COPY_HEAD
+from personaplug.training.parts import train
 
 SECRET = "zanzibar"
 TOY: dict[str, Any] = {
@@ -284,6 +286,20 @@ def test_conversations_need_no_wording(tmp_path: Path) -> None:
     plug.save_pretrained(tmp_path / "saved")
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     assert all(SECRET.encode() not in path.read_bytes() for path in files)
+
+
+def test_saved_plug_has_its_copy_head(tmp_path: Path) -> None:
+    rows = [{"user": f"u{u}", "question": f"How is {d}?", "answer": f"{u} {d}"} for u in range(8) for d in range(3)]
+    plug = Plug.train(rows, out=tmp_path / "chats", kind="chat", **TOY)
+    train(plug.run, plug._split("train"), models=plug.models, parts=[COPY_HEAD])
+    for _ in range(2):  # the second call overwrites
+        plug.save_pretrained(tmp_path / "saved")
+    loaded = Plug.from_pretrained(tmp_path / "saved")
+    head = loaded.run.load_copy_head(loaded.models.llm, seed=0)
+    expected = plug.run.load_copy_head(plug.models.llm, seed=0).state_dict()
+    assert {name: value.tolist() for name, value in head.state_dict().items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
 
 
 def test_lamp_folder_defines_prompts_and_fields(plug: Plug, tmp_path: Path) -> None:

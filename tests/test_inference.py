@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from personaplug.config_parsing import load_config
 from personaplug.config_resolution import resolved
@@ -18,6 +19,7 @@ from personaplug.errors import ConfigError
 from personaplug.inference import _check_items, generate, respond
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.copy_head import CopyHead
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
@@ -34,7 +36,7 @@ def answer(
     encoder: HashEncoder,
     *,
     plain: bool = False,
-    phrases: bool = False,
+    copy_head: CopyHead | None = None,
     settings: tuple[str, ...] = ("max_new_tokens=2",),
 ) -> str:
     config = resolved(load_config(overrides=["num_beams=1", *settings]), task)
@@ -42,12 +44,12 @@ def answer(
     values = tuple((name, "4") for name in task.field_names)
     return respond(
         prompt,
-        [HistoryItem(str(n), values, task.answer_field) for n in range(99 if phrases else 1)],
+        [HistoryItem(str(n), values, task.answer_field) for n in range(99 if copy_head else 1)],
         run=Run(Path("unused"), config, task, Path("unused")),
         models=Models(encoder, toy),
         personalizer=None if plain else Personalizer(plug.eval(), persona_scale=config.evaluation.persona_scale),
         config=config.evaluation,
-        phrases=phrases,
+        copy_head=copy_head,
     )
 
 
@@ -81,13 +83,19 @@ def test_plain_generation_needs_no_wording(toy: CausalLM, hashing: HashEncoder) 
     assert answer("anything", LAMP_TASKS["LaMP_3"], toy, hashing, plain=True) in LAMP_TASKS["LaMP_3"].labels
 
 
-def test_phrases_are_used_only_with_a_persona(toy: CausalLM, hashing: HashEncoder) -> None:
-    task, prompt = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk"
+def test_copy_head_is_used_only_with_a_persona(toy: CausalLM, hashing: HashEncoder) -> None:
+    task, prompt, head = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk", toy.new_copy_head(seed=0)
+    with torch.no_grad():
+        head.gate.bias.copy_(torch.tensor([0.0, -3.0, 12.0]))  # mostly copies the answers
     bare = answer(prompt, task, toy, hashing)
-    assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
+    copied = answer(prompt, task, toy, hashing, copy_head=head)
+    assert copied in ("", "4", "44")
+    assert copied != bare
+    beams = ("max_new_tokens=2", "num_beams=4")
+    assert answer(prompt, task, toy, hashing, copy_head=head, settings=beams) == copied, "decoding is without beams"
     for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "persona_scale=0")}):
         arguments: dict[str, Any] = changes
-        assert answer(prompt, task, toy, hashing, phrases=True, **arguments) == answer(
+        assert answer(prompt, task, toy, hashing, copy_head=head, **arguments) == answer(
             prompt, task, toy, hashing, **arguments
         )
 

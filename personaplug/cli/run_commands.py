@@ -270,8 +270,8 @@ def evaluate(
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user. Every personal row has a control, such as bm25:4@wrong-user.
 
-    Only if labels are scored: instruction+labels, instruction+neighbors. Only if answers are generated: plug+phrases,
-    instruction+phrases, any other row with +phrases.
+    Only if labels are scored: instruction+labels, instruction+neighbors. Only if answers are generated:
+    plug+copy-head, instruction+copy-head.
 
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10. The command fits these rows on the train split.
@@ -359,7 +359,11 @@ def predict(
 )
 @seed_option
 @click.option("--plain", is_flag=True, help="Answer without the plug, for comparison.")
-@click.option("--phrases", is_flag=True, help="Mix phrases from the user's own answers into the generated text.")
+@click.option(
+    "--copy-head",
+    is_flag=True,
+    help="Copy tokens of the prompt and of the user's past answers into the text; needs a trained plug+copy-head.",
+)
 @click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
 @with_settings("evaluation")
 def generate(
@@ -368,21 +372,37 @@ def generate(
     history: Path | None,
     seed: int | None,
     plain: bool,
-    phrases: bool,
+    copy_head: bool,
     probabilities: bool,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Answer one prompt for a user with the given history."""
     from personaplug import inference
+    from personaplug.llm.copied_answers import check_answers
+    from personaplug.run import COPY_HEAD, open_models
     from personaplug.shared_run import open_runs
 
     run = inference.run_for(prompt, open_runs(run_folder))
     config = _config_of(run, config_file, settings)
     if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
         raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
+    models, head = None, None
+    if copy_head:
+        check_answers(run.task)
+        seed = run.config.training.seeds[0] if seed is None else seed
+        run.check_trained(COPY_HEAD, seed=seed)  # before the models are loaded
+        models = open_models(run.config)
+        head = run.load_copy_head(models.llm, seed=seed)
     response = inference.generate(
-        run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
+        run,
+        prompt,
+        history=history or (),
+        models=models,
+        seed=seed,
+        plain=plain,
+        copy_head=head,
+        config=config.evaluation,
     )
     if probabilities and response.distribution is not None:
         click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))

@@ -83,9 +83,10 @@ class _NumberRange(click.FloatRange):
 )
 @click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
 @click.option(
-    "--phrases",
+    "--copy-head",
     is_flag=True,
-    help="Mix users' own phrases into answers of the local engine; a new store then stores texts.",
+    help="Let the local engine copy tokens of the prompt and of the user's past answers into free text. The run needs "
+    "a trained plug+copy-head; a new store then stores texts.",
 )
 @click.option("--max-items", type=int, help="Keep only the latest items of each user. The store saves this limit.")
 @click.option("--max-days", type=int, help="Delete items older than this. The store saves this limit.")

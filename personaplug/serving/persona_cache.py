@@ -6,7 +6,6 @@ It uses the Personalizer of the evaluation, so the served personas are the evalu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,11 +17,13 @@ from personaplug.data.records import Options
 from personaplug.encoders.encoded_sample import all_answers, past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
-from personaplug.llm.ngram_cache import UserNgramCache
+from personaplug.llm.copied_answers import MAX_ANSWERS
+from personaplug.llm.copy_head import Copying
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
+from personaplug.serving.copied_answers import AnswerReader, CopiedAnswers
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings, Ticket
 
 Fallback = Literal["population", "plain"]
@@ -30,8 +31,6 @@ Fallback = Literal["population", "plain"]
 
 Applied = Literal["user", "population", "plain"]
 """The persona that a request got. Users with few items get the population's."""
-
-BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
 
 _OTHER_STORE = "Name another store; `personaplug load` creates one. In Python, create it with `store_settings(plug)`."
 _ENTRY_BYTES = 1024  # size of an entry without its arrays
@@ -46,7 +45,7 @@ class Persona:
     items: int  # length of the history
     persona_scale: float
     cached: bool = False  # True if the cache had the current version of the history
-    phrases: UserNgramCache | None = None
+    copying: Copying | None = None  # a copy head and the user's past answers, one row
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -56,14 +55,14 @@ class _Entry:
     version: int
     items: int
     is_cold: bool  # too few items to have an effect
-    phrases: UserNgramCache | None = None
+    answers: CopiedAnswers | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
     first_day: int = 0  # first day of the history under the store's retention rules
 
     @property
     def bytes(self) -> int:
-        arrays = (self.soft.vectors if self.soft else None, self.history, self.phrases)
+        arrays = (self.soft.vectors if self.soft else None, self.history, self.answers)
         return _ENTRY_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
@@ -75,7 +74,7 @@ class PersonaCache:
 
     Args:
         fallback: the persona of requests without a user or whose user has no history.
-        build_phrases: builds an n-gram cache of a user's answers, for engines that support phrases.
+        reader: the copy head of the answers, and how it reads past answers; None = no copy head.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class PersonaCache:
         store: HistoryStore,
         *,
         fallback: Fallback = "population",
-        build_phrases: BuildPhrases | None = None,
+        reader: AnswerReader | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if fallback not in get_args(Fallback):
@@ -93,16 +92,18 @@ class PersonaCache:
             raise ConfigError(
                 f"persona_scale must be between 0 and {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}."
             )
-        if build_phrases is not None and not store.settings.keep_text:
-            raise StoreConflict("Phrases need the items' texts, but the store has none. Create a store with keep_text.")
+        if reader is not None and not store.settings.keep_text:
+            raise StoreConflict(
+                "A copy head needs the items' texts, but the store has none. Create a store with keep_text."
+            )
         check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
-        self.fallback, self._build_phrases = fallback, build_phrases
+        self.fallback, self._reader = fallback, reader
         self.plug_lock = threading.Lock()  # for computing soft tokens, because the plug is not thread-safe
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
-        self._population = self._entry(_empty_history(self.plug))
+        self._population = self._entry(_empty_history(self.plug), answers=self._answers(None))
 
     def persona(
         self,
@@ -130,13 +131,19 @@ class PersonaCache:
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
         applied: Applied = "population" if entry.is_cold else "user"
-        return Persona(soft, applied, entry.items, scale, cached, entry.phrases)
+        copying = None if entry.answers is None else entry.answers.copying()
+        return Persona(soft, applied, entry.items, scale, cached, copying)
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop the entry of an erased user."""
         with self._entries_lock:
             self._erasures += 1
             self._entries.pop((tenant, user), None)
+
+    @property
+    def has_copy_head(self) -> bool:
+        """Whether answers copy tokens. If so, the persona of a new version of a history waits for the model."""
+        return self._reader is not None
 
     @property
     def cached_users(self) -> int:
@@ -157,8 +164,8 @@ class PersonaCache:
         if not version:  # the user is unknown, or another process erased the user
             self.forget(tenant, user)
             return self._population, False
-        history, phrases = self._read(ticket), self._phrases_of(tenant, user)
-        entry = replace(self._entry(history, phrases=phrases), first_day=first_day)
+        history, answers = self._read(ticket), self._answers(ticket, None if entry is None else entry.answers)
+        entry = replace(self._entry(history, answers=answers), first_day=first_day)
         self.store.check(ticket)
         with self._entries_lock:
             # Do not cache a history that was read before an erasure, because it may be the erased one.
@@ -172,18 +179,19 @@ class PersonaCache:
         history = self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
         return history.select(self.plug.known_items(history.kind_ids))
 
-    def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
-        if self._build_phrases is None:
+    def _answers(self, ticket: Ticket | None, earlier: CopiedAnswers | None = None) -> CopiedAnswers | None:
+        """Read the answers that a copy head may copy; `earlier` are those of an older version of the history."""
+        if self._reader is None:
             return None
-        latest = self.plug.config.max_history
-        return self._build_phrases(past_answers(self.store.list_items(tenant, user, latest=latest), latest=latest))
+        items = [] if ticket is None else self.store.list_items(ticket.tenant, ticket.user, latest=MAX_ANSWERS)
+        return CopiedAnswers.read(self._reader, past_answers(items), earlier=earlier)
 
-    def _entry(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Entry:
+    def _entry(self, history: StoredHistory, *, answers: CopiedAnswers | None) -> _Entry:
         facts = (history.version, len(history), self.plug.cold_start.ignores(history.kind_ids))
         if not self.plug.ignores_query:
-            return _Entry(*facts, phrases, history=self.personalizer.precompute(history))
+            return _Entry(*facts, answers, history=self.personalizer.precompute(history))
         with self.plug_lock:
-            return _Entry(*facts, phrases, soft=self.personalizer.persona("", history))
+            return _Entry(*facts, answers, soft=self.personalizer.persona("", history))
 
 
 def _empty_history(plug: PersonaPlug) -> StoredHistory:
@@ -215,6 +223,6 @@ def check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
 
 
 def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
-    """Return the store settings for a plug's histories. Phrases and explanations with texts need `keep_text`."""
+    """Return the store settings for a plug's histories. A copy head and explanations with texts need `keep_text`."""
     labels = plug.spec.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

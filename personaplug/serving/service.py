@@ -74,6 +74,8 @@ class Service:
         # Requests without a user must not wait for a database that hangs.
         self.store_threads = FairExecutor(16, name="personaplug-store")
         self.persona_threads = FairExecutor(4, name="personaplug-persona")
+        # Admissions and checks must not wait for the model, which reads past answers for a copy head.
+        self.reading_threads = FairExecutor(16, name="personaplug-reading")
         self._maintenance = Maintenance(self.store)
 
     async def respond(
@@ -101,11 +103,12 @@ class Service:
             options=query.options,
             persona_scale=options.persona_scale if self.is_personal(query) else 0,
         )
-        threads = self.store_threads if ticket else self.persona_threads
+        store_threads = self.reading_threads if served.personas.has_copy_head else self.store_threads
+        threads = store_threads if ticket else self.persona_threads
         persona = await threads.run(tenant, user or "", make_persona)
         request_id = secrets.token_hex(12)
         reply = await self.engine.respond(
-            EngineRequest(request, persona.soft, choices, request_id, persona.phrases, tenant, prepared)
+            EngineRequest(request, persona.soft, choices, request_id, persona.copying, tenant, prepared)
         )
         if ticket:
             await self._check_not_erased(ticket, reply)
@@ -206,7 +209,7 @@ class Service:
     async def close(self) -> None:
         """Finish the running replies, then close the engine and the store."""
         await self.engine.close()
-        for threads in (self.slow, self.store_threads, self.persona_threads):
+        for threads in (self.slow, self.store_threads, self.persona_threads, self.reading_threads):
             threads.shutdown()
         self._maintenance.stop()
         self.store.close()

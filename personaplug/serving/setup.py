@@ -10,13 +10,13 @@ from pathlib import Path
 from personaplug.data.task_prompts import TaskPrompts
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.errors import ConfigError, StoreConflict
+from personaplug.llm.copied_answers import check_answers
 from personaplug.llm.loading import choose_device
-from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import Run
+from personaplug.run import COPY_HEAD, Run
 from personaplug.serving.config import ServingConfig
-from personaplug.serving.engines import find_engine
+from personaplug.serving.engines import RegisteredEngine, find_engine
 from personaplug.serving.engines.base import LoadPlug
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.serving.served_task import ServedTask
@@ -35,11 +35,8 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
         others: runs of further tasks that share a plug with the first run.
     """
     registered = find_engine(config.engine)
-    if config.phrases:  # before the models are loaded
-        for each_run in (run, *others):
-            check_ngrams(each_run.task)
-        if not registered.supports_phrases:
-            raise ConfigError("This engine does not support --phrases. Remove --phrases or use --engine local.")
+    if config.copy_head:
+        _check_copy_heads((run, *others), engine=registered, seed=config.seed)  # before the models are loaded
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)
     store = open_store(plug, encoder, config=config)
@@ -49,10 +46,10 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             Personalizer(each_plug, persona_scale=config.persona_scale),
             store,
             fallback=config.fallback,
-            build_phrases=engine.build_phrases if config.phrases else None,
+            reader=engine.load_copy_head(each, seed=_seed(each, config.seed)) if config.copy_head else None,
             cache_bytes=_CACHE_BYTES // len(plugs),
         )
-        for each_plug in plugs
+        for each, each_plug in zip((run, *others), plugs, strict=True)
     ]
     service = Service(
         first,
@@ -67,6 +64,15 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
     )
     log_tasks([served.prompts for served in service.tasks])
     return service
+
+
+def _check_copy_heads(runs: Sequence[Run], *, engine: RegisteredEngine, seed: int | None) -> None:
+    for run in runs:
+        check_answers(run.task)
+    if not engine.supports_copy_head:
+        raise ConfigError("This engine does not support --copy-head. Remove --copy-head or use --engine local.")
+    for run in runs:
+        run.check_trained(COPY_HEAD, seed=_seed(run, seed))
 
 
 def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
@@ -110,7 +116,11 @@ def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
 
 
 def _plug_folder(run: Run, *, seed: int | None) -> Path:
-    return run.check_trained("plug", seed=run.config.training.seeds[0] if seed is None else seed)
+    return run.check_trained("plug", seed=_seed(run, seed))
+
+
+def _seed(run: Run, seed: int | None) -> int:
+    return run.config.training.seeds[0] if seed is None else seed
 
 
 def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
@@ -119,7 +129,7 @@ def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) ->
         HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
     )
     try:
-        return open_with(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
+        return open_with(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.copy_head))
     except StoreConflict:
         # An existing store may have other settings. PersonaCache checks the ones that the plug needs.
         return open_with(encoder)

@@ -180,7 +180,7 @@ def test_serve_refuses_a_public_address_without_keys(folder: Path, tmp_path: Pat
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
         (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
         (["--run", "RUN", "--persona-scale", "nan"], "not a number"),
-        (["--run", "RUN", "--phrases"], "closed set of labels"),
+        (["--run", "RUN", "--copy-head"], "closed set of labels"),
         (["--run", "RUN", "--engine", "remote"], "Choose one of local, http, https"),
     ],
 )
@@ -236,11 +236,11 @@ def test_bind_reserves_a_free_port_without_listening(host: str) -> None:
         caller.connect(listener.getsockname())
 
 
-def test_serve_refuses_phrases_with_vllm(tmp_path: Path) -> None:
+def test_serve_refuses_a_copy_head_with_vllm(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
-    given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
+    given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--copy-head", "--engine", "http://127.0.0.1:9")
     result = _call("serve", *given)
-    assert (result.exit_code, "Remove --phrases" in result.output) == (2, True)
+    assert (result.exit_code, "Remove --copy-head" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 
 

@@ -21,7 +21,7 @@ from live_server import CONFIG, ENCODER, LABELS, open_service, served
 
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
-from personaplug.errors import ConfigError, MissingData, StoreConflict
+from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys, create_key
@@ -538,55 +538,6 @@ def test_openapi_names_every_route(url: str) -> None:
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/users/{user}/history", "/health"} <= set(
         paths
     )
-
-
-def test_phrases_affect_only_their_users_answers(toy: CausalLM, tmp_path: Path) -> None:
-    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
-    config = replace(CONFIG, answer_channel="style", label_prior="none")
-    service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.build_ngram_cache)
-    body: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
-
-    def ask(user: str | None, **more: Any) -> str:
-        return str(_chat(base_url, user, **body, **more).parse().choices[0].message.content)
-
-    with served(service) as base_url:
-        for user, title in (("ann", "Why Music, Part 2"), ("bob", "On tea")):
-            items = [{"id": f"i{n}", "text": f"text {n}", "title": title} for n in range(90)]
-            assert _post(base_url, user, *items).status_code == 200
-        without_history = ask(None)
-        assert [ask("ann"), ask("bob")] == ["Why Music, Part 2", "On tea"]
-        assert ask("ann") == "Why Music, Part 2"  # from the cache
-        more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
-        assert _post(base_url, "ann", *more).status_code == 200
-        assert ask("ann") == "Why Music, Part 3"
-        assert "Music" not in ask("ann", extra_body={"personaplug": {"persona_scale": 0}})
-        assert ask("carl") == without_history
-        assert httpx.delete(f"{base_url}/v1/users/ann").status_code == 200
-        assert ask("ann") == without_history
-
-
-def test_phrases_need_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
-    with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, build_phrases=toy.build_ngram_cache)
-
-
-def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -> None:
-    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
-    service = open_service(
-        toy,
-        tmp_path,
-        task=task,
-        config=replace(CONFIG, answer_channel="text", label_prior="none"),
-        build_phrases=toy.build_ngram_cache,
-    )
-    with served(service) as base_url:
-        assert (
-            _post(base_url, "ann", {"id": "i", "text": "t", "title": "a very long title " * 5_000}).status_code == 200
-        )
-        phrases = service.personas.persona(service.store.admit("default", "ann"), query="on tea").phrases
-        assert phrases is not None
-        assert phrases.nbytes < 2**20
-        assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200
 
 
 def test_ready_checks_the_store(url: str, tmp_path: Path) -> None:

@@ -347,3 +347,25 @@ def test_log_likelihoods_equal_those_of_the_model(toy: CausalLM) -> None:
     values = _run(toy, ask)
     for soft, value in zip(softs[::7], values[::7], strict=True):
         assert value == pytest.approx(-float(toy.loss(PromptBatch(["hello"], soft), ["5"])[0]), abs=1e-4)
+
+
+def test_rows_continue_while_threads_use_the_model(toy: CausalLM) -> None:
+    lengths: list[int] = []
+
+    async def ask(engine: InProcessEngine) -> str:
+        answer = asyncio.create_task(engine.respond(_chat("hello", max_tokens=40)))
+
+        def keep_busy() -> None:
+            while not answer.done():
+                engine._scheduler.run_and_wait(
+                    lambda: lengths.extend(len(job.row.ids) for job in engine._scheduler._running)
+                )
+
+        await asyncio.gather(*(asyncio.to_thread(keep_busy) for _ in range(4)))
+        return _text(await answer)
+
+    async def ask_alone(engine: InProcessEngine) -> str:
+        return _text(await engine.respond(_chat("hello", max_tokens=40)))
+
+    assert _run(toy, ask) == _run(toy, ask_alone)
+    assert len(set(lengths)) > 10, "the threads take turns with the rows"

@@ -16,19 +16,19 @@ from personaplug.serving.engines.vllm import VLLMEngine
 
 class RegisteredEngine(NamedTuple):
     open: EngineOpener
-    supports_phrases: bool
+    supports_copy_head: bool
 
 
 _ENGINES: dict[str, RegisteredEngine] = {}
 
 
-def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_phrases: bool = False) -> None:
+def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_copy_head: bool = False) -> None:
     """Register an engine for `--engine NAME` or `--engine SCHEME://ADDRESS`.
 
     Args:
-        supports_phrases: True if the engine implements `build_phrases`.
+        supports_copy_head: True if the engine implements `load_copy_head`.
     """
-    register(_ENGINES, name_or_scheme, RegisteredEngine(opener, supports_phrases), kind="engine")
+    register(_ENGINES, name_or_scheme, RegisteredEngine(opener, supports_copy_head), kind="engine")
 
 
 def find_engine(name_or_url: str) -> RegisteredEngine:
@@ -45,6 +45,6 @@ def find_engine(name_or_url: str) -> RegisteredEngine:
     return _ENGINES[name]
 
 
-register_engine("local", InProcessEngine.open, supports_phrases=True)
+register_engine("local", InProcessEngine.open, supports_copy_head=True)
 register_engine("http", VLLMEngine.open)
 register_engine("https", VLLMEngine.open)

@@ -11,10 +11,12 @@ from personaplug.config import ModelConfig
 from personaplug.data.records import Prompt, characters
 from personaplug.errors import RequestError
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.llm.ngram_cache import UserNgramCache
+from personaplug.llm.copy_head import Copying
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
+from personaplug.run import Run
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
 
 
@@ -26,7 +28,7 @@ class EngineRequest:
     soft: SoftPrompt | None  # (1, S, D)
     choices: Sequence[str] = ()  # the closed set of answers; empty = free text
     id: str = ""
-    phrases: UserNgramCache | None = None  # n-grams of the user's answers, mixed into free text
+    copying: Copying | None = None  # a copy head and the user's past answers, one row; for free text
     tenant: str = ""
     prepared: object = None  # what `Engine.prepare` returned
 
@@ -102,8 +104,8 @@ class Engine(ABC):
             code="unsupported",
         )
 
-    def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
-        """Build an n-gram cache of a user's past answers, if the engine supports phrases."""
+    def load_copy_head(self, run: Run, *, seed: int) -> AnswerReader:
+        """Load the copy head of a run, if the engine supports one."""
         raise NotImplementedError
 
     async def close(self) -> None:  # noqa: B027  # optional

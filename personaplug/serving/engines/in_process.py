@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,13 +15,16 @@ from personaplug.data.records import Prompt, characters
 from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import Slot
+from personaplug.llm.continuous_batching import Slot, SlotCopying
+from personaplug.llm.copied_answers import read_answers
+from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.loading import open_llm
-from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
+from personaplug.run import Run
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.engines.base import (
     Engine,
     EngineReply,
@@ -42,6 +45,7 @@ _SCORE_ROWS = 32
 _SCORE_ANSWER_TOKENS = 512
 _SCORE_TOKENS = 8192
 
+_READ_CHARACTERS = 2048  # of past answers to read between two tokens, about 512 tokens
 _MAX_HELD = 32_768  # maximum tokens of all running rows, with padding; limits the memory
 _MIN_TEMPERATURE = 1e-4  # below it, decoding is greedy
 _MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # replies have these fields, and no template writes them
@@ -95,8 +99,19 @@ class InProcessEngine(Engine):
     async def close(self) -> None:
         await self._scheduler.close()
 
-    def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
-        return self.llm.build_ngram_cache(answers)
+    def load_copy_head(self, run: Run, *, seed: int) -> AnswerReader:
+        head = run.load_copy_head(self.llm, seed=seed)
+        return AnswerReader(head, partial(self._read, head))
+
+    def _read(self, head: CopyHead, answers: Sequence[str]) -> list[CopySource]:
+        """Read past answers in several passes, so that other requests can run in between."""
+
+        def read(texts: Sequence[str]) -> list[CopySource]:
+            parts = read_answers(self.llm, texts, layer=head.layer)
+            return [head.own.source(part.states, part.tokens).compressed() for part in parts]
+
+        groups = _groups_of_texts(answers)
+        return [source for texts in groups for source in self._scheduler.run_and_wait(partial(read, texts))]
 
     def check_length(self, characters: int) -> None:
         if characters > self.max_tokens * self._longest_token:
@@ -126,6 +141,8 @@ class InProcessEngine(Engine):
         row = await asyncio.to_thread(self._row, request, prepared, closed_set)
         if closed_set is None and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
             headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
+        if row.copying is not None:
+            headers["X-Personaplug-Copy-Head"] = "true"
         decode, stop_texts = self.llm.prompt_tokenizer.decode_raw, sampling.stop_texts
         job = Job(row, decode=decode, stop_texts=stop_texts, closed_set=closed_set, tenant=request.tenant)
         formatter = ReplyFormatter(body.kind, model=self.models[0], request_id=request.id)
@@ -210,7 +227,7 @@ class InProcessEngine(Engine):
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
         needs_scores = closed_set is not None and closed_set.needs_scores
-        return Slot(prompt, soft, config, choices, request.phrases, needs_scores=needs_scores)
+        return Slot(prompt, soft, config, choices, _slot_copying(request), needs_scores=needs_scores)
 
     def _tokenize(
         self, body: ChatRequest | CompletionRequest, turns: Sequence[tuple[str, str]] | None
@@ -222,6 +239,26 @@ class InProcessEngine(Engine):
             return tokenizer.encode_chat(turns)
         except ConfigError as error:  # the template refuses these roles
             raise RequestError(str(error), code="messages") from None
+
+
+def _groups_of_texts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Group texts in order, with a limited number of characters; a longer text is alone."""
+    group: list[str] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > _READ_CHARACTERS:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group
+
+
+def _slot_copying(request: EngineRequest) -> SlotCopying | None:
+    """Return the copy head of a request; None for a closed set, and without soft tokens right before the answer."""
+    copying, soft = request.copying, request.soft
+    if copying is None or request.choices or soft is None or soft.placement != "suffix":
+        return None
+    return SlotCopying(copying.head, copying.own[0])
 
 
 def _turn(message: Message) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from personaplug.serving.engines.job import Job
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_NOT_RUNNING = "The model is not running."
 _PREFILL_TOKENS = 2048  # prompt tokens to prefill between two decoding steps
 
 
@@ -39,6 +41,7 @@ class ModelScheduler:
         self._tenants: set[str] = set()  # that have submitted a job
         self._batch = ContinuousBatch(llm)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-model")
+        self._turn = threading.Lock()  # of the threads that wait for the model
         self._wake_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -70,9 +73,22 @@ class ModelScheduler:
         self._check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
 
+    def run_and_wait(self, work: Callable[[], T]) -> T:
+        """Call a function like `run` and wait for its result; only for threads without an event loop.
+
+        These threads take turns, so running rows wait for one function at a time.
+        """
+        with self._turn:
+            self._check_alive()
+            try:
+                future = self._model_thread.submit(work)
+            except RuntimeError:  # closed meanwhile
+                raise EngineFailure(_NOT_RUNNING) from None
+            return future.result()
+
     def _check_alive(self) -> None:
         if not self.is_alive:
-            raise EngineFailure("The model is not running.")
+            raise EngineFailure(_NOT_RUNNING)
 
     async def _run_rows(self) -> None:
         loop = asyncio.get_running_loop()

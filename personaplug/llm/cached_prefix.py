@@ -115,14 +115,13 @@ class CachedPrefixRunner(Runner):
         last_logits: Callable[[Tensor], Tensor],
     ) -> Callable[[Tensor], Tensor]:
         """Return a function like `last_logits`, whose log-probabilities contain the copied tokens."""
-        head = copying.head
+        head, device = copying.head, self.llm.device
         sources = [head.prompt.source(*prompt) for prompt in self._prompt_states(prompts, prefix, layer=head.layer)]
+        own = [source.expanded(device) for source in copying.own]
 
         def mixed(embeds: Tensor) -> Tensor:
             logits = last_logits(embeds)
-            states = prefix.live_values(head.layer)[:, -1]
-            rows = zip(logits, states, sources, copying.own, strict=True)
-            return torch.stack([head.mix(row, state, prompt=prompt, own=own) for row, state, prompt, own in rows])
+            return head.mix(logits, prefix.live_values(head.layer)[:, -1], prompts=sources, own=own)
 
         return mixed
 

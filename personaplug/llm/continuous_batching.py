@@ -36,13 +36,9 @@ class SlotCopying:
             logits: (V,) of the first token.
         """
         values, ids = join_heads(states[2 * self.head.layer + 1]), slot.prompt.ids
+        self.own = self.own.expanded(values.device)
         self.prompt = self.head.prompt.source(values[: len(ids) - 1], torch.tensor(ids[1:], device=values.device))
-        return self.mix(logits, values[-1])
-
-    def mix(self, logits: Tensor, state: Tensor) -> Tensor:
-        """Return the log-probabilities of the next token, (V,), given logits (V,) and the last token's state (W,)."""
-        assert self.prompt is not None
-        return self.head.mix(logits, state, prompt=self.prompt, own=self.own)
+        return self.head.mix(logits[None], values[-1:], prompts=[self.prompt], own=[self.own])[0]
 
 
 @dataclass(eq=False, repr=False)
@@ -146,13 +142,26 @@ class ContinuousBatch:
         embeds = self.llm.embed(last)[:, None]
         logits = self.llm.cached_prefix.logits(embeds, self._prefix, columns=torch.tensor([0]))
         logits = logits[:, 0].float()
-        for row, slot in enumerate(self._slots):
-            if slot.ended is None and slot.copying is not None:
-                states = self._prefix.live_values(slot.copying.head.layer)
-                logits[row] = slot.copying.mix(logits[row], states[row, -1])
+        self._mix_copied(logits)
         for slot, own_logits in zip(self._slots, logits.cpu(), strict=True):
             if slot.ended is None:
                 slot.append_next(own_logits, end_ids=self.llm.end_ids)
+
+    def _mix_copied(self, logits: Tensor) -> None:
+        """Replace the logits (R, V) of active slots that have a copy head, in place."""
+        assert self._prefix is not None
+        rows_by_head: dict[CopyHead, list[int]] = {}
+        for row, slot in enumerate(self._slots):
+            if slot.ended is None and slot.copying is not None:
+                rows_by_head.setdefault(slot.copying.head, []).append(row)
+        for head, rows in rows_by_head.items():
+            copying = [one for row in rows if (one := self._slots[row].copying) is not None]
+            logits[rows] = head.mix(
+                logits[rows],
+                self._prefix.live_values(head.layer)[rows, -1],
+                prompts=[one.prompt for one in copying if one.prompt is not None],
+                own=[one.own for one in copying],
+            )
 
     def _scores(self, slot: Slot, states: Tensor, first: Tensor) -> list[float]:
         """Return the log-probability of each choice with its bias, given a slot's states and last logits (V,)."""

@@ -53,6 +53,13 @@ class CopySource:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.tokens.nbytes
 
+    def float_keys(self) -> Tensor:
+        return self.keys if self.keys.is_floating_point() else self.keys.float() * _KEY_STEP
+
+    def expanded(self, device: torch.device) -> CopySource:
+        """Return the source with float keys on a device, for repeated use."""
+        return CopySource(self.float_keys().to(device), self.tokens.to(device))
+
     def compressed(self) -> CopySource:
         """Return the source with int8 keys and int32 tokens."""
         keys = (self.keys.detach() / _KEY_STEP).round().clamp(-127, 127).to(torch.int8)
@@ -81,11 +88,14 @@ class Pointer(nn.Module):
         """Return the source of tokens (n,), given the states before them, (n, W)."""
         return CopySource(_standardized(self.key(_standardized(states))), tokens)
 
+    def queries(self, states: Tensor) -> Tensor:
+        """Return the queries of N states (N, W), so that products with keys are scores; (N, K)."""
+        queries = _standardized(self.query(_standardized(states)))
+        return queries * (self.log_scale.exp() / math.sqrt(KEY_WIDTH))
+
     def weights(self, states: Tensor, source: CopySource) -> Tensor:
         """Return the weights of the source's tokens for N states (N, W); (N, n), each row with the sum 1."""
-        keys = source.keys if source.keys.is_floating_point() else source.keys.to(states.device).float() * _KEY_STEP
-        query = _standardized(self.query(_standardized(states)))
-        return torch.softmax(query @ keys.T * (self.log_scale.exp() / math.sqrt(KEY_WIDTH)), dim=1)
+        return torch.softmax(self.queries(states) @ source.float_keys().T, dim=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,7 +153,7 @@ class CopyHead(nn.Module):
     def losses(self, inputs: CopyInputs, own: CopySource) -> Tensor:
         """Return −log p of each token of an answer, (L,); `own` are the user's past answers."""
         prompt = self.prompt.source(inputs.prompt_states, inputs.prompt_tokens)
-        shares = self._log_shares(inputs.states, prompt, own)
+        shares = self._log_shares(inputs.states, is_empty=[[False, not len(prompt), not len(own)]])
         terms = [shares[:, 0] - inputs.losses]
         for pointer, source, share in ((self.prompt, prompt, shares[:, 1]), (self.own, own, shares[:, 2])):
             if len(source):
@@ -153,20 +163,35 @@ class CopyHead(nn.Module):
         return -torch.logsumexp(torch.stack(terms), dim=0)
 
     @torch.no_grad()
-    def mix(self, logits: Tensor, state: Tensor, *, prompt: CopySource, own: CopySource) -> Tensor:
-        """Return the log-probabilities of the next token, (V,), given the model's logits (V,) and the state (W,)."""
-        shares = self._log_shares(state[None], prompt, own)[0].exp()
-        probs = shares[0] * torch.softmax(logits.float(), dim=-1)
-        for pointer, source, share in ((self.prompt, prompt, shares[1]), (self.own, own, shares[2])):
-            if len(source):
-                probs.index_add_(0, source.tokens.to(probs.device), share * pointer.weights(state[None], source)[0])
+    def mix(
+        self, logits: Tensor, states: Tensor, *, prompts: Sequence[CopySource], own: Sequence[CopySource]
+    ) -> Tensor:
+        """Return the log-probabilities of the next tokens of R rows, (R, V).
+
+        Args:
+            logits: (R, V) of the language model.
+            states: (R, W) of the last tokens.
+            prompts, own: the sources of each row.
+        """
+        is_empty = [[False, not len(prompt), not len(answers)] for prompt, answers in zip(prompts, own, strict=True)]
+        shares = self._log_shares(states, is_empty=is_empty).exp()
+        probs = shares[:, :1] * torch.softmax(logits.float(), dim=-1)
+        for pointer, sources, share in ((self.prompt, prompts, shares[:, 1]), (self.own, own, shares[:, 2])):
+            queries = pointer.queries(states)
+            for row, source in enumerate(sources):
+                if len(source):
+                    weights = torch.softmax(source.float_keys().to(queries.device) @ queries[row], dim=0)
+                    probs[row].index_add_(0, source.tokens.to(probs.device), share[row] * weights)
         return probs.log().masked_fill(logits == -torch.inf, -torch.inf)
 
-    def _log_shares(self, states: Tensor, prompt: CopySource, own: CopySource) -> Tensor:
-        """Return the logs of the gate's shares, (N, 3); a source without tokens has no share."""
+    def _log_shares(self, states: Tensor, *, is_empty: Sequence[Sequence[bool]]) -> Tensor:
+        """Return the logs of the gate's shares, (N, 3); an empty source has no share.
+
+        `is_empty` has a row for each state, or one row for all.
+        """
         logits = self.gate(_standardized(states))
-        is_empty = torch.tensor([False, not len(prompt), not len(own)], device=logits.device)
-        return torch.log_softmax(logits.masked_fill(is_empty, -torch.inf), dim=1)
+        mask = torch.tensor(is_empty, device=logits.device)
+        return torch.log_softmax(logits.masked_fill(mask, -torch.inf), dim=1)
 
 
 @dataclass(frozen=True, repr=False)

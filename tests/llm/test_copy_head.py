@@ -50,7 +50,7 @@ def test_mix_equals_the_formula() -> None:
     head, logits, state = _head(), _random(VOCABULARY, seed=1), _random(WIDTH, seed=2)
     prompt = head.prompt.source(_random(3, WIDTH, seed=3), torch.tensor([4, 5, 4]))
     own = head.own.source(_random(2, WIDTH, seed=4), torch.tensor([7, 4]))
-    mixed = head.mix(logits, state, prompt=prompt, own=own).exp()
+    mixed = head.mix(logits[None], state[None], prompts=[prompt], own=[own])[0].exp()
     a, b = head.prompt.weights(state[None], prompt)[0], head.own.weights(state[None], own)[0]
     expected = torch.softmax(logits, dim=0)
     expected[4] += a[0] + a[2] + b[1]
@@ -67,15 +67,14 @@ def test_losses_equal_mix() -> None:
     losses = -torch.log_softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
     actual = head.losses(CopyInputs(losses, states, targets, prompt_states, tokens), own)
     prompt = head.prompt.source(prompt_states, tokens)
-    mixed = [head.mix(row, state, prompt=prompt, own=own) for row, state in zip(logits, states, strict=True)]
-    expected = [-row[target] for row, target in zip(mixed, targets, strict=True)]
-    torch.testing.assert_close(actual, torch.stack(expected))
+    mixed = head.mix(logits, states, prompts=[prompt] * 4, own=[own] * 4)
+    torch.testing.assert_close(actual, -mixed.gather(1, targets[:, None])[:, 0])
 
 
 def test_user_without_answers_gives_no_share_to_them() -> None:
     head, logits, state = _head(gate=(0.0, -50.0, 50.0)), _random(VOCABULARY, seed=1), _random(WIDTH, seed=2)
     prompt = head.prompt.source(_random(3, WIDTH, seed=3), torch.tensor([4, 5, 4]))
-    mixed = head.mix(logits, state, prompt=prompt, own=CopySource.cat([]))
+    mixed = head.mix(logits[None], state[None], prompts=[prompt], own=[CopySource.cat([])])[0]
     torch.testing.assert_close(mixed, torch.log_softmax(logits, dim=0))
 
 
@@ -83,7 +82,7 @@ def test_forbidden_token_stays_forbidden() -> None:
     head, logits = _head(), _random(VOCABULARY, seed=1)
     logits[4] = -torch.inf
     prompt = head.prompt.source(_random(3, WIDTH, seed=3), torch.tensor([4, 5, 4]))
-    mixed = head.mix(logits, _random(WIDTH, seed=2), prompt=prompt, own=CopySource.cat([]))
+    mixed = head.mix(logits[None], _random(1, WIDTH, seed=2), prompts=[prompt], own=[CopySource.cat([])])[0]
     assert mixed[4] == -torch.inf
 
 

@@ -58,10 +58,13 @@ class LabelPrior(nn.Module):
         near = () if self.metric is None else (self.log_near_doubt, self.near_trust, self.log_temperature)
         return torch.stack([self.log_doubt, self.trust, *near])
 
-    def freeze_metric(self) -> None:
-        """Exclude A from further training: it has far more parameters than samples of most sets."""
+    @torch.no_grad()
+    def switch_off(self) -> None:
+        """Make the bias 0 by trusts of 0, and exclude all parameters from training."""
+        self.requires_grad_(False)
+        self.trust.zero_()
         if self.metric is not None:
-            self.metric.requires_grad_(False)
+            self.near_trust.zero_()
 
     def forward(
         self,

@@ -52,7 +52,7 @@ class LabelPriorFit:
     labels: Sequence[str]
 
     def fit_alone(self, samples: Sequence[EncodedSample], *, config: TrainingConfig, seed: int) -> float:
-        """Fit all parameters to predict training answers from past answers alone, and freeze the map.
+        """Fit all parameters to predict training answers from past answers alone.
 
         The parameters with the lowest loss of held-out users are restored at the end.
 
@@ -60,6 +60,7 @@ class LabelPriorFit:
             The mean loss of held-out users, in nats.
         """
         train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        self.prior.requires_grad_(True)
         self.prior.set_usual(self._label_ids(samples))
         best_loss, best, best_epoch = self.loss(held_out), self.state(), 0
         optimizer = torch.optim.AdamW(self._groups(), weight_decay=0.0)
@@ -76,8 +77,7 @@ class LabelPriorFit:
             if steps >= _MAX_STEPS or epoch + 1 - best_epoch >= _PATIENCE:
                 break
         self.prior.load_state_dict(best)
-        self.prior.freeze_metric()
-        self.prior.zero_grad()
+        self.prior.requires_grad_(False)
         logger.info("label prior: loss %.3f of held-out users after %d passes", best_loss, best_epoch)
         return best_loss
 
@@ -88,7 +88,7 @@ class LabelPriorFit:
             The mean loss of the same samples, in nats.
         """
         batches = [self._with_cosines(batch) for batch in self._batches(samples, scores=scores)]
-        numbers = self._numbers()
+        numbers = [number.requires_grad_(True) for number in self._numbers()]
         starts = [number.detach().clone() for number in numbers]
         optimizer = torch.optim.LBFGS(numbers, max_iter=50, line_search_fn="strong_wolfe")
 
@@ -100,7 +100,7 @@ class LabelPriorFit:
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        self.prior.zero_grad()
+        self.prior.requires_grad_(False)
         return self.loss(samples, scores=scores)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.cold_start import set_best_cold_start
-from personaplug.training.label_prior_fit import LabelPriorFit
+from personaplug.training.label_prior_fit import LabelPriorFit, State
 from personaplug.training.objectives import PlugObjective, prompts_with
 from personaplug.training.persona_choice import keep_better
 from personaplug.training.preference_loss import PreferenceLoss
@@ -66,7 +66,12 @@ class SoftPromptPart(TrainedPart):
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         objective, samples = self.start(trainings, seed=seed)
+        prior = objective.personalizer.plug.label_prior
+        if prior is not None:
+            prior.switch_off()
         facts = trainings.fit(self, objective, samples, seed=seed)
+        if prior is not None:
+            _fit_prior_beside(objective.personalizer.plug, samples, trainings, seed=seed)
         return self.save(objective, samples, trainings, facts=facts, seed=seed)
 
     def start(self, trainings: Trainings, *, seed: int) -> tuple[PlugObjective, list[EncodedSample]]:
@@ -234,12 +239,10 @@ class LabelPriorPart(InstructionPart):
         plug, control = objective.personalizer.plug, load_control(trainings, seed=seed)
         with torch.no_grad():
             plug.instruction.copy_(control.instruction)
+        assert plug.label_prior is not None
+        plug.label_prior.switch_off()
+        loss = _fit_prior_beside(plug, samples, trainings, seed=seed)
         train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
-        fit = label_prior_fit(plug, trainings)
-        loss, state = on_main(
-            lambda: (fit.fit_beside(_label_scores(control, held_out, trainings), held_out), fit.state())
-        )
-        fit.prior.load_state_dict(state)
         report = FitReport(
             steps=0,
             samples=0,
@@ -365,7 +368,27 @@ def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], traini
         # One process fits for all, because rounding may differ between devices.
         states[kind] = on_main(lambda: (fit.fit_alone(samples, config=config, seed=seed), fit.state()))[1]
     plug.label_prior.load_state_dict(states[kind])
-    plug.label_prior.freeze_metric()
+
+
+def _fit_prior_beside(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int) -> float:
+    """Fit the numbers of a label prior beside the label scores of the plug's soft tokens, on held-out users.
+
+    Args:
+        plug: a plug with trained soft tokens; its prior is switched off.
+    Returns:
+        The mean loss of the held-out users, in nats.
+    """
+    config, fit = trainings.run.config.training, label_prior_fit(plug, trainings)
+    _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+
+    def fitted() -> tuple[float, State]:
+        scores = _label_scores(plug, held_out, trainings)
+        fit.prior.load_state_dict(trainings.label_priors[plug.config.label_prior, seed])
+        return fit.fit_beside(scores, held_out), fit.state()
+
+    loss, state = on_main(fitted)
+    fit.prior.load_state_dict(state)
+    return loss
 
 
 @torch.no_grad()

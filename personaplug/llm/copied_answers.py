@@ -18,7 +18,7 @@ from personaplug.llm.prefix_attention import join_heads
 from personaplug.llm.prompt_tokenizer import Ids
 
 MAX_ANSWERS = 32
-"""The latest answers of a user that are read."""
+"""The answers of this many of a user's latest items are read."""
 
 _MAX_CHARACTERS = 2048  # of an answer; a very long answer would block the server
 _MAX_TOKENS = 256

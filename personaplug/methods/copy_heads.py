@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.copied_answers import MAX_ANSWERS, read_answers
+from personaplug.llm.copied_answers import read_answers
 from personaplug.llm.copy_head import CopyHead, Copying, CopySource
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.personalizer import SoftPrompter
@@ -32,8 +32,9 @@ class CopyingPrompter:
 
     def copying(self, samples: Sequence[EncodedSample]) -> Copying:
         """Return the copy head with the past answers of each sample."""
-        answers = [sample.own_answers[-MAX_ANSWERS:] for sample in samples]
-        unread = list(dict.fromkeys(text for texts in answers for text in texts if text not in self._sources))
+        texts = dict.fromkeys(text for sample in samples for text in sample.own_answers)
+        unread = [text for text in texts if text not in self._sources]
         for text, answer in zip(unread, read_answers(self.llm, unread, layer=self.head.layer), strict=True):
             self._sources[text] = self.head.own.source(answer.states, answer.tokens).compressed()
-        return Copying(self.head, [CopySource.cat([self._sources[text] for text in texts]) for texts in answers])
+        own = [CopySource.cat([self._sources[text] for text in sample.own_answers]) for sample in samples]
+        return Copying(self.head, own)

@@ -12,7 +12,7 @@ import numpy as np
 from personaplug.analysis.method_info import SHUFFLED
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample, past_answers, samples_fingerprint
-from personaplug.llm.copied_answers import check_model
+from personaplug.llm.copied_answers import MAX_ANSWERS, check_model
 from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
 from personaplug.methods.copy_heads import CopyingPrompter
@@ -57,7 +57,7 @@ class LanguageModelMethod(Method):
         if self.copy_head and context.config.persona_scale:  # a scale of 0 is the plain model
             items = context.assigned_items(assignments)
             samples = [
-                replace(sample, own_answers=past_answers(history, latest=own.max_history))
+                replace(sample, own_answers=past_answers(history, latest=MAX_ANSWERS))
                 for sample, history in zip(samples, items, strict=True)
             ]
         inputs = ModelInputs(

@@ -197,16 +197,24 @@ class Plug(ModelHubMixin):
 
     # ---- use
 
-    def answer(self, question: Prompt, *, user: object = None, history: History | None = None) -> Answer:
+    def answer(
+        self, question: Prompt, *, user: object = None, history: History | None = None, copy_head: bool = False
+    ) -> Answer:
         """Answer a question, or the last message of a `Chat`, for one user.
 
         Args:
             user: a user of the training rows; these rows are the history.
             history: the items, in place of `user`: mappings with the columns of the training rows, or HistoryItems;
                 [] = a new user.
+            copy_head: also copy tokens of the question and of past answers, with the run's trained copy head.
+        Raises:
+            MissingData: if the run has no trained copy head.
         """
-        items = self._histories.find(user=user, history=history)
-        return inference.generate(self.run, self._prompt(question), history=items, models=self.models, plug=self._plug)
+        items, seed = self._histories.find(user=user, history=history), self.run.config.training.seeds[0]
+        head = self.run.load_copy_head(self.models.llm, seed=seed) if copy_head else None
+        return inference.generate(
+            self.run, self._prompt(question), history=items, models=self.models, plug=self._plug, copy_head=head
+        )
 
     def probabilities(
         self, question: Prompt, *, user: object = None, history: History | None = None

@@ -362,7 +362,7 @@ def predict(
 @click.option(
     "--copy-head",
     is_flag=True,
-    help="Copy tokens of the prompt and of the user's past answers into the text; needs a trained plug+copy-head.",
+    help="Copy tokens of the prompt and of the user's past answers (a trained plug+copy-head); not with --plain.",
 )
 @click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
 @with_settings("evaluation")

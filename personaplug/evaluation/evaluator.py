@@ -71,7 +71,7 @@ def evaluate(
         MissingData: if a row needs a part that is not trained, or a sample has no reference answer.
         ConfigError: if the config scores labels and the task has none, or a row does not fit the task.
     """
-    _check_rows(methods, run)
+    _check_rows(methods, run, config)
     evaluator = Evaluator(run, reader, split=split, config=config, models=models, train=train)
     trials = [evaluator.trial(method, seed=seed) for method in methods for seed in evaluator.seeds_of(method)]
     if oracle is not None:
@@ -99,15 +99,16 @@ def predict(
         MissingData: if a row needs a part that is not trained.
         ConfigError: if a row does not fit the task.
     """
-    _check_rows(methods, run)
+    _check_rows(methods, run, config)
     evaluator = Evaluator(run, reader, split=split, config=config, models=models, train=train)
     return [evaluator.predict(method, seed=seed) for method in methods for seed in evaluator.seeds_of(method)]
 
 
-def _check_rows(methods: Sequence[Method], run: Run) -> None:
-    """Check that all rows fit the task and that their parts are trained, before the first row runs."""
+def _check_rows(methods: Sequence[Method], run: Run, config: EvaluationConfig) -> None:
+    """Check that all rows fit the task and settings and that their parts are trained, before the first row runs."""
     for method in methods:
         method.check(run.task)
+        method.check_decoding(config.num_beams)
     for part in needed_parts(methods):
         for seed in run.config.training.seeds:
             run.check_trained(part.name, seed=seed)

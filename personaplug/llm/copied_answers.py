@@ -21,7 +21,7 @@ MAX_ANSWERS = 32
 """The answers of this many of a user's latest items are read."""
 
 _MAX_CHARACTERS = 2048  # of an answer; a very long answer would block the server
-_MAX_TOKENS = 256
+_MAX_TOKENS = 128  # of an answer, which bounds the time and memory to read a history
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +57,7 @@ def check_model(llm: LanguageModel) -> CausalLM:
 @torch.no_grad()
 def read_answers(llm: CausalLM, texts: Sequence[str], *, layer: int) -> list[ReadAnswer]:
     """Read each answer alone, after an empty prompt; the end-of-text token is included if the answer is not cut."""
-    head = llm.prompt_tokenizer.encode_prompt("").ids
+    head = llm.prompt_tokenizer.encode_prompt("").ids or (llm.prompt_tokenizer.end_id,)
     answers = [_tokens(llm, text) for text in texts]
     read: dict[Ids, ReadAnswer] = {}
     for group in group_by_length(list(dict.fromkeys(answers)), len):

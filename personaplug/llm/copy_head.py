@@ -61,13 +61,13 @@ class CopySource:
         return CopySource(self.float_keys().to(device), self.tokens.to(device))
 
     def compressed(self) -> CopySource:
-        """Return the source with int8 keys and int32 tokens."""
-        keys = (self.keys.detach() / _KEY_STEP).round().clamp(-127, 127).to(torch.int8)
-        return CopySource(keys, self.tokens.to(torch.int32))
+        """Return the source with int8 keys and int32 tokens, on the CPU."""
+        keys = (self.keys.detach() / _KEY_STEP).round().clamp(-127, 127).to("cpu", torch.int8)
+        return CopySource(keys, self.tokens.to("cpu", torch.int32))
 
     @classmethod
     def cat(cls, sources: Sequence[CopySource]) -> CopySource:
-        """Concatenate compressed sources."""
+        """Concatenate compressed sources, or return an empty one."""
         if not sources:
             return cls(torch.empty(0, KEY_WIDTH, dtype=torch.int8), torch.empty(0, dtype=torch.int32))
         return cls(torch.cat([source.keys for source in sources]), torch.cat([source.tokens for source in sources]))
@@ -152,7 +152,7 @@ class CopyHead(nn.Module):
 
     def losses(self, inputs: CopyInputs, own: CopySource) -> Tensor:
         """Return −log p of each token of an answer, (L,); `own` are the user's past answers."""
-        prompt = self.prompt.source(inputs.prompt_states, inputs.prompt_tokens)
+        prompt, own = self.prompt.source(inputs.prompt_states, inputs.prompt_tokens), own.expanded(inputs.states.device)
         shares = self._log_shares(inputs.states, is_empty=[[False, not len(prompt), not len(own)]])
         terms = [shares[:, 0] - inputs.losses]
         for pointer, source, share in ((self.prompt, prompt, shares[:, 1]), (self.own, own, shares[:, 2])):

@@ -111,6 +111,9 @@ class Method(ABC):
         """Return the cost of one user to a service with this row; None if unknown."""
         return None
 
+    def check_decoding(self, num_beams: int) -> None:  # noqa: B027  # an optional hook
+        """Raise `ConfigError` if the row cannot decode with this number of beams."""
+
     def soft_tokens(self, context: EvalContext) -> int:
         """Return the number of soft tokens that the row adds to a prompt."""
         return 0

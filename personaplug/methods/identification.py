@@ -3,8 +3,9 @@
 For a sample of a user, log p(right text | own persona) is ranked among log p(the same text | stranger's persona) of
 19 strangers.
 
-The persona is all that a row makes of a history: soft tokens, texts in the prompt, n-grams. In a row `wrong-user` the
-own persona is the stranger's that the row assigns, so such rows are at the chance level, about .18 for 20 candidates.
+The persona is all that a row makes of a history: soft tokens, texts in the prompt, copied tokens. In a row `wrong-user`
+the own persona is the stranger's that the row assigns, so such rows are at the chance level, about .18 for 20
+candidates.
 """
 
 from __future__ import annotations

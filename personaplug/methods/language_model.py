@@ -12,6 +12,7 @@ import numpy as np
 from personaplug.analysis.method_info import SHUFFLED
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample, past_answers, samples_fingerprint
+from personaplug.errors import ConfigError
 from personaplug.llm.copied_answers import MAX_ANSWERS, check_model
 from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
@@ -49,6 +50,10 @@ class LanguageModelMethod(Method):
         own = tuple(part for part in (self.soft, self.copy_head) if part is not None)
         return (*(self.texts.requires if self.texts else ()), *own)
 
+    def check_decoding(self, num_beams: int) -> None:
+        if self.copy_head is not None and num_beams > 1:
+            raise ConfigError(f"{self.name} needs num_beams=1, because a copy head has no beams; found {num_beams}.")
+
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
         own = context.run.config.plug
         samples = with_assigned_items(
@@ -76,7 +81,7 @@ class LanguageModelMethod(Method):
         return self._reference_nll(context, inputs.samples, prompter=prompter, seed=seed)
 
     def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        """Return None for a row with a copy head, because it does not change the model's logits."""
+        """Return None for a row with a copy head, because its words do not come from the logits alone."""
         if self.copy_head:
             return None
         llm, size = context.models.llm, context.config.evaluation_batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from personaplug.errors import TrainingDiverged
 from personaplug.infra.progress import Progress
 from personaplug.llm.copied_answers import ReadAnswer
 from personaplug.llm.copy_head import CopyHead, CopyInputs, CopySource
+
+logger = logging.getLogger(__name__)
 
 _EPOCHS = 4
 _BATCH_SIZE = 16
@@ -50,11 +54,14 @@ def fit_copy_head(
     """Train a head in place, and restore the epoch with the lowest loss of held-out users.
 
     A quarter of the training samples shows the answers of another user.
+
+    Raises:
+        TrainingDiverged: if a gradient is not finite.
     """
     rng, optimizer = np.random.default_rng([seed, 11]), torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=0.0)
     steps_per_epoch = math.ceil(len(samples) / _BATCH_SIZE)
     total, step = _EPOCHS * steps_per_epoch, 0
-    best_loss, best_state, best_step = math.inf, head.state_dict(), 0
+    best_loss, best_state, best_step = held_out_loss(head, held_out), _copy_of(head), 0
     with Progress(title, total=total, unit="steps") as progress:
         for _ in range(_EPOCHS):
             for part in np.array_split(rng.permutation(len(samples)), steps_per_epoch):
@@ -64,16 +71,26 @@ def fit_copy_head(
                 losses = torch.cat([_losses(head, sample, shown) for sample, shown in zip(batch, answers, strict=True)])
                 optimizer.zero_grad()
                 torch.autograd.backward(losses.mean())
-                torch.nn.utils.clip_grad_norm_(head.parameters(), _MAX_NORM)
+                norm = float(torch.nn.utils.clip_grad_norm_(head.parameters(), _MAX_NORM))
+                if not math.isfinite(norm):
+                    raise TrainingDiverged(
+                        f"{title}: the gradient became {norm} in step {step + 1}. Use dtype=float32."
+                    )
                 optimizer.step()
                 step += 1
                 progress.advance()
             if (loss := held_out_loss(head, held_out)) < best_loss:
                 best_loss, best_step = loss, step
-                best_state = {name: value.clone() for name, value in head.state_dict().items()}
+                best_state = _copy_of(head)
     head.load_state_dict(best_state)
     without = float(torch.cat([sample.inputs.losses for sample in held_out]).mean())
+    if best_loss >= without:
+        logger.warning("%s: held-out users do not gain (%.4f with it, %.4f without)", title, best_loss, without)
     return CopyHeadReport(step, _EPOCHS * len(samples), best_step, best_loss, without, len(samples), len(held_out))
+
+
+def _copy_of(head: CopyHead) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.copied_answers import MAX_ANSWERS, ReadAnswer, check_answers, check_model, read_answers
 from personaplug.llm.copy_head import CopyHead, CopyInputs
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import Run
+from personaplug.run import Models, Run
 from personaplug.training.batching import micro_batches, user_split
 from personaplug.training.copy_head_fit import CopyHeadReport, CopySample, fit_copy_head
 from personaplug.training.objectives import prompts_with
 from personaplug.training.parts import INSTRUCTION, PLUG, SoftPromptPart
 from personaplug.training.trainer import FitReport
-from personaplug.training.trainings import TrainedPart, Trainings
+from personaplug.training.trainings import TrainedPart, Trainings, spaced
 
 MAX_SAMPLES = 400
 """Upper bound of the training samples, because all their states are in memory."""
@@ -45,9 +45,15 @@ class CopyHeadPart(TrainedPart):
     def check(self, task: Task) -> None:
         check_answers(task)
 
+    def check_run(self, run: Run, models: Models) -> None:
+        if run.config.plug.placement != "suffix":
+            raise ConfigError(
+                f"A copy head needs placement=suffix; {run.folder} has placement={run.config.plug.placement}. Train a "
+                f"run with placement=suffix, or leave {self.name} out."
+            )
+        check_model(models.llm)
+
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
-        check_run(trainings.run)
-        check_model(trainings.models.llm)
         trainings.train(self.base, seed=seed)
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
@@ -68,24 +74,21 @@ class CopyHeadPart(TrainedPart):
 
     def _fit(self, head: CopyHead, trainings: Trainings, *, seed: int) -> CopyHeadReport:
         config, llm = trainings.run.config.training, check_model(trainings.models.llm)
-        samples = trainings.with_answers(MAX_SAMPLES, latest=MAX_ANSWERS)
-        split = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        # The users that the plug's training held out.
+        train, held_out = user_split(
+            trainings.samples, share=config.validation_share, limit=config.validation_limit, seed=seed
+        )
+        parts = [[part[index] for index in spaced(len(part), MAX_SAMPLES)] for part in (train, held_out)]
         plug = trainings.run.load_plug(self.base.name, seed=seed, models=trainings.models)
         personalizer = Personalizer(plug, table=trainings.embeddings)
-        train, held_out = (copy_samples(llm, personalizer, part, layer=head.layer) for part in split)
-        return fit_copy_head(head, train, held_out=held_out, seed=seed, title=f"{self.name} (seed {seed})")
+        with_answers = [trainings.with_answers(part, latest=MAX_ANSWERS) for part in parts]
+        samples = [copy_samples(llm, personalizer, part, layer=head.layer) for part in with_answers]
+        title = f"{self.name} (seed {seed})"
+        return fit_copy_head(head, samples[0], held_out=samples[1], seed=seed, title=title)
 
 
 COPY_HEAD = CopyHeadPart("plug+copy-head", PLUG)
 INSTRUCTION_COPY_HEAD = CopyHeadPart("instruction+copy-head", INSTRUCTION)
-
-
-def check_run(run: Run) -> None:
-    """Raise `ConfigError` if the run's plug cannot have a copy head."""
-    if run.config.plug.placement != "suffix":
-        raise ConfigError(
-            f"A copy head needs placement=suffix; {run.folder} has placement={run.config.plug.placement}."
-        )
 
 
 def copy_samples(

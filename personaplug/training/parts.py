@@ -78,7 +78,7 @@ class SoftPromptPart(TrainedPart):
         """Return the objective of an untrained plug, and its training samples."""
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
-        self.check_run(run)
+        self.check_run(run, models)
         # The main process goes first, because it may have to encode items.
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
         with synchronized():
@@ -95,7 +95,7 @@ class SoftPromptPart(TrainedPart):
         )
         return objective, samples
 
-    def check_run(self, run: Run) -> None:
+    def check_run(self, run: Run, models: Models) -> None:
         """Raise `ConfigError` if the run's settings do not allow the part's label prior."""
         if self.plug_config(run.config.plug).label_prior == "none":
             return
@@ -230,7 +230,7 @@ class LabelPriorPart(InstructionPart):
         return replace(super().plug_config(own), label_prior=self.prior)
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
-        self.check_run(trainings.run)
+        self.check_run(trainings.run, trainings.models)
         trainings.train(INSTRUCTION, seed=seed)
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
@@ -284,6 +284,8 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
         RunConflict: if another process trains in the run's folder.
     """
     parts = default_parts(run) if parts is None else parts
+    for part in parts:
+        part.check_run(run, models)
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(sole_trainer(run.folder)))
         trainings = Trainings(run, reader, models=models)

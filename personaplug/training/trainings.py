@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -110,19 +110,19 @@ class Trainings:
 
     def texts(self, count: int) -> list[Sample]:
         """Return `count` evenly spaced training samples with their texts; 0 = all."""
-        return [sample for _, sample in self._spaced(count)]
+        return [sample for _, sample in self._texts(set(spaced(len(self.samples), count)))]
 
-    def with_answers(self, count: int, *, latest: int) -> list[EncodedSample]:
-        """Return `count` evenly spaced training samples with their users' latest past answers; 0 = all."""
+    def with_answers(self, samples: Sequence[EncodedSample], *, latest: int) -> list[EncodedSample]:
+        """Return some of the training samples, in order, with the answers of their users' latest items."""
+        chosen = {id(sample) for sample in samples}
+        indices = {index for index, sample in enumerate(self.samples) if id(sample) in chosen}
         return [
             replace(self.samples[index], own_answers=past_answers(sample.history, latest=latest))
-            for index, sample in self._spaced(count)
+            for index, sample in self._texts(indices)
         ]
 
-    def _spaced(self, count: int) -> Iterator[tuple[int, Sample]]:
-        """Yield the indices and the texts of `count` evenly spaced training samples; 0 = all."""
-        total = len(self.samples)
-        indices = set(np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist())
+    def _texts(self, indices: Set[int]) -> Iterator[tuple[int, Sample]]:
+        """Yield the training samples with these indices and their texts, in order."""
         samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
         yield from ((index, sample) for index, sample in enumerate(samples) if index in indices)
 
@@ -146,12 +146,21 @@ class TrainedPart(ABC):
     def check(self, task: Task) -> None:  # noqa: B027  # an optional hook
         """Raise `ConfigError` if the task lacks what the training needs."""
 
+    def check_run(self, run: Run, models: Models) -> None:  # noqa: B027  # an optional hook
+        """Raise `ConfigError` if the run's settings or the language model do not allow the part."""
+
     def prepare(self, trainings: Trainings, *, seed: int) -> None:  # noqa: B027  # an optional hook
         """Train the parts that this one depends on, and free memory."""
 
     @abstractmethod
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         """Train with one seed, save, and return the facts for `fit.json`, which marks the training as finished."""
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """Return `count` evenly spaced indices of `total` samples, in order; 0 = all."""
+    indices: list[int] = np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist()
+    return indices
 
 
 def _parameter_count(module: nn.Module) -> int:

@@ -77,7 +77,7 @@ class LabelPriorFit:
             if steps >= _MAX_STEPS or epoch + 1 - best_epoch >= _PATIENCE:
                 break
         self.prior.load_state_dict(best)
-        self.prior.requires_grad_(False)
+        self._freeze()
         logger.info("label prior: loss %.3f of held-out users after %d passes", best_loss, best_epoch)
         return best_loss
 
@@ -100,7 +100,7 @@ class LabelPriorFit:
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        self.prior.requires_grad_(False)
+        self._freeze()
         return self.loss(samples, scores=scores)
 
     @torch.no_grad()
@@ -112,6 +112,11 @@ class LabelPriorFit:
     def state(self) -> State:
         """Return a copy of the prior's parameters, on the CPU."""
         return {name: copy.deepcopy(value.detach().cpu()) for name, value in self.prior.state_dict().items()}
+
+    def _freeze(self) -> None:
+        """Exclude the prior from further training. Drop its gradients, which would count in a training's norm."""
+        self.prior.requires_grad_(False)
+        self.prior.zero_grad()
 
     def _losses(self, batch: _Batch) -> Tensor:
         bias = self.prior(batch.history, batch.queries, cosines=batch.cosines)

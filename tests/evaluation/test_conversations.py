@@ -77,7 +77,7 @@ class Stage:
         self.config = load_config(overrides=SETTINGS)
         self.run = Run.create(folder / "run", config=self.config, task=CHAT)
         self.models = open_models(self.config)
-        parts = needed_parts(parse_methods(ROWS))
+        parts = needed_parts(parse_methods(f"{ROWS},plug+copy-head"))
         train(self.run, open_dataset(self.data, "train"), models=self.models, parts=parts)
 
     def evaluate(self, rows: str, *settings: str) -> Any:

@@ -23,12 +23,18 @@ from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
 from personaplug.infra.training_facts import write_facts
 from personaplug.llm.base import PromptBatch
+from personaplug.llm.copy_head import CopyHead
 from personaplug.methods import default_rows, find_method, needed_parts, parse_methods
 from personaplug.methods.context import EvalContext
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
+from personaplug.training import copy_head_part
+from personaplug.training.batching import user_split
+from personaplug.training.copy_head_fit import CopySample
+from personaplug.training.copy_head_part import COPY_HEAD
 from personaplug.training.parts import LABEL_COUNTS, train
+from personaplug.training.trainings import Trainings
 
 TINY = [
     "llm=toy",
@@ -704,6 +710,30 @@ def test_copy_head_needs_generated_answers(rating: Stage) -> None:
 def test_copy_head_needs_soft_tokens_behind_the_prompt(style: Stage) -> None:
     with pytest.raises(ConfigError, match="placement=suffix"):
         style.train("plug+copy-head")
+
+
+def test_copy_head_has_no_beams(copying: Stage) -> None:
+    with pytest.raises(ConfigError, match=r"plug\+copy-head needs num_beams=1"):
+        copying.evaluate("plain,plug+copy-head", settings=("num_beams=2",))
+
+
+def test_copy_head_holds_out_the_users_that_its_plug_held_out(copying: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_head_part, "MAX_SAMPLES", 3)
+    shown: list[set[str]] = []
+
+    def fit(head: CopyHead, samples: Sequence[CopySample], *, held_out: Sequence[CopySample], **_: object) -> object:
+        shown.extend({sample.owner for sample in part} for part in (samples, held_out))
+        raise InterruptedError
+
+    monkeypatch.setattr(copy_head_part, "fit_copy_head", fit)
+    config, reader = copying.run.config.training, open_dataset(copying.data, "train", task=copying.run.task)
+    trainings = Trainings(copying.run, reader, models=copying.models)
+    split = user_split(trainings.samples, share=config.validation_share, limit=config.validation_limit, seed=0)
+    with pytest.raises(InterruptedError):
+        COPY_HEAD.fit(trainings, seed=0)
+    train_users, held_out_users = ({sample.owner for sample in part} for part in split)
+    assert shown[0] <= train_users
+    assert shown[1] <= held_out_users
 
 
 def test_copy_head_lowers_the_loss_of_held_out_users(copying: Stage) -> None:

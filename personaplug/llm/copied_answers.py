@@ -20,8 +20,10 @@ from personaplug.llm.prompt_tokenizer import Ids
 MAX_ANSWERS = 32
 """The answers of this many of a user's latest items are read."""
 
+MAX_TOKENS = 128
+"""The first tokens of an answer that are read, which bounds the time and memory for a history."""
+
 _MAX_CHARACTERS = 2048  # of an answer; a very long answer would block the server
-_MAX_TOKENS = 128  # of an answer, which bounds the time and memory to read a history
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,4 +79,4 @@ def copy_source(llm: CausalLM, head: CopyHead, answers: Sequence[str]) -> CopySo
 
 def _tokens(llm: CausalLM, text: str) -> Ids:
     ids = llm.prompt_tokenizer.encode_target_uncached(text[:_MAX_CHARACTERS], end=len(text) <= _MAX_CHARACTERS)
-    return ids[:_MAX_TOKENS]
+    return ids[:MAX_TOKENS]

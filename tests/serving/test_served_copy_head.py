@@ -23,7 +23,7 @@ from personaplug.errors import ConfigError, EngineFailure, MissingData, StoreCon
 from personaplug.inference import generate
 from personaplug.infra.training_facts import write_facts
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.copied_answers import ReadAnswer, read_answers
+from personaplug.llm.copied_answers import MAX_ANSWERS, MAX_TOKENS, ReadAnswer, read_answers
 from personaplug.llm.copy_head import CopySource
 from personaplug.run import COPY_HEAD, Models, Run, open_models
 from personaplug.serving.config import ServingConfig
@@ -204,7 +204,7 @@ def test_source_of_very_long_answers_stays_small(run: Run, tmp_path: Path) -> No
     service = _open(run, tmp_path)
     with served(service) as url:
         _post(url, "ann", [{"id": f"i{n}", "text": f"{n} a very long text " * 2_000} for n in range(50)])
-        assert len(_source(service, "ann")) == 32 * 256
+        assert len(_source(service, "ann")) == MAX_ANSWERS * MAX_TOKENS
         assert service.personas.cached_bytes < 2**20
 
 

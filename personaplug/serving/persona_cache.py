@@ -140,10 +140,9 @@ class PersonaCache:
             self._erasures += 1
             self._entries.pop((tenant, user), None)
 
-    @property
-    def has_copy_head(self) -> bool:
-        """Whether answers copy tokens. If so, the persona of a new version of a history waits for the model."""
-        return self._reader is not None
+    def reads_history(self, ticket: Ticket) -> bool:
+        """Return True if a persona of the ticket's user must wait until the model has read all past answers."""
+        return self._reader is not None and (ticket.tenant, ticket.user) not in self._entries
 
     @property
     def cached_users(self) -> int:

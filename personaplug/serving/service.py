@@ -74,7 +74,7 @@ class Service:
         # Requests without a user must not wait for a database that hangs.
         self.store_threads = FairExecutor(16, name="personaplug-store")
         self.persona_threads = FairExecutor(4, name="personaplug-persona")
-        # Admissions and checks must not wait for the model, which reads past answers for a copy head.
+        # Admissions, checks and users with a cached persona must not wait for the model, which reads past answers.
         self.reading_threads = FairExecutor(16, name="personaplug-reading")
         self._maintenance = Maintenance(self.store)
 
@@ -103,8 +103,9 @@ class Service:
             options=query.options,
             persona_scale=options.persona_scale if self.is_personal(query) else 0,
         )
-        store_threads = self.reading_threads if served.personas.has_copy_head else self.store_threads
-        threads = store_threads if ticket else self.persona_threads
+        threads = self.persona_threads if ticket is None else self.store_threads
+        if ticket is not None and served.personas.reads_history(ticket):
+            threads = self.reading_threads
         persona = await threads.run(tenant, user or "", make_persona)
         request_id = secrets.token_hex(12)
         reply = await self.engine.respond(

@@ -150,6 +150,16 @@ def test_erasure_drops_the_words_of_the_user_only(eager: Run, models: Models, tm
         assert _ask(url, "bob")[0] == answers["bob"]
 
 
+def test_cached_user_does_not_wait_for_the_model(run: Run, tmp_path: Path) -> None:
+    service = _open(run, tmp_path)
+    with served(service) as url:
+        _post(url, "ann", _items(WORDS["ann"]))
+        ticket = service.store.admit("default", "ann")
+        assert service.personas.reads_history(ticket)
+        _ask(url, "ann")
+        assert not service.personas.reads_history(ticket)
+
+
 def test_new_items_change_the_copied_words(eager: Run, models: Models, tmp_path: Path) -> None:
     service = _open(eager, tmp_path)
     with served(service) as url:

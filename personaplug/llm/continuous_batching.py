@@ -15,7 +15,7 @@ from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.generation import sample_tokens
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.padding import group_by_length, pad_states, pad_with_mask
-from personaplug.llm.prefix_attention import CachedPrefix, join_heads
+from personaplug.llm.prefix_attention import CachedPrefix, layer_values
 from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
 
@@ -35,7 +35,7 @@ class SlotCopying:
             states: keys and values of the prompt and the soft tokens, (2 · layers, heads, n, head width).
             logits: (V,) of the first token.
         """
-        values, ids = join_heads(states[2 * self.head.layer + 1]), slot.prompt.ids
+        values, ids = layer_values(states, self.head.layer), slot.prompt.ids
         self.own = self.own.expanded(values.device)
         self.prompt = self.head.prompt.source(values[: len(ids) - 1], torch.tensor(ids[1:], device=values.device))
         return self.head.mix(logits[None], values[-1:], prompts=[self.prompt], own=[self.own])[0]

@@ -14,7 +14,7 @@ from personaplug.llm.base import LanguageModel
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.padding import group_by_length
-from personaplug.llm.prefix_attention import join_heads
+from personaplug.llm.prefix_attention import layer_values
 from personaplug.llm.prompt_tokenizer import Ids
 
 MAX_ANSWERS = 32
@@ -65,16 +65,21 @@ def read_answers(llm: CausalLM, texts: Sequence[str], *, layer: int) -> list[Rea
     for group in group_by_length(list(dict.fromkeys(answers)), len):
         # The last token predicts nothing, so it is left out.
         for ids, states in zip(group, llm.compute_prompt_states([head + ids[:-1] for ids in group]), strict=True):
-            values = join_heads(states[2 * layer + 1])[len(head) - 1 :].clone()
+            values = layer_values(states, layer)[len(head) - 1 :].clone()
             read[ids] = ReadAnswer(torch.tensor(ids, device=values.device), values)
     return [read[ids] for ids in answers]
 
 
 @torch.no_grad()
+def answer_sources(llm: CausalLM, head: CopyHead, texts: Sequence[str]) -> list[CopySource]:
+    """Return the compressed source of each past answer."""
+    read = read_answers(llm, texts, layer=head.layer)
+    return [head.own.source(answer.states, answer.tokens).compressed() for answer in read]
+
+
 def copy_source(llm: CausalLM, head: CopyHead, answers: Sequence[str]) -> CopySource:
     """Return the source of a user's past answers, the latest `MAX_ANSWERS` of them."""
-    read = read_answers(llm, answers[-MAX_ANSWERS:], layer=head.layer)
-    return CopySource.cat([head.own.source(answer.states, answer.tokens).compressed() for answer in read])
+    return CopySource.cat(answer_sources(llm, head, answers[-MAX_ANSWERS:]))
 
 
 def _tokens(llm: CausalLM, text: str) -> Ids:

@@ -61,12 +61,12 @@ class CachedPrefix(Cache):
 
     def prompt_values(self, layer: int) -> Tensor:
         """Return the values of a layer for the prompts' tokens, (P, T, heads · width)."""
-        return join_heads(self.states[2 * layer + 1])
+        return layer_values(self.states, layer)
 
     def live_values(self, layer: int) -> Tensor:
         """Return the values of a layer for the live tokens, (R, L, heads · width)."""
         cached: Any = self.layers[layer]
-        return join_heads(cached.live.values)
+        return _join_heads(cached.live.values)
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -86,7 +86,12 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return super().get_seq_length() + self.live.get_seq_length()
 
 
-def join_heads(values: Tensor) -> Tensor:
+def layer_values(states: Tensor, layer: int) -> Tensor:
+    """Return the values of a layer, (…, T, heads · width), of states (2 · layers, …, heads, T, width)."""
+    return _join_heads(states[2 * layer + 1])
+
+
+def _join_heads(values: Tensor) -> Tensor:
     """Turn values of a layer, (…, heads, T, width), into one vector for each token, (…, T, heads · width)."""
     return values.transpose(-3, -2).flatten(-2)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.copied_answers import read_answers
+from personaplug.llm.copied_answers import answer_sources
 from personaplug.llm.copy_head import CopyHead, Copying, CopySource
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.personalizer import SoftPrompter
@@ -34,7 +34,6 @@ class CopyingPrompter:
         """Return the copy head with the past answers of each sample."""
         texts = dict.fromkeys(text for sample in samples for text in sample.own_answers)
         unread = [text for text in texts if text not in self._sources]
-        for text, answer in zip(unread, read_answers(self.llm, unread, layer=self.head.layer), strict=True):
-            self._sources[text] = self.head.own.source(answer.states, answer.tokens).compressed()
+        self._sources |= zip(unread, answer_sources(self.llm, self.head, unread), strict=True)
         own = [CopySource.cat([self._sources[text] for text in sample.own_answers]) for sample in samples]
         return Copying(self.head, own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from personaplug.errors import TrainingDiverged
 from personaplug.infra.progress import Progress
 from personaplug.llm.copied_answers import ReadAnswer
 from personaplug.llm.copy_head import CopyHead, CopyInputs, CopySource
+from personaplug.training.trainer import FitReport
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +38,10 @@ class CopySample:
 
 
 @dataclass(frozen=True)
-class CopyHeadReport:
+class CopyHeadReport(FitReport):
     """Outcome of a fit; losses are in nats per token of held-out users."""
 
-    steps: int
-    samples: int  # over all epochs
-    best_step: int
-    best_loss: float
-    loss_without: float
-    train_samples: int
-    held_out_samples: int
+    loss_without_copy_head: float
 
 
 def fit_copy_head(
@@ -58,6 +54,7 @@ def fit_copy_head(
     Raises:
         TrainingDiverged: if a gradient is not finite.
     """
+    started = time.monotonic()
     rng, optimizer = np.random.default_rng([seed, 11]), torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=0.0)
     steps_per_epoch = math.ceil(len(samples) / _BATCH_SIZE)
     total, step = _EPOCHS * steps_per_epoch, 0
@@ -86,7 +83,16 @@ def fit_copy_head(
     without = float(torch.cat([sample.inputs.losses for sample in held_out]).mean())
     if best_loss >= without:
         logger.warning("%s: held-out users do not gain (%.4f with it, %.4f without)", title, best_loss, without)
-    return CopyHeadReport(step, _EPOCHS * len(samples), best_step, best_loss, without, len(samples), len(held_out))
+    return CopyHeadReport(
+        steps=step,
+        samples=_EPOCHS * len(samples),
+        best_step=best_step,
+        best_loss=best_loss,
+        seconds=round(time.monotonic() - started, 1),
+        train_samples=len(samples),
+        validation_samples=len(held_out),
+        loss_without_copy_head=without,
+    )
 
 
 def _copy_of(head: CopyHead) -> dict[str, Tensor]:

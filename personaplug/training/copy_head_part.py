@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,11 +18,10 @@ from personaplug.llm.copied_answers import MAX_ANSWERS, ReadAnswer, check_answer
 from personaplug.llm.copy_head import CopyHead, CopyInputs
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run
-from personaplug.training.batching import micro_batches, user_split
+from personaplug.training.batching import micro_batches
 from personaplug.training.copy_head_fit import CopyHeadReport, CopySample, fit_copy_head
 from personaplug.training.objectives import prompts_with
 from personaplug.training.parts import INSTRUCTION, PLUG, SoftPromptPart
-from personaplug.training.trainer import FitReport
 from personaplug.training.trainings import TrainedPart, Trainings, spaced
 
 MAX_SAMPLES = 400
@@ -61,30 +60,23 @@ class CopyHeadPart(TrainedPart):
         head = check_model(trainings.models.llm).new_copy_head(seed=seed)
         report = on_main(lambda: self._fit(head, trainings, seed=seed))
         on_main(lambda: head.save(run.plug_folder(self.name, seed=seed)))
-        fit = FitReport(
-            steps=report.steps,
-            samples=report.samples,
-            best_step=report.best_step,
-            best_loss=report.best_loss,
-            seconds=round(time.monotonic() - started, 1),
-            train_samples=report.train_samples,
-            validation_samples=report.held_out_samples,
-        )
-        return trainings.facts(fit, head, unit="token", seed=seed) | {"loss_without_copy_head": report.loss_without}
+        report = replace(report, seconds=round(time.monotonic() - started, 1))
+        return trainings.facts(report, head, unit="token", seed=seed)
 
     def _fit(self, head: CopyHead, trainings: Trainings, *, seed: int) -> CopyHeadReport:
-        config, llm = trainings.run.config.training, check_model(trainings.models.llm)
-        # The users that the plug's training held out.
-        train, held_out = user_split(
-            trainings.samples, share=config.validation_share, limit=config.validation_limit, seed=seed
-        )
-        parts = [[part[index] for index in spaced(len(part), MAX_SAMPLES)] for part in (train, held_out)]
+        llm = check_model(trainings.models.llm)
+        split = trainings.split(trainings.samples, seed=seed)  # the users that the plug's training held out
+        parts = [[part[index] for index in spaced(len(part), MAX_SAMPLES)] for part in split]
         plug = trainings.run.load_plug(self.base.name, seed=seed, models=trainings.models)
         personalizer = Personalizer(plug, table=trainings.embeddings)
-        with_answers = [trainings.with_answers(part, latest=MAX_ANSWERS) for part in parts]
-        samples = [copy_samples(llm, personalizer, part, layer=head.layer) for part in with_answers]
-        title = f"{self.name} (seed {seed})"
-        return fit_copy_head(head, samples[0], held_out=samples[1], seed=seed, title=title)
+        texts = trainings.with_answers([sample for part in parts for sample in part], latest=MAX_ANSWERS)
+        samples = copy_samples(llm, personalizer, texts, layer=head.layer)
+        held_out_users = {sample.owner for sample in parts[1]}
+        train, held_out = (
+            [sample for sample in samples if (sample.owner in held_out_users) == is_held_out]
+            for is_held_out in (False, True)
+        )
+        return fit_copy_head(head, train, held_out=held_out, seed=seed, title=f"{self.name} (seed {seed})")
 
 
 COPY_HEAD = CopyHeadPart("plug+copy-head", PLUG)

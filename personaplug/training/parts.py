@@ -29,7 +29,6 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run
-from personaplug.training.batching import user_split
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.label_prior_fit import LabelPriorFit, State
 from personaplug.training.objectives import PlugObjective, prompts_with
@@ -71,7 +70,8 @@ class SoftPromptPart(TrainedPart):
             prior.switch_off()
         facts = trainings.fit(self, objective, samples, seed=seed)
         if prior is not None:
-            _fit_prior_beside(objective.personalizer.plug, samples, trainings, seed=seed)
+            _, held_out = trainings.split(samples, seed=seed)
+            _fit_prior_beside(objective.personalizer.plug, held_out, trainings, seed=seed)
         return self.save(objective, samples, trainings, facts=facts, seed=seed)
 
     def start(self, trainings: Trainings, *, seed: int) -> tuple[PlugObjective, list[EncodedSample]]:
@@ -178,7 +178,7 @@ class PlugPart(SoftPromptPart):
         if not self._has_control(run) or not on_main(lambda: run.trained(INSTRUCTION.name, seed=seed)):
             return {}
         config = run.config.training
-        _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        _, held_out = trainings.split(samples, seed=seed)
         with synchronized():
             control = load_control(trainings, seed=seed).instruction.detach()
         measure = partial(mean_loss, objective, max_tokens=config.max_tokens_per_microbatch)
@@ -234,15 +234,15 @@ class LabelPriorPart(InstructionPart):
         trainings.train(INSTRUCTION, seed=seed)
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
-        started, config = time.monotonic(), trainings.run.config.training
+        started = time.monotonic()
         objective, samples = self.start(trainings, seed=seed)
         plug, control = objective.personalizer.plug, load_control(trainings, seed=seed)
         with torch.no_grad():
             plug.instruction.copy_(control.instruction)
         assert plug.label_prior is not None
         plug.label_prior.switch_off()
-        loss = _fit_prior_beside(plug, samples, trainings, seed=seed)
-        train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        train, held_out = trainings.split(samples, seed=seed)
+        loss = _fit_prior_beside(plug, held_out, trainings, seed=seed)
         report = FitReport(
             steps=0,
             samples=0,
@@ -372,7 +372,9 @@ def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], traini
     plug.label_prior.load_state_dict(states[kind])
 
 
-def _fit_prior_beside(plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int) -> float:
+def _fit_prior_beside(
+    plug: PersonaPlug, held_out: Sequence[EncodedSample], trainings: Trainings, *, seed: int
+) -> float:
     """Fit the numbers of a label prior beside the label scores of the plug's soft tokens, on held-out users.
 
     Args:
@@ -380,8 +382,7 @@ def _fit_prior_beside(plug: PersonaPlug, samples: Sequence[EncodedSample], train
     Returns:
         The mean loss of the held-out users, in nats.
     """
-    config, fit = trainings.run.config.training, label_prior_fit(plug, trainings)
-    _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+    fit = label_prior_fit(plug, trainings)
 
     def fitted() -> tuple[float, State]:
         scores = _label_scores(plug, held_out, trainings)

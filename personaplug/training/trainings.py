@@ -26,6 +26,7 @@ from personaplug.infra.distributed import main_first, on_main
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.training_facts import write_facts
 from personaplug.run import Models, Run
+from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.objectives import Objective
 from personaplug.training.trainer import FitReport, fit
@@ -107,6 +108,11 @@ class Trainings:
             message = "%s: %d of %d training prompts have no room for an item"
             logger.warning(message, retrieval.name, without_text, len(samples))
         return samples
+
+    def split(self, samples: Sequence[EncodedSample], *, seed: int) -> tuple[list[EncodedSample], list[EncodedSample]]:
+        """Split samples into (train, held out), as the training loop with this seed does."""
+        config = self.run.config.training
+        return user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
 
     def texts(self, count: int) -> list[Sample]:
         """Return `count` evenly spaced training samples with their texts; 0 = all."""

@@ -179,7 +179,7 @@ def test_new_item_rereads_no_earlier_answer(eager: Run, tmp_path: Path, monkeypa
         passes.append(list(texts))
         return read_answers(llm, texts, layer=layer)
 
-    monkeypatch.setattr("personaplug.serving.engines.in_process.read_answers", counted)
+    monkeypatch.setattr("personaplug.llm.copied_answers.read_answers", counted)
     with served(service) as url:
         for text in ("one", "two", "one"):
             _post(url, "ann", [{"id": f"{text} {len(passes)}", "text": text}])

@@ -36,9 +36,9 @@ def test_fit_learns_to_copy_without_harm_by_strangers() -> None:
     before = held_out_loss(head, samples[40:])
     report = fit_copy_head(head, samples[:40], held_out=samples[40:], seed=0, title="copy")
     assert report.best_loss == pytest.approx(held_out_loss(head, samples[40:]))
-    assert report.best_loss < before < report.loss_without == 3.0
+    assert report.best_loss < before < report.loss_without_copy_head == 3.0
     assert held_out_loss(head, _strangers(samples[40:])) > report.best_loss + 0.5
-    assert (report.steps, report.samples, report.held_out_samples) == (12, 160, 20)
+    assert (report.steps, report.samples, report.validation_samples) == (12, 160, 20)
 
 
 def test_fit_refuses_losses_that_are_not_finite() -> None:

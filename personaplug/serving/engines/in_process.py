@@ -16,7 +16,7 @@ from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot, SlotCopying
-from personaplug.llm.copied_answers import read_answers
+from personaplug.llm.copied_answers import answer_sources
 from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.loading import open_llm
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
@@ -105,12 +105,7 @@ class InProcessEngine(Engine):
 
     def _read(self, head: CopyHead, answers: Sequence[str]) -> list[CopySource]:
         """Read past answers in several passes, so that other requests can run in between."""
-
-        def read(texts: Sequence[str]) -> list[CopySource]:
-            parts = read_answers(self.llm, texts, layer=head.layer)
-            return [head.own.source(part.states, part.tokens).compressed() for part in parts]
-
-        groups = _groups_of_texts(answers)
+        read, groups = partial(answer_sources, self.llm, head), _groups_of_texts(answers)
         return [source for texts in groups for source in self._scheduler.run_and_wait(partial(read, texts))]
 
     def check_length(self, characters: int) -> None:

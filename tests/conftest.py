@@ -86,3 +86,12 @@ def address(stand_in: StandIn) -> Iterator[str]:
 
     with running(stand_in.app) as url:
         yield url
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on Python's search path for installed packages."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder

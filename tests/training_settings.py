@@ -1,6 +1,13 @@
-"""Settings for a training that takes a second."""
+"""Settings and data for a training that takes a second."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.run import Models, Run, open_models
 
 TINY = (
     "llm=toy",
@@ -12,3 +19,17 @@ TINY = (
     "learning_rate=0.01",
     "dtype=float32",
 )
+
+
+def write_small_data(folder: Path) -> Path:
+    """Write simulated ratings of twelve users, and return the folder."""
+    write_simulation(
+        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
+    )
+    return folder
+
+
+def new_run(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
+    """Create a run with `TINY` settings, and load its models."""
+    config = load_config(overrides=[*TINY, *settings])
+    return Run.create(folder, config=config, task=load_task(data)), open_models(config)

@@ -255,12 +255,27 @@ class ColdStart(nn.Module):
         items = (~is_cold).repeat_interleave(lengths).nonzero().squeeze(1)
         return history.select(items.to(history.vectors.device), lengths=tuple((lengths * ~is_cold).tolist()))
 
+    def replaces_all(self, is_cold: Tensor) -> bool:
+        """Return True if no user of a batch gets a persona's tokens."""
+        return self.tokens is not None and bool(is_cold.all())
+
     def replace_tokens(self, soft: Tensor, is_cold: Tensor) -> Tensor:
         """Replace the soft tokens, (B, S, D), of cold users by `tokens`."""
-        return soft if self.tokens is None else torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
+        if self.tokens is None:
+            return soft
+        if self.replaces_all(is_cold):
+            return self.tokens.expand(len(is_cold), -1, -1)
+        return torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
 
-    def replace_bias(self, bias: Tensor, is_cold: Tensor, *, bias_with: Callable[[Tensor], Tensor]) -> Tensor:
-        """Set the label bias, (B, C), of cold users to 0 or, with `prior_numbers`, to the bias with these numbers."""
+    def label_bias(self, is_cold: Tensor, *, bias_with: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Return the label bias, (B, C). That of cold users is 0 or, with `prior_numbers`, the bias with these numbers.
+
+        Args:
+            bias_with: returns the bias of all users with these numbers; None = the plug's own.
+        """
+        if self.prior_numbers is not None and bool(is_cold.all()):
+            return bias_with(self.prior_numbers)
+        bias = bias_with(None)
         if not is_cold.any():
             return bias
         other = torch.zeros_like(bias) if self.prior_numbers is None else bias_with(self.prior_numbers)

@@ -111,12 +111,13 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             return self._soft_prompt(tokens)
         is_cold, bias = self.cold_start.is_cold(history), None
         visible = self.cold_start.hide_items(history, is_cold)
-        if self.persona is not None:
+        if self.persona is not None and not self.cold_start.replaces_all(is_cold):
             persona = self.persona(queries, visible, options=options, persona_scale=persona_scale)
             tokens = torch.cat([tokens, persona], dim=1)
         if self.label_prior is not None:
-            bias_with = partial(self.label_bias, queries, visible)
-            bias = persona_scale * self.cold_start.replace_bias(bias_with(), is_cold, bias_with=bias_with)
+            bias = persona_scale * self.cold_start.label_bias(
+                is_cold, bias_with=partial(self.label_bias, queries, visible)
+            )
         return self._soft_prompt(self.cold_start.replace_tokens(tokens, is_cold), label_bias=bias)
 
     def label_bias(self, queries: Sequence[str], history: HistoryBatch, prior_numbers: Tensor | None = None) -> Tensor:

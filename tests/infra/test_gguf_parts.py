@@ -13,15 +13,6 @@ from personaplug.infra.gguf_parts import file_name, find_parts, join
 from personaplug.infra.model_hub import find_model
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on Python's search path for installed packages."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
 def install(site: Path, name: str, *, files: Sequence[str] = (), requires: Sequence[str] = ()) -> None:
     """Install a package with files that contain their own names."""
     module = name.replace("-", "_")

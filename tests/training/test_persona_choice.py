@@ -10,19 +10,18 @@ from typing import Any, cast
 
 import pytest
 import torch
-from training_settings import TINY
+from training_settings import new_run, write_small_data
 
 from personaplug.cli.shared_training import tell_trained
 from personaplug.config_parsing import load_config
-from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.data import open_dataset
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.methods import parse_methods
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import PLUG, closed_labels, train
@@ -35,20 +34,11 @@ NAME = "instruction+neighbors"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_simulation(
-        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
-    )
-    return folder
-
-
-def _run(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
-    config = load_config(overrides=[*TINY, *settings])
-    return Run.create(folder, config=config, task=load_task(data)), open_models(config)
+    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def _train(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
-    run, models = _run(folder, data, *settings)
+    run, models = new_run(folder, data, *settings)
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     return run, models
 

@@ -14,18 +14,17 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_settings import TINY
+from training_settings import new_run, write_small_data
 
 from personaplug.config import PAPER, Config
-from personaplug.config_parsing import load_config
-from personaplug.data import load_task, open_dataset
+from personaplug.data import open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, RunConflict, StorageError, TrainingDiverged
 from personaplug.infra import tensor_files
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Run, open_models
 from personaplug.training.batching import user_split
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import INSTRUCTION, PLUG, _start_from_words, build_plug, train
@@ -37,26 +36,17 @@ PAPER_SETTINGS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_simulation(
-        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
-    )
-    return folder
-
-
-def _run(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
-    config = load_config(overrides=[*TINY, *settings])
-    return Run.create(folder, config=config, task=load_task(data)), open_models(config)
+    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def _train(folder: Path, data: Path, *settings: str) -> Run:
-    run, models = _run(folder, data, *settings)
+    run, models = new_run(folder, data, *settings)
     train(run, open_dataset(data, "train", task=run.task), models=models)
     return run
 
 
 def _fitted(folder: Path, data: Path, *settings: str) -> tuple[FitReport, PlugObjective, list[EncodedSample]]:
-    run, models = _run(folder / "run", data, *settings)
+    run, models = new_run(folder / "run", data, *settings)
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
     objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table)
@@ -120,7 +110,7 @@ def test_validation_loss_weighs_samples_with_and_without_histories(tmp_path: Pat
 @pytest.mark.parametrize("name", ["plug", "instruction-only"])
 def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Path, name: str) -> None:
     part = next(part for part in (PLUG, INSTRUCTION) if part.name == name)
-    run, models = _run(tmp_path / "run", data, "instruction_start=words")
+    run, models = new_run(tmp_path / "run", data, "instruction_start=words")
     trainings = Trainings(run, open_dataset(data, "train", task=run.task), models=models)
     plug, again, other = (build_plug(run, models, part=part, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
@@ -135,7 +125,7 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
 
 @pytest.mark.parametrize("plug", [PAPER_SETTINGS, ()], ids=["paper", "default"])
 def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
-    run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
+    run, models = new_run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
     assert isinstance(models.llm, CausalLM)
     before = {name: value.clone() for name, value in models.llm.model.state_dict().items()}
     vectors = models.encoder.encode(["some text"])
@@ -258,7 +248,7 @@ def _broken_loss(llm: Any, *, after: int) -> Any:
 def test_nan_loss_raises_training_diverged_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false")
+    run, models = new_run(tmp_path / "run", data, "controls=false")
     monkeypatch.setattr(models.llm, "loss", _broken_loss(models.llm, after=4))
     with pytest.raises(TrainingDiverged, match=r"loss became nan in step 5.*learning_rate"):
         train(run, open_dataset(data, "train", task=run.task), models=models)
@@ -272,7 +262,7 @@ def test_nan_loss_raises_training_diverged_and_keeps_the_last_state(
 def test_full_disk_raises_storage_error_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false")
+    run, models = new_run(tmp_path / "run", data, "controls=false")
     plain = vars(tensor_files)["save_file"]
 
     def save(tensors: Any, path: Path, **metadata: Any) -> None:
@@ -291,7 +281,7 @@ def test_full_disk_raises_storage_error_and_keeps_the_last_state(
 
 
 def test_fit_rejects_samples_without_answers(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data)
+    run, models = new_run(tmp_path / "run", data)
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
     hidden = [replace(samples[0], target=None), *samples[1:]]
@@ -404,7 +394,7 @@ def test_plug_is_trained_without_a_control_that_diverges(
         return fit(objective, **how)
 
     monkeypatch.setattr("personaplug.training.trainings.fit", diverging)
-    run, models = _run(tmp_path / "run", data, "max_steps=1")
+    run, models = new_run(tmp_path / "run", data, "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("plug", seed=0)
     assert "cold_start" not in _weights(run)
@@ -420,7 +410,7 @@ def test_plug_without_control_differs_only_in_its_cold_start(tmp_path: Path, dat
 
 
 def test_plug_of_a_run_with_control_trains_the_control_first(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data, "max_steps=1")
+    run, models = new_run(tmp_path / "run", data, "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("instruction-only", seed=0)
 
@@ -436,7 +426,7 @@ def test_run_rejects_other_training_data(tmp_path: Path, data: Path) -> None:
 
 
 def test_moved_run_finds_its_vectors_and_external_ones(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false", "max_steps=1")
+    run, models = new_run(tmp_path / "run", data, "controls=false", "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert Run.open(tmp_path / "moved").vectors == tmp_path / "moved" / "vectors"
@@ -447,12 +437,12 @@ def test_moved_run_finds_its_vectors_and_external_ones(tmp_path: Path, data: Pat
 
 def test_run_accepts_vectors_encoded_beforehand(tmp_path: Path, data: Path) -> None:
     (tmp_path / "run" / "vectors").mkdir(parents=True)
-    run, _ = _run(tmp_path / "run", data)
+    run, _ = new_run(tmp_path / "run", data)
     assert run.vectors == tmp_path / "run" / "vectors"
 
 
 def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false", "max_steps=1")
+    run, models = new_run(tmp_path / "run", data, "controls=false", "max_steps=1")
 
     def full(tensors: Any, path: Path, **metadata: Any) -> None:
         if "plug.safetensors" in path.name:

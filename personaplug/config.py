@@ -281,6 +281,10 @@ class TrainingConfig:
         description="write TensorBoard events in addition to the JSON lines (needs the extra `tensorboard`)",
     )
 
+    def seed_or_first(self, seed: int | None) -> int:
+        """Return a seed, or the first seed of the training if it is None."""
+        return self.seeds[0] if seed is None else seed
+
 
 @dataclass(frozen=True, config=STRICT)
 class RetrievalConfig:

@@ -97,7 +97,7 @@ def generate(
 
 def load_plug(run: Run, models: Models, *, seed: int | None = None) -> PersonaPlug:
     """Load the plug of one training of a run; a seed of None means the first seed."""
-    return run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
+    return run.load_plug("plug", seed=run.config.training.seed_or_first(seed), models=models)
 
 
 def run_for(prompt: Prompt, runs: Sequence[Run]) -> Run:

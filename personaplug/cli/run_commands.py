@@ -390,7 +390,7 @@ def generate(
     models, head = None, None
     if copy_head:
         check_answers(run.task)
-        seed = run.config.training.seeds[0] if seed is None else seed
+        seed = run.config.training.seed_or_first(seed)
         run.check_trained(COPY_HEAD, seed=seed)  # before the models are loaded
         models = open_models(run.config)
         head = run.load_copy_head(models.llm, seed=seed)

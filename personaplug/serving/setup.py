@@ -46,7 +46,9 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             Personalizer(each_plug, persona_scale=config.persona_scale),
             store,
             fallback=config.fallback,
-            reader=engine.load_copy_head(each, seed=_seed(each, config.seed)) if config.copy_head else None,
+            reader=engine.load_copy_head(each, seed=each.config.training.seed_or_first(config.seed))
+            if config.copy_head
+            else None,
             cache_bytes=_CACHE_BYTES // len(plugs),
         )
         for each, each_plug in zip((run, *others), plugs, strict=True)
@@ -72,7 +74,7 @@ def _check_copy_heads(runs: Sequence[Run], *, engine: RegisteredEngine, seed: in
     if not engine.supports_copy_head:
         raise ConfigError("This engine does not support --copy-head. Remove --copy-head or use --engine local.")
     for run in runs:
-        run.check_trained(COPY_HEAD, seed=_seed(run, seed))
+        run.check_trained(COPY_HEAD, seed=run.config.training.seed_or_first(seed))
 
 
 def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
@@ -116,11 +118,7 @@ def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
 
 
 def _plug_folder(run: Run, *, seed: int | None) -> Path:
-    return run.check_trained("plug", seed=_seed(run, seed))
-
-
-def _seed(run: Run, seed: int | None) -> int:
-    return run.config.training.seeds[0] if seed is None else seed
+    return run.check_trained("plug", seed=run.config.training.seed_or_first(seed))
 
 
 def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:

@@ -16,8 +16,9 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import COPY_HEAD, Run
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.engines import RegisteredEngine, find_engine
-from personaplug.serving.engines.base import LoadPlug
+from personaplug.serving.engines.base import Engine, LoadPlug
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.serving.served_task import ServedTask
 from personaplug.serving.service import Service
@@ -66,6 +67,11 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
     )
     log_tasks([served.prompts for served in service.tasks])
     return service
+
+
+def _answer_reader(engine: Engine, run: Run, config: ServingConfig) -> AnswerReader | None:
+    seed = run.config.training.seed_or_first(config.seed)
+    return engine.load_copy_head(run, seed=seed) if config.copy_head else None
 
 
 def _check_copy_heads(runs: Sequence[Run], *, engine: RegisteredEngine, seed: int | None) -> None:

@@ -34,6 +34,7 @@ from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
 from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models
+from personaplug.training.parts import SoftPromptPart
 from personaplug.training.trainings import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
@@ -347,7 +348,15 @@ class _Table:
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
         config = with_learning_rates(self.config, [self.task])  # so keys match trials with explicit learning rates
+        if not self._adds_label_prior(method):
+            config = replace(config, plug=replace(config.plug, label_prior="none"))
         return trial_key(config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
+
+    def _adds_label_prior(self, method: Method) -> bool:
+        """Return whether a plug of this row has a label prior on this set."""
+        plug = resolved(self.config, self.task).plug
+        parts = [part for part in method.requires if isinstance(part, SoftPromptPart)]
+        return any(part.plug_config(plug).label_prior != "none" for part in parts)
 
     def _about(self, evaluator: Evaluator) -> Provenance:
         """Return the provenance without trainings: they change from trial to trial, and the run describes them."""

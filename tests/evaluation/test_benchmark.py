@@ -386,6 +386,21 @@ def test_trial_keys_of_conversations_include_resolved_learning_rates(tmp_path: P
     assert trials[0] == trials[1] < trials[2]
 
 
+def test_label_prior_changes_only_the_keys_of_rows_that_have_one(tmp_path: Path, data: Path) -> None:
+    keys = []
+    for prior in ("none", "counts"):
+        folders = Folders(data, tmp_path / prior, tmp_path / "results")
+        (table,) = run_benchmark(
+            _experiment(tmp_path, ["plain", "plug"], f"per_set: {{One: {{label_prior: {prior}}}}}", sets="[One]"),
+            folders,
+            seeds=[0],
+        ).written
+        trials = [json.loads(line) for line in table.with_suffix(".trials.jsonl").read_text().splitlines()[1:]]
+        keys.append([(trial["method"]["name"], trial["key"]) for trial in trials])
+    assert [name for name, _ in keys[1]] == ["plain", "plug", "plug"]
+    assert keys[1][:2] == keys[0]
+
+
 def test_run_of_labels_refuses_another_set(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plug"], "trained_on: {Texts: One}", sets="[Texts]")
     with pytest.raises(ConfigError, match="trained on Simulated_rating, but"):

@@ -91,9 +91,12 @@ def served(
     limits: RequestLimits | None = None,
     allow_origins: Sequence[str] = (),
     connections: ConnectionLimits | None = None,
+    has_playground: bool = False,
 ) -> Iterator[str]:
     """Serve a service like `personaplug serve`; yield the base URL, without /v1."""
-    app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
+    app = create_app(
+        service, api_keys=api_keys, limits=limits, allow_origins=allow_origins, has_playground=has_playground
+    )
     with running(server_config(app, connections=connections, timeout_graceful_shutdown=10)) as url:
         yield url
 

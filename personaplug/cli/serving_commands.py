@@ -88,6 +88,13 @@ class _NumberRange(click.FloatRange):
     help="Let the local engine copy tokens of the prompt and of the user's past answers into free text. The run needs "
     "a trained plug+copy-head; a new store then stores texts.",
 )
+@click.option(
+    "--playground/--no-playground",
+    "has_playground",
+    default=None,
+    show_default="only on a loopback address",
+    help="Serve a page at / that compares two users and the plain model.",
+)
 @click.option("--max-items", type=int, help="Keep only the latest items of each user. The store saves this limit.")
 @click.option("--max-days", type=int, help="Delete items older than this. The store saves this limit.")
 @click.option("--max-rows", default=16, type=_COUNT, help="Batch size of the local engine.")
@@ -103,6 +110,7 @@ def serve(
     port: int,
     keys: Path | None,
     allow_origins: tuple[str, ...],
+    has_playground: bool | None,
     max_requests: int,
     max_body_mb: float,
     max_items: int | None,
@@ -111,7 +119,7 @@ def serve(
 ) -> None:
     """Serve a run's plug with an OpenAI-compatible API: personalized chat and completions, and users' histories."""
     check_installed()
-    from personaplug.serving.api_keys import OPEN_TENANT, ApiKeys
+    from personaplug.serving.api_keys import OPEN_TENANT, ApiKeys, is_loopback
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.listener import bind
@@ -146,6 +154,7 @@ def serve(
             port=port,
             listener=listener,
             allow_origins=origins,
+            has_playground=is_loopback(host) if has_playground is None else has_playground,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.connections import ConnectionGuard, ConnectionLimits, guarded_protocol
@@ -27,7 +27,7 @@ from personaplug.serving.middleware.admission import Budget
 from personaplug.serving.middleware.origins import check_origin
 from personaplug.serving.openai_protocol import ErrorReply
 from personaplug.serving.readiness import Readiness
-from personaplug.serving.routes import admin, chat, history, pages, preferences, task
+from personaplug.serving.routes import admin, chat, history, pages, playground, preferences, task, users
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # The event loop releases the GIL at each read and write. A busy thread may then hold the GIL for this long.
 _SWITCH_INTERVAL_S = 0.0005
 
-_ROUTERS = (chat.router, history.router, preferences.router, task.router, admin.router, pages.router)
+_ROUTERS = (*(chat.router, history.router, preferences.router, users.router, task.router, admin.router, pages.router),)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 502, 503)
@@ -50,12 +50,15 @@ def create_app(
     api_keys: ApiKeys | None = None,
     limits: RequestLimits | None = None,
     allow_origins: Sequence[str] = (),
+    has_playground: bool = False,
 ) -> FastAPI:
     """Build the ASGI application. Without keys, it accepts requests from this machine only.
 
     Args:
         allow_origins: origins of web pages that may call the server from a browser.
+        has_playground: serve the playground, a page for people, at `/`.
     """
+    routers = (*_ROUTERS, playground.router) if has_playground else _ROUTERS
     api_keys, limits, telemetry = api_keys or ApiKeys(), limits or RequestLimits(), Telemetry()
     places = Budget(limits.requests, is_shared=not api_keys.is_open)
     parsers = FairExecutor(1, name="personaplug-json")
@@ -66,7 +69,7 @@ def create_app(
         telemetry=telemetry,
         places=places,
         origins=[check_origin(origin) for origin in allow_origins],
-        routes=[route for router in _ROUTERS for route in router.routes],
+        routes=[route for router in routers for route in router.routes],
     )
 
     @asynccontextmanager
@@ -76,13 +79,13 @@ def create_app(
         await service.close()
         parts.close()
 
-    app = documented_app(lifespan=lifespan, middleware=guards)
+    app = documented_app(routers=routers, lifespan=lifespan, middleware=guards)
     app.state.parts = parts
     add_error_handlers(app)
     return app
 
 
-def documented_app(**settings: Any) -> FastAPI:
+def documented_app(*, routers: Sequence[APIRouter] = _ROUTERS, **settings: Any) -> FastAPI:
     """Build an application with the routes and their documentation; it cannot answer requests without a service."""
     app = FastAPI(
         title="personaplug",
@@ -92,7 +95,7 @@ def documented_app(**settings: Any) -> FastAPI:
         openapi_url=None,  # `routes/pages.py` serves it, and a documentation page without external resources
         **settings,
     )
-    for router in _ROUTERS:
+    for router in routers:
         app.include_router(router)
     return app
 
@@ -124,6 +127,7 @@ def serve(
     port: int,
     listener: socket.socket,
     allow_origins: Sequence[str] = (),
+    has_playground: bool = False,
 ) -> None:
     """Serve until SIGTERM, then give the running requests 30 seconds to end.
 
@@ -131,7 +135,9 @@ def serve(
         listener: a socket bound to `host` and `port`.
     """
     api_keys.check_address(host)
-    app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
+    app = create_app(
+        service, api_keys=api_keys, limits=limits, allow_origins=allow_origins, has_playground=has_playground
+    )
     config = server_config(app, host=host, port=port, timeout_graceful_shutdown=30)
 
     async def run() -> None:
@@ -139,6 +145,8 @@ def serve(
         callers = "this machine only" if api_keys.is_open else "callers with an API key"
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
+        if has_playground:
+            logger.info("playground: open %s/ in a browser", url)
         if service.engine.is_remote:
             # Computing a persona is too little work for a second thread, and vLLM needs the core.
             torch.set_num_threads(1)

@@ -47,9 +47,7 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             Personalizer(each_plug, persona_scale=config.persona_scale),
             store,
             fallback=config.fallback,
-            reader=engine.load_copy_head(each, seed=each.config.training.seed_or_first(config.seed))
-            if config.copy_head
-            else None,
+            reader=_answer_reader(engine, each, config),
             cache_bytes=_CACHE_BYTES // len(plugs),
         )
         for each, each_plug in zip((run, *others), plugs, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import islice
 from typing import Any
 
 from personaplug.encoders.encoded_sample import PREFERENCE_KIND
@@ -34,21 +35,29 @@ class StoredUser:
         return asdict(self) | {"last": self.last.isoformat() if self.last else None}
 
 
-def list_users(store: HistoryStore, *, tenant: str | None = None) -> list[StoredUser]:
-    """Return the users of a tenant, or of all tenants, sorted by tenant and id."""
-    users = [user for shard in map(Shard, range(store.settings.shards)) for user in _users_of(store, shard, tenant)]
-    return sorted(users, key=lambda user: (user.tenant, user.user))
+def list_users(store: HistoryStore, *, tenant: str | None = None, limit: int | None = None) -> list[StoredUser]:
+    """Return the users of a tenant, or of all tenants, sorted by tenant and id.
+
+    Args:
+        limit: maximum number of users; if the store has more, which ones are returned is arbitrary but stable.
+    """
+    shards = map(Shard, range(store.settings.shards))
+    users = (user for shard in shards for user in _users_of(store, shard, tenant=tenant, limit=limit))
+    return sorted(islice(users, limit), key=lambda user: (user.tenant, user.user))
 
 
-def _users_of(store: HistoryStore, shard: Shard, tenant: str | None) -> Iterator[StoredUser]:
+def _users_of(store: HistoryStore, shard: Shard, *, tenant: str | None, limit: int | None) -> Iterator[StoredUser]:
+    of_tenant = "" if tenant is None else " WHERE tenant = :tenant"
+    at_most = "" if limit is None else " ORDER BY user_id LIMIT :limit"
     sql = (
         "SELECT u.no, u.tenant, u.user_id, u.version, u.items_received, u.items, u.checksum, count(i.key) AS present, "
         f"sum(CASE WHEN i.kind_id = {PREFERENCE_KIND} THEN 1 ELSE 0 END) AS preferences, max(i.day) AS last_day "
-        f"FROM {shard.users} u LEFT JOIN {shard.items} i ON i.user_no = u.no AND i.day >= :first_day "
-        f"{'' if tenant is None else 'WHERE u.tenant = :tenant '}"
+        f"FROM (SELECT * FROM {shard.users}{of_tenant}{at_most}) u "
+        f"LEFT JOIN {shard.items} i ON i.user_no = u.no AND i.day >= :first_day "
         "GROUP BY u.no, u.tenant, u.user_id, u.version, u.items_received, u.items, u.checksum"
     )
-    parameters = {"first_day": store.retention.first_day()} | ({} if tenant is None else {"tenant": tenant})
+    given = {"first_day": store.retention.first_day(), "tenant": tenant, "limit": limit}
+    parameters = {name: value for name, value in given.items() if value is not None}
     with store.database.read_transaction() as connection:
         rows = execute(connection, sql, parameters).all()
     for row in rows:

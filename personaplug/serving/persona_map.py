@@ -1,0 +1,129 @@
+"""Persona map: the personas of many users as points of a plane, and the path of one user's persona over time.
+
+The plane shows the two directions in which the personas differ most (a principal component analysis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.errors import RequestError
+from personaplug.serving.service import Service
+from personaplug.store.user_list import list_users
+
+_TRAIL_POINTS = 12
+_SMALLEST_SPREAD = 1e-9  # personas that differ less are equal up to rounding
+
+Features = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A projection of features to two dimensions.
+
+    Attributes:
+        mean: (F,) the features at the origin.
+        axes: (F, 2) the directions of both dimensions.
+        explained: (2,) share of the variance in each dimension.
+    """
+
+    mean: Features
+    axes: Features
+    explained: Features
+
+    @classmethod
+    def fit(cls, *groups: Features) -> Plane:
+        """Find the two directions with the largest variance of N users, with an (N, F_i) array for each group.
+
+        Each group counts alike, whatever its unit. A group in which all users are equal does not count.
+        """
+        mean = np.concatenate([group.mean(axis=0) for group in groups])
+        scale = np.concatenate([np.full(group.shape[1], _scale(group)) for group in groups])
+        centered = (np.concatenate(groups, axis=1) - mean) * scale
+        _, spreads, directions = np.linalg.svd(centered, full_matrices=False)
+        axes, variances = np.zeros((2, len(mean))), np.zeros(2)
+        count = min(2, len(spreads))
+        axes[:count], variances[:count] = directions[:count], spreads[:count] ** 2
+        largest = np.abs(axes).argmax(axis=1)
+        signs = np.where(axes[np.arange(2), largest] < 0, -1.0, 1.0)  # so that equal personas give equal maps
+        explained = variances / max(float((spreads**2).sum()), _SMALLEST_SPREAD)
+        return cls(mean, (axes * signs[:, None] * scale).T, explained)
+
+    def project(self, *groups: Features) -> Features:
+        """Return the points of users, (N, 2)."""
+        points: Features = (np.concatenate(groups, axis=1) - self.mean) @ self.axes
+        return points
+
+
+def _scale(group: Features) -> float:
+    """Return 1 / the root mean square distance of the users from their mean; 0 if all users are equal."""
+    spread = float(np.sqrt(((group - group.mean(axis=0)) ** 2).sum(axis=1).mean()))
+    return 1 / spread if spread > _SMALLEST_SPREAD else 0.0
+
+
+class PersonaMap:
+    """Computes the map of a tenant's users, with the personas of the service's first task for an empty query."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.store, self.personas = service, service.store, service.tasks[0].personas
+
+    async def describe(self, tenant: str, *, limit: int, trail_of: str | None) -> dict[str, Any]:
+        """Return the points of at most `limit` users and, with `trail_of`, the path of this user's persona."""
+        run = self.service.slow.run_weighted
+        return await run(tenant, trail_of or "", lambda: self._describe(tenant, limit, trail_of=trail_of), cost=limit)
+
+    def _describe(self, tenant: str, limit: int, *, trail_of: str | None) -> dict[str, Any]:
+        users = list_users(self.store, tenant=tenant, limit=limit + 1)
+        shown = [user.user for user in users[:limit]]
+        histories = [self._history(tenant, user) for user in shown]
+        trail = self._trail(tenant, trail_of) if trail_of is not None else []
+        if not shown:
+            return {"users": [], "trail": [], "explained": [0.0, 0.0], "more": False}
+        groups = self._features(histories)
+        plane = Plane.fit(*groups)
+        points = plane.project(*groups)
+        path = plane.project(*self._features(trail)) if trail else np.zeros((0, 2))
+        return {
+            "users": [
+                {"user": user, "items": len(history), "x": x, "y": y}
+                for user, history, (x, y) in zip(shown, histories, points.tolist(), strict=True)
+                if self.store.version(tenant, user)  # leave out users who were erased meanwhile
+            ],
+            "trail": [
+                {"items": len(history), "x": x, "y": y} for history, (x, y) in zip(trail, path.tolist(), strict=True)
+            ],
+            "explained": plane.explained.tolist(),
+            "more": len(users) > limit,
+        }
+
+    def _history(self, tenant: str, user: str) -> EncodedHistory:
+        history = self.store.load_history(tenant, user, latest=self.personas.plug.config.max_history)
+        return history.select(self.personas.plug.known_items(history.kind_ids))
+
+    def _trail(self, tenant: str, user: str) -> list[EncodedHistory]:
+        """Return the history after some of its items, oldest first; the last entry is the whole history."""
+        if not self.store.version(tenant, user):
+            raise RequestError("The tenant has no such user.", http_status=404, code="not_found")
+        history = self._history(tenant, user)
+        counts = np.unique(np.linspace(0, len(history), num=min(_TRAIL_POINTS, len(history) + 1)).round().astype(int))
+        return [history.select(slice(count)) for count in counts.tolist()]
+
+    def _features(self, histories: Sequence[EncodedHistory]) -> tuple[Features, Features]:
+        """Return what a persona adds to the model's input: soft tokens, (N, S · D), and label biases, (N, C)."""
+        softs = []
+        for history in histories:
+            with self.personas.plug_lock:
+                softs.append(self.personas.personalizer.persona("", history))
+        biases = [soft.vectors.new_zeros(0) if soft.label_bias is None else soft.label_bias for soft in softs]
+        return _rows([soft.vectors for soft in softs]), _rows(biases)
+
+
+def _rows(tensors: Sequence[Tensor]) -> Features:
+    return np.stack([tensor.double().flatten().cpu().numpy() for tensor in tensors])

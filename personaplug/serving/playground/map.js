@@ -1,0 +1,112 @@
+// The map: each user's persona as a point, and the path of the chosen users' personas over time.
+
+import { call } from "./api.js";
+import { svg } from "./dom.js";
+
+const WIDTH = 800;
+const HEIGHT = 420;
+const MARGIN = 40;
+
+export class PersonaMap {
+  constructor({ section, hint, place, onChoose }) {
+    this.section = section;
+    this.hint = hint;
+    this.place = place;
+    this.onChoose = onChoose;
+    this.users = [];
+    this.drawn = 0;
+  }
+
+  /** Read the map with the paths of the users `chosen`, an object from a column's id to a user. */
+  async refresh(chosen) {
+    const turn = ++this.drawn;
+    const entries = Object.entries(chosen).filter(([, user]) => user);
+    let maps;
+    try {
+      maps = await Promise.all(entries.map(([, user]) => this._read(user)));
+      if (!maps.length) maps = [await this._read("")];
+    } catch {
+      this.section.hidden = true; // a key of one user may not see the others
+      return;
+    }
+    if (turn !== this.drawn) return;
+    const [{ users, explained, more }] = maps;
+    this.users = users;
+    this.section.hidden = users.length < 2;
+    const share = Math.round(100 * (explained[0] + explained[1]));
+    this.hint.textContent =
+      `Each point is a user; near points have similar personas. The plane shows ${share} % of all differences.` +
+      `${more ? " Only some of the users are shown." : ""} A dashed path leads from no items to today. Press a point to choose it.`;
+    this._draw(entries.map(([id, user], index) => ({ id, user, trail: maps[index].trail })));
+  }
+
+  /** Return the two users with the most different personas. */
+  farthest() {
+    let best = [-1, this.users[0]?.user ?? "", this.users[1]?.user ?? ""];
+    this.users.forEach((a, index) => {
+      for (const b of this.users.slice(index + 1)) {
+        const distance = (a.x - b.x) ** 2 + (a.y - b.y) ** 2;
+        if (distance > best[0]) best = [distance, a.user, b.user];
+      }
+    });
+    return best.slice(1);
+  }
+
+  /** Return at most `count` users near the middle of the map who are not `chosen`. */
+  others(chosen, count) {
+    const distance = ({ x, y }) => x ** 2 + y ** 2;
+    const others = this.users.filter(({ user, items }) => items && !chosen.includes(user));
+    return others.sort((a, b) => distance(a) - distance(b)).slice(0, count).map(({ user }) => user);
+  }
+
+  async _read(user) {
+    try {
+      return await call("GET", `v1/personas?limit=200${user ? `&trail=${encodeURIComponent(user)}` : ""}`);
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      return call("GET", "v1/personas?limit=200"); // the user has no items yet
+    }
+  }
+
+  _draw(chosen) {
+    const place = scaled([...this.users, ...chosen.flatMap(({ trail }) => trail)]);
+    const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "Personas of the users" });
+    for (const { id, trail } of chosen) {
+      const points = trail.map(place);
+      picture.append(svg("polyline", { class: id, points: points.map((point) => point.join(",")).join(" ") }));
+      for (const [cx, cy] of points) picture.append(svg("circle", { class: `trail ${id}`, cx, cy, r: 2.5, "aria-hidden": "true" }));
+    }
+    for (const point of this.users) picture.append(this._point(point, place(point), chosen));
+    for (const { id, user } of chosen) {
+      const point = this.users.find((other) => other.user === user);
+      if (!point) continue;
+      const [x, y] = place(point);
+      const anchor = x > WIDTH / 2 ? "end" : "start";
+      picture.append(svg("text", { class: id, x: x + (anchor === "end" ? -12 : 12), y: y + 4, "text-anchor": anchor }, user));
+    }
+    this.place.replaceChildren(picture);
+  }
+
+  _point({ user, items }, [cx, cy], chosen) {
+    const id = chosen.find((other) => other.user === user)?.id ?? "";
+    const label = `${user}, ${items} ${items === 1 ? "item" : "items"}`;
+    const circle = svg("circle", { class: id, cx, cy, r: id ? 8 : 5, tabindex: 0, role: "button", "aria-label": label });
+    circle.append(svg("title", {}, label));
+    circle.addEventListener("click", () => this.onChoose(user));
+    circle.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.onChoose(user);
+    });
+    return circle;
+  }
+}
+
+/** Return a function from points to pixels, with the same scale in both directions. */
+function scaled(points) {
+  const [xs, ys] = [points.map(({ x }) => x), points.map(({ y }) => y)];
+  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const scale = Math.min((WIDTH - 2 * MARGIN) / Math.max(right - left, 1e-9), (HEIGHT - 2 * MARGIN) / Math.max(high - low, 1e-9));
+  const [middleX, middleY] = [(left + right) / 2, (low + high) / 2];
+  return ({ x, y }) => [WIDTH / 2 + scale * (x - middleX), HEIGHT / 2 - scale * (y - middleY)].map((value) => Number(value.toFixed(1)));
+}

@@ -1,0 +1,47 @@
+"""Routes about all users of a tenant: their list, and the map of their personas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from personaplug.errors import RequestError
+from personaplug.serving.openai_protocol import Name
+from personaplug.serving.persona_map import PersonaMap
+from personaplug.serving.routes.dependencies import KeyUser, Parts, Tenant
+from personaplug.store.user_list import list_users
+
+router = APIRouter(prefix="/v1")
+
+_MAX_LISTED = 10_000
+_MAX_ON_MAP = 1000
+_LISTED = ("user", "items", "preferences", "last")
+
+
+@router.get("/users", summary="List the tenant's users")
+async def users(
+    tenant: Tenant, parts: Parts, limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 1000
+) -> dict[str, Any]:
+    """If the tenant has more than `limit` users, `more` is true."""
+    service = parts.service
+    stored = await service.slow.run(tenant, "", lambda: list_users(service.store, tenant=tenant, limit=limit + 1))
+    rows = [user.to_dict() for user in stored[:limit]]
+    return {
+        "users": [{k: row[k] for k in ("user", "items", "preferences", "last")} for row in rows],
+        "more": len(stored) > limit,
+    }
+
+
+@router.get("/personas", summary="Show the personas of the tenant's users as points of a plane")
+async def personas(
+    tenant: Tenant,
+    key_user: KeyUser,
+    parts: Parts,
+    limit: Annotated[int, Query(ge=1, le=_MAX_ON_MAP)] = 200,
+    trail: Annotated[Name | None, Query(description="A user whose persona to follow, item by item.")] = None,
+) -> dict[str, Any]:
+    if key_user is not None:
+        message = "This key belongs to one user. Use a key of the tenant, because the map shows all its users."
+        raise RequestError(message, http_status=403, code="user")
+    return await PersonaMap(parts.service).describe(tenant, limit=limit, trail_of=trail)

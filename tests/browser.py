@@ -1,0 +1,79 @@
+"""Helpers for tests in a real browser: Debian's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+SCREENSHOTS = Path(__file__).resolve().parents[1] / "build" / "screenshots"
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+_SWITCHES = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Start Chromium; skip the test if it or Playwright is not installed."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    with playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=list(_SWITCHES))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def open_page(browser: Browser, url: str, *, size: str = "desktop", is_dark: bool = False) -> Iterator[Page]:
+    """Open a page; afterwards, check that it had no error and sent no request to another host.
+
+    The page's security policy does not apply to scripts of the test, such as axe-core.
+    """
+    width, height = SIZES[size]
+    page = browser.new_page(
+        viewport={"width": width, "height": height}, color_scheme="dark" if is_dark else "light", bypass_csp=True
+    )
+    problems: list[str] = []
+    page.on("console", lambda message: problems.extend(_problem_of(message)))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.extend([request.url] if not request.url.startswith(url) else []))
+    page.goto(url)
+    yield page
+    page.close()
+    assert problems == []
+
+
+def _problem_of(message: ConsoleMessage) -> list[str]:
+    # Chromium logs each 4xx reply as an error. The page handles these.
+    is_problem = message.type in ("error", "warning") and "status of 4" not in message.text
+    return [message.text] if is_problem else []
+
+
+def check_accessibility(page: Page) -> None:
+    """Check that axe-core finds nothing serious on the page."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    violations = axe.run(page).response["violations"]
+    serious = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
+
+
+def screenshot(page: Page, name: str) -> Path:
+    """Write a picture of the whole page to `build/screenshots`."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    path = SCREENSHOTS / f"{name}.png"
+    page.screenshot(path=path, full_page=True)
+    return path

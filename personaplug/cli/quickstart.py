@@ -92,6 +92,10 @@ def run_quickstart(
     click.echo(f"4. {demo.comparison_title}\n")
     click.echo(demo.compare(run, models, list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
+    click.echo(
+        "to see the personas (after pip install -e '.[serve]'): "
+        f"personaplug serve --run {run.folder} --store {out / 'users.db'} --load {data} --keep-text"
+    )
     if demo is RATINGS:
         click.echo("for answers in each user's manner: personaplug quickstart --chat")
     return results

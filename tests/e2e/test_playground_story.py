@@ -35,13 +35,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def ratings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with _served(tmp_path_factory.mktemp("ratings"), "--task", "rating", "--users", "60", "--dev-users", "12") as url:
+    with _served(tmp_path_factory.mktemp("ratings"), "--kind", "rating", "--users", "60") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with _served(tmp_path_factory.mktemp("chats"), "--task", "manners", "--users", "40", "--dev-users", "8") as url:
+    with _served(tmp_path_factory.mktemp("chats"), "--kind", "manners", "--users", "40") as url:
         yield url
 
 
@@ -91,6 +91,10 @@ def _wait_for_answers(page: Page) -> None:
     page.locator("#ask-all").wait_for()
 
 
+def _user(column: Locator) -> Locator:
+    return column.get_by_label("User: choose one, or type a new id")
+
+
 def _item_count(column: Locator, count: int) -> None:
     noun = "item" if count == 1 else "items"
     column.get_by_text(f"History ({count} {noun})").wait_for(timeout=ANSWER_MS)
@@ -107,8 +111,8 @@ def test_ratings_of_two_users_their_reasons_and_an_erasure(
     with open_page(browser, f"{ratings}/", size=size, is_dark=size == "phone") as page:
         first, second = page.locator(".column.first"), page.locator(".column.second")
         page.locator("#examples button").first.wait_for(timeout=ANSWER_MS)
-        user = first.get_by_label("User").input_value()
-        assert user != second.get_by_label("User").input_value()
+        user = _user(first).input_value()
+        assert user != _user(second).input_value()
         _ask(page)
         first.get_by_role("table").wait_for(timeout=ANSWER_MS)
         second.get_by_role("table").wait_for(timeout=ANSWER_MS)
@@ -194,8 +198,8 @@ def test_new_user_is_made_by_typing_an_id_and_adding_items(browser: Browser, cha
     with open_page(browser, f"{chats}/", size="phone") as page:
         second = page.locator(".column.second")
         page.locator("#examples button").first.wait_for(timeout=ANSWER_MS)
-        second.get_by_label("User").fill("zoë")
-        second.get_by_label("User").press("Tab")
+        _user(second).fill("zoë")
+        _user(second).press("Tab")
         _item_count(second, 0)
         second.get_by_text("History (0").click()
         second.get_by_label("New item: question").fill("How do I whistle?")

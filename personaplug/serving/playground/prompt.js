@@ -53,5 +53,5 @@ export class Prompt {
 /** Return the question of a history item, or "" if it has none or several. */
 export function questionOf(item, task) {
   const names = (task.item_fields ?? []).filter((name) => name !== task.answer_field && item[name]);
-  return names.length === 1 && item.kind === "answer" ? String(item[names[0]]) : "";
+  return names.length === 1 ? String(item[names[0]]) : "";
 }

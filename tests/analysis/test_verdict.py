@@ -26,7 +26,8 @@ def _verdict(
 ) -> list[str]:
     rows = [{"method": name, "metrics": {} if score is None else {metric: score}} for name, score in scores.items()]
     pairs = [pair | {"metric": metric} for pair in pairs]
-    return verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # a file may contain NaN
+    answers = verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # a file may contain NaN
+    return [str(answer) for answer in answers]
 
 
 def test_each_answer_has_its_scores_and_its_rival() -> None:

@@ -122,8 +122,8 @@ def _verdicts(sets: Sequence[ReportSet]) -> Iterator[Section]:
     cards = []
     for each in sets:
         answers = [*verdict(each.results), *filter(None, [price(each.results)])]
-        link = {"title": each.name, "link": each.anchor} if len(sets) > 1 else {}
-        cards += [Section(**link, answers=answers)] if answers else []
+        title, link = (each.name, each.anchor) if len(sets) > 1 else ("", "")
+        cards += [Section(title, link=link, answers=answers)] if answers else []
     if cards:
         yield Section("Verdict", level=2, anchor="verdict", parts=cards)
 

@@ -14,7 +14,6 @@ from personaplug.analysis.figure_style import (
     GRID,
     INK,
     ORANGE,
-    PALE,
     PAPER,
     directed,
     family_style,
@@ -86,34 +85,19 @@ def cost_figure(results: Results, metric: str, cost: Cost, *, title: str) -> Fig
     A row that is much worse than the others is named at the edge. Controls are pale and have no names.
     """
     rows = cost_rows(results, metric, cost)
-    costs = {row.name: float(getattr(row.diagnostics, cost)) for row in rows}
+    costs = [float(getattr(row.diagnostics, cost)) for row in rows]
     rule = next((row for row in ranked_rows(results, metric) if not row.method.has_language_model), None)
-    scores = [row.metrics[metric] for row in rows]
     kind = metric_class(metric)
     is_error = kind is not None and not kind.greater_is_better
-    scores += [rule.metrics[metric]] if rule else []
-    low, high = _range_without_outliers(scores, worst_is_high=is_error)
+    scores = [row.metrics[metric] for row in [*rows, *([rule] if rule else [])]]
     figure = new_figure(_WIDTH, 3.6)
     axes = figure.add_subplot()
-    _scale_costs(axes, max(costs.values()))
-    axes.set_ylim(low, high)
-    labels = []
-    for row in rows:
-        score, is_control = row.metrics[metric], row.method.is_control
-        height = min(max(score, low), high)
-        size, color = (16, PALE) if is_control else (42, family_style(row.method)[1])
-        marker = "o" if height == score else ("^" if score > high else "v")
-        axes.scatter(
-            costs[row.name], height, s=size, color=color, marker=marker, zorder=2 if is_control else 3, clip_on=False
-        )
-        if not is_control:
-            off_scale = "" if height == score else f" ({number_cell(score)}, off the scale)"
-            labels.append((costs[row.name], height, literal(row.name) + off_scale))
-    _label_points(axes, labels)
+    _scale_costs(axes, max(costs))
+    axes.set_ylim(*_range_without_outliers(scores, worst_is_high=is_error))
+    names = [_cost_point(axes, row, value, metric=metric) for row, value in zip(rows, costs, strict=True)]
+    _label_points(axes, [name for name in names if name])
     if rule is not None:
-        axes.axhline(rule.metrics[metric], color="#8c6d31", linewidth=1, linestyle="--", zorder=1)
-        label = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "fontsize": 8.5, "color": "#8c6d31"}
-        axes.annotate(literal(f"{rule.name}, no language model"), (axes.get_xlim()[1], rule.metrics[metric]), **label)
+        _rule(axes, rule, metric=metric)
     axes.grid(color=GRID)
     axes.set_xlabel(COST_TITLES[cost], color=GRAY)
     axes.set_ylabel(directed(metric), color=GRAY)
@@ -138,7 +122,7 @@ def users_figure(scores: UserScores, *, title: str, linked: Sequence[int] = (), 
         gain = scores.gains[members[0]]
         color = BLUE if gain > 0 else ORANGE if gain < 0 else "#8c8c8c"
         shown = [index for index in linked if index in members]
-        look = {"s": 14 + 7 * len(members), "color": color, "alpha": 0.55, "linewidths": 0, "zorder": 2}
+        look: dict[str, Any] = {"s": 14 + 7 * len(members), "color": color, "alpha": 0.55, "linewidths": 0, "zorder": 2}
         if shown:
             look |= {"alpha": 0.95, "edgecolors": INK, "linewidths": 0.8, "zorder": 4}
         points = axes.scatter([stranger[members[0]]], [own[members[0]]], **look)
@@ -162,8 +146,33 @@ def _forest_line(axes: Axes, row: ResultRow, *, metric: str, place: int, color: 
     if ends := row.interval(metric):
         axes.hlines(place, *ends, color=color, linewidth=2.2, zorder=2)
     axes.plot(value, place, "o", color=color, markersize=7, markeredgecolor=PAPER, zorder=3)
-    label = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8.5, "color": INK}
+    label: dict[str, Any] = {
+        "xytext": (0, 6),
+        "textcoords": "offset points",
+        "ha": "center",
+        "fontsize": 8.5,
+        "color": INK,
+    }
     axes.annotate(score_cell(row, metric) or "", (value, place), **label)
+
+
+def _cost_point(axes: Axes, row: ResultRow, cost: float, *, metric: str) -> tuple[float, float, str] | None:
+    """Draw a row's point; return its place and name, or None for a control."""
+    score, is_control, (low, high) = row.metrics[metric], row.method.is_control, axes.get_ylim()
+    height = min(max(score, low), high)
+    marker = "o" if height == score else "^" if score > high else "v"
+    look: dict[str, Any] = {"s": 42, "color": family_style(row.method)[1], "zorder": 3}
+    look |= {"s": 16, "zorder": 2} if is_control else {}
+    axes.scatter(cost, height, marker=marker, clip_on=False, **look)
+    off_scale = "" if height == score else f" ({number_cell(score)}, off the scale)"
+    return None if is_control else (cost, height, literal(row.name) + off_scale)
+
+
+def _rule(axes: Axes, row: ResultRow, *, metric: str) -> None:
+    score, color = row.metrics[metric], _ROLE_COLORS[RIVAL]
+    axes.axhline(score, color=color, linewidth=1, linestyle="--", zorder=1)
+    place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "fontsize": 8.5}
+    axes.annotate(literal(f"{row.name}, no language model"), (axes.get_xlim()[1], score), color=color, **place)
 
 
 def _range_without_outliers(scores: Sequence[float], *, worst_is_high: bool) -> tuple[float, float]:

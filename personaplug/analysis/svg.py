@@ -62,7 +62,7 @@ def standalone_svg(figure: Figure, *, key: str, title: str, text: str, data: Map
     root.attrib |= {"class": "drawing", "role": "img", "aria-label": text}
     root.attrib |= {"width": f"{width * _POINTS_TO_PIXELS:.0f}", "height": f"{height * _POINTS_TO_PIXELS:.0f}"}
     style = f"{palette_css()}text{{font-family:system-ui,-apple-system,'Segoe UI',sans-serif}}"
-    elements = {"title": title, "desc": text, "metadata": json.dumps(data, sort_keys=True), "style": style}
+    elements = {"title": title, "desc": text, "metadata": json.dumps(data), "style": style}
     for place, (name, content) in enumerate(elements.items()):
         element = ElementTree.Element(name)
         element.text = content

@@ -125,7 +125,7 @@ def test_users_with_equal_scores_share_a_larger_point_and_extremes_are_links() -
     assert sizes[1.0, 1.0] > sizes[1.0, 0.0] == sizes[0.5, 2.0]
     links = {url for path in paths for url in path.get_urls() if url}
     assert links == {"#user-0", "#user-4"}
-    colors = {tuple(np.asarray(path.get_offsets())[0]): tuple(path.get_facecolor()[0][:3]) for path in paths}
+    colors = {tuple(np.asarray(path.get_offsets())[0]): tuple(np.asarray(path.get_facecolor())[0]) for path in paths}
     assert len(set(colors.values())) == 3
 
 

@@ -133,8 +133,8 @@ def _set_sections(each: ReportSet, pictures: SetPictures) -> Iterator[Section]:
     yield Section(each.name, level=2, anchor=each.anchor, text=facts, bullets=models, pictures=pictures.shown)
     if each.problem:
         yield Section(text=f"Users one by one are not shown. {each.problem}")
-    if each.scores and pictures.shown:
-        yield Section("Users who gain or lose most", text=_USERS_TEXT, entries=user_entries(each), is_folded=True)
+    if entries := user_entries(each):
+        yield Section("Users who gain or lose most", text=_USERS_TEXT, entries=entries, is_folded=True)
     for title, table in tables(each.results):
         title = title or "Scores"
         folded = pictures.folded.get(title, ())

@@ -15,6 +15,7 @@ from personaplug.analysis.rendering import Column, Entry, Picture, Table
 from personaplug.analysis.results_file import Results, Subgroup
 from personaplug.analysis.set_figures import (
     COST_TITLES,
+    Cost,
     cost_figure,
     cost_rows,
     forest_figure,
@@ -22,7 +23,7 @@ from personaplug.analysis.set_figures import (
     users_figure,
 )
 from personaplug.analysis.svg import inline_svg
-from personaplug.analysis.tables import gain_cell, metric_title, number_cell
+from personaplug.analysis.tables import bytes_cell, gain_cell, metric_title, number_cell
 from personaplug.analysis.user_scores import UserScores
 from personaplug.infra.atomic_io import atomic_write
 
@@ -135,9 +136,7 @@ def _drawn(each: ReportSet) -> Iterator[tuple[str, Picture, Figure]]:
         yield "", _forest_picture(each, f"{stem}-verdict.png"), forest_figure(results, metric, title=title)
     for cost in COST_TITLES:
         if cost_rows(results, metric, cost):
-            text = f"{each.name}: {metric} of each method by {COST_TITLES[cost]}; the tables have the numbers"
-            caption = "Cost against quality. Pale points are controls, with the history of another user."
-            picture = Picture(f"{stem}-{cost.split('_')[0]}.png", text, caption=caption)
+            picture = _cost_picture(each, cost, f"{stem}-{cost.split('_')[0]}.png")
             yield "", picture, cost_figure(results, metric, cost, title=f"{each.name}: {metric} by {COST_TITLES[cost]}")
     if each.scores:
         yield "", _users_picture(each, each.scores, f"{stem}-users.png"), _users_figure(each, each.scores)
@@ -169,6 +168,18 @@ def _forest_picture(each: ReportSet, path: str) -> Picture:
         path,
         f"{each.name}, {_directed(metric)}: {', '.join(scores)}",
         caption="Lines are 95 % intervals from a bootstrap over users.",
+    )
+
+
+def _cost_picture(each: ReportSet, cost: Cost, path: str) -> Picture:
+    metric = each.results.leading_metric
+    rows = [row for row in cost_rows(each.results, metric, cost) if not row.method.is_control]
+    to_text = bytes_cell if cost == "bytes_per_user" else "{:,.0f}".format
+    points = [f"{r.name} {number_cell(r.metrics[metric])} at {to_text(getattr(r.diagnostics, cost))}" for r in rows]
+    return Picture(
+        path,
+        f"{each.name}, {_directed(metric)}, by {COST_TITLES[cost]}: {', '.join(points)}",
+        caption="Cost against quality. Pale points are controls, with the history of another user.",
     )
 
 

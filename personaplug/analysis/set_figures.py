@@ -190,21 +190,31 @@ def _padded(values: Array) -> tuple[float, float]:
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Name points at the right, left, top or bottom: the first place where a name hides no point and no other name."""
+    """Name points in the nearest place where a name hides no point and no other name; a line leads to a far name."""
     to_share = axes.transData + axes.transAxes.inverted()
     centers = [tuple(map(float, to_share.transform((x, y)))) for x, y, _ in points]
     dots: list[_Box] = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in centers]
     names: list[_Box] = []
     for (x, y), (*_, name) in zip(centers, points, strict=True):
-        width, half = _LETTER * len(name), _LINE / 2
-        beside = [(x + 0.022, y), (x - 0.022 - width, y)]
-        shifted = [(left, y + shift) for shift in (0.05, -0.05, 0.09, -0.09) for left, _ in beside]
-        boxes: list[_Box] = [(left, up - half, left + width, up + half) for left, up in (*beside, *shifted)]
-        free = [box for box in boxes if box[0] >= -0.01 and box[2] <= 1.05 and not _meets(box, [*dots, *names])]
-        box = free[0] if free else boxes[0]
+        boxes = [box for box in _places(x, y, width=_LETTER * len(name)) if not _meets(box, [*dots, *names])]
+        box = boxes[0] if boxes else next(_places(x, y, width=_LETTER * len(name)))
         names.append(box)
-        look: dict[str, Any] = {"xycoords": "axes fraction", "va": "center", "fontsize": 8.5, "zorder": 5}
-        axes.annotate(name, (box[0], (box[1] + box[3]) / 2), color=INK, annotation_clip=False, **look)
+        middle, is_left = (box[1] + box[3]) / 2, box[0] < x
+        look: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 8.5, "zorder": 5}
+        if abs(middle - y) > _LINE:
+            look["arrowprops"] = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        text_at = (box[2] if is_left else box[0], middle)
+        look |= {"ha": "right" if is_left else "left", "annotation_clip": False}
+        axes.annotate(name, (x, y), xycoords="axes fraction", xytext=text_at, color=INK, **look)
+
+
+def _places(x: float, y: float, *, width: float) -> Iterator[_Box]:
+    """Yield boxes for a name of a point, the nearest first, as shares of the axes."""
+    for shift in (step * sign * 0.05 for step in range(9) for sign in ((1, -1) if step else (1,))):
+        for left in (x + 0.022, x - 0.022 - width):
+            if left >= -0.01 and left + width <= 1.05 and (not shift or 0 <= y + shift <= 1.02):
+                yield (left, y + shift - _LINE / 2, left + width, y + shift + _LINE / 2)
+    yield (x + 0.022, y - _LINE / 2, x + 0.022 + width, y + _LINE / 2)
 
 
 def _meets(box: _Box, others: Sequence[_Box]) -> bool:

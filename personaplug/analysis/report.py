@@ -45,6 +45,11 @@ _POOLED_TEXT = (
     "The mean of the personal gains of the sets {}, with its interval. Each set counts alike; the bootstrap draws "
     "users, and trainings, within each set. Holm p is corrected for the number of rows."
 )
+_VERDICT_TEXT = (
+    "Yes and No: the difference has a p below .05. Not shown: p is .05 or more. A wrong-user row sees another user's "
+    "history. The row instruction-only was trained on the same samples without a history. Rivals that cost nothing "
+    "count, copy or fit a regression. ↑: higher is better. ↓: lower is better."
+)
 _USERS_TEXT = (
     "Users have numbers in the order of their first sample. With few samples of a user, a large gain may be chance."
 )
@@ -125,7 +130,7 @@ def _verdicts(sets: Sequence[ReportSet]) -> Iterator[Section]:
         title, link = (each.name, each.anchor) if len(sets) > 1 else ("", "")
         cards += [Section(title, link=link, answers=answers)] if answers else []
     if cards:
-        yield Section("Verdict", level=2, anchor="verdict", parts=cards)
+        yield Section("Verdict", level=2, anchor="verdict", text=_VERDICT_TEXT, parts=cards)
 
 
 def _set_sections(each: ReportSet, pictures: SetPictures) -> Iterator[Section]:

@@ -64,7 +64,7 @@ def forest_figure(results: Results, metric: str, *, title: str) -> Figure:
     axes.set_yticks(range(len(rows)), names, color=INK)
     axes.set_ylim(len(rows) - 0.45, -0.75)
     axes.locator_params(axis="x", nbins=5)
-    axes.margins(x=0.14)
+    axes.margins(x=0.2)
     axes.grid(axis="x", color=GRID)
     axes.set_xlabel(directed(metric), color=GRAY)
     axes.set_title(literal(title), loc="left", color=INK, fontsize=10)

@@ -109,7 +109,8 @@ def test_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
     assert not overview(one).endswith("\n")
     paths = write_report(write_files(tmp_path, one, other), tmp_path / "out", title="My title", with_figures=False)
     text = paths[0].read_text(encoding="utf-8")
-    assert text.startswith("# My title\n\n## Verdict\n\n### One\n\n- Is plug personal? Not measured: ")
+    assert text.startswith("# My title\n\n## Verdict\n\nYes and No: ")
+    assert "\n### One\n\n- Is plug personal? Not measured: " in text.partition("## Overview")[0]
     assert re.findall("^## (.*)$", text, flags=re.MULTILINE) == ["Verdict", "Overview", "One", "Other"]
     assert "## Overview\n\n### Scores\n" in text
     assert (

@@ -1,8 +1,4 @@
-"""Results as figures: scores as bars, personal gains as points around zero, subgroups as lines.
-
-The colors are from the palette of Okabe and Ito for color-blind readers. matplotlib is an optional dependency, so it is
-imported inside functions. No figure needs a display.
-"""
+"""Results as figures: scores as bars, personal gains as points around zero, subgroups as lines."""
 
 from __future__ import annotations
 
@@ -10,32 +6,35 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from personaplug.analysis.figure_style import (
+    BLUE,
+    FAMILIES,
+    GRAY,
+    GRID,
+    INK,
+    ORANGE,
+    OTHER,
+    PAPER,
+    directed,
+    family_style,
+    figure_title,
+    finished,
+    literal,
+    new_figure,
+)
 from personaplug.analysis.method_info import MethodInfo
-from personaplug.analysis.metrics import metric_class
 from personaplug.analysis.rendering import one_line
 from personaplug.analysis.results_file import Comparison, ResultRow, Results
 from personaplug.analysis.tables import set_names
-from personaplug.errors import MissingData, MissingExtra
+from personaplug.errors import MissingData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _GRAY, _PALE, _GRID, _BLUE = "#222222", "#6b6b6b", "#d2d2d2", "#e3e3e3", "#0072b2"
-_FAMILIES = {
-    "none": ("no personalization", "#8c8c8c"),
-    "plug": ("plug", _BLUE),
-    "prompt": ("items or profile in the prompt", "#e69f00"),
-    "weights": ("fine-tuned weights", "#009e73"),
-    "counts": ("counts of the user's words or labels", "#56b4e9"),
-    "no-lm": ("no language model", "#8c6d31"),
-    "control": ("control", _PALE),
-    "oracle": ("best possible", "#cc79a7"),
-}
-_OTHER = ("other", "#56b4e9")
 _LINE_STYLES: list[dict[str, Any]] = [  # for a method, its wrong-user control and a row without history
-    {"color": _BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8},
-    {"color": "#d55e00", "marker": "s", "markersize": 3.5, "linewidth": 1.2, "linestyle": "--"},
+    {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8},
+    {"color": ORANGE, "marker": "s", "markersize": 3.5, "linewidth": 1.2, "linestyle": "--"},
     {"color": "#9a9a9a", "linewidth": 1.2, "linestyle": ":"},
 ]
 _SHIFTS = (0.0, 0.08, -0.08)  # along the axis, so that the whiskers of these lines do not overlap
@@ -46,17 +45,17 @@ def scores_figure(results: Results, metric: str) -> Figure:
     rows = _with_controls_below([row for row in results.rows if metric in row.metrics])
     if not rows:
         raise MissingData(f"No row of these results has the metric {metric!r}; there is nothing to draw.")
-    figure = _new_figure(8.0, 1.75 + 0.31 * len(rows))
+    figure = new_figure(8.0, 1.75 + 0.31 * len(rows))
     axes = figure.add_subplot()
     reach = [_bar(axes, row, metric=metric, position=position) for position, row in enumerate(rows)]
     _name_lines(axes, [row.method for row in rows])
     axes.set_xlim(left=0, right=max(reach) * 1.12 or 1)  # leaves space for the numbers behind the whiskers
-    axes.set_xlabel(_directed(metric), color=_GRAY)
-    axes.set_title(_figure_title(results), loc="left", color=_INK, fontsize=11, pad=10)
-    row_styles = {_style(row.method) for row in rows}
-    legend = [style for style in [*_FAMILIES.values(), _OTHER] if style in row_styles]
+    axes.set_xlabel(directed(metric), color=GRAY)
+    axes.set_title(figure_title(results), loc="left", color=INK, fontsize=11, pad=10)
+    row_styles = {family_style(row.method) for row in rows}
+    legend = [style for style in [*FAMILIES.values(), OTHER] if style in row_styles]
     bar = {"linewidth": 7, "solid_capstyle": "butt"}
-    return _finished(figure, [{"label": label, "color": color, **bar} for label, color in legend])
+    return finished(figure, [{"label": label, "color": color, **bar} for label, color in legend])
 
 
 def gains_figure(results_list: Sequence[Results]) -> Figure:
@@ -71,25 +70,25 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
         raise MissingData("No result compares a method with its wrong-user control; there is nothing to draw.")
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = _new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
+    figure = new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, results, gains) in zip(grid.flat, panels, strict=False):
         for position, pair in enumerate(map(gains.get, methods)):
             if pair:
                 _point(axes, pair, position=position)
-        axes.axvline(0, color=_INK, linewidth=1, zorder=1)
+        axes.axvline(0, color=INK, linewidth=1, zorder=1)
         axes.locator_params(axis="x", nbins=5)
-        axes.set_title(_literal(name), loc="left", color=_INK, fontsize=10)
-        axes.set_xlabel(_literal(f"advantage in {results.leading_metric}"), color=_GRAY)
-        axes.grid(axis="x", color=_GRID)
+        axes.set_title(literal(name), loc="left", color=INK, fontsize=10)
+        axes.set_xlabel(literal(f"advantage in {results.leading_metric}"), color=GRAY)
+        axes.grid(axis="x", color=GRID)
     for axes in grid[:, 0]:
         _name_lines(axes, list(methods.values()))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle("Personal gain: own history against another user's", x=0.01, ha="left", color=_INK, fontsize=11)
-    significant = {"label": "p < .05 (Holm p if given)", "color": _BLUE, "marker": "o"}
-    not_significant = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
-    return _finished(figure, [significant, not_significant])
+    figure.suptitle("Personal gain: own history against another user's", x=0.01, ha="left", color=INK, fontsize=11)
+    significant = {"label": "p < .05 (Holm p if given)", "color": BLUE, "marker": "o"}
+    not_significant = {"label": "p ≥ .05", "color": GRAY, "marker": "o", "markerfacecolor": PAPER}
+    return finished(figure, [significant, not_significant])
 
 
 def drawn_gains(results: Results) -> dict[str, Comparison]:
@@ -113,7 +112,7 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     controls = {info.gain_of: info.name for info in infos.values()}
     across = min(4, len(methods))
     down = math.ceil(len(methods) / across)
-    figure = _new_figure(0.8 + 2.3 * max(across, 2), 1.1 + 2.0 * down)
+    figure = new_figure(0.8 + 2.3 * max(across, 2), 1.1 + 2.0 * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes, method in zip(grid.flat, methods, strict=False):
         names = (method, controls.get(method, ""), *base)
@@ -121,18 +120,13 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
             rows_at = {index + shift: part.by_name.get(name) for index, part in enumerate(results.subgroups)}
             points = {position: row for position, row in rows_at.items() if row and _is_drawn(row, metric)}
             _line(axes, points, metric=metric, style=style)
-        axes.set_title(_literal(method), loc="left", color=_INK, fontsize=10)
-        axes.grid(axis="y", color=_GRID)
+        axes.set_title(literal(method), loc="left", color=INK, fontsize=10)
+        axes.grid(axis="y", color=GRID)
     _name_subgroups(grid, [one_line(part.name) for part in results.subgroups], panels=len(methods))
-    figure.supylabel(_directed(metric), color=_GRAY, fontsize=10)
-    figure.suptitle(_figure_title(results), x=0.01, ha="left", color=_INK, fontsize=11)
+    figure.supylabel(directed(metric), color=GRAY, fontsize=10)
+    figure.suptitle(figure_title(results), x=0.01, ha="left", color=INK, fontsize=11)
     labels = ["own history", "another user's history", *base]
-    return _finished(figure, [{"label": label, **style} for label, style in zip(labels, _LINE_STYLES, strict=False)])
-
-
-def _style(method: MethodInfo) -> tuple[str, str]:
-    """Return the label in the legend, and the color."""
-    return _FAMILIES.get("control" if method.is_control else method.family, _OTHER)
+    return finished(figure, [{"label": label, **style} for label, style in zip(labels, _LINE_STYLES, strict=False)])
 
 
 def _is_drawn(row: ResultRow, metric: str) -> bool:
@@ -143,24 +137,24 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
     """Draw a bar with its whisker and number; return the position of the right end."""
     value = row.metrics[metric]
     if not math.isfinite(value):
-        axes.text(0, position, f" {value}", va="center", color=_GRAY, fontsize=8)
+        axes.text(0, position, f" {value}", va="center", color=GRAY, fontsize=8)
         return 0.0
-    axes.barh(position, value, height=0.68, color=_style(row.method)[1], zorder=2)
+    axes.barh(position, value, height=0.68, color=family_style(row.method)[1], zorder=2)
     if ends := row.interval(metric):
         # The white rim makes the whisker visible on a dark bar.
-        axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
-        axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
+        axes.hlines(position, *ends, color=PAPER, linewidth=3, alpha=0.7, zorder=3)
+        axes.hlines(position, *ends, color=INK, linewidth=1.2, zorder=4)
     reach = max([value, *(ends or ())])
     text = f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
     offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (reach, position), color=_INK, fontsize=8, **offset)
+    axes.annotate(text, (reach, position), color=INK, fontsize=8, **offset)
     return float(reach)
 
 
 def _point(axes: Axes, pair: Comparison, *, position: int) -> None:
     if not math.isfinite(pair.difference):
         return
-    color, fill = (_BLUE, _BLUE) if pair.is_significant else (_GRAY, "white")
+    color, fill = (BLUE, BLUE) if pair.is_significant else (GRAY, PAPER)
     if pair.low is not None and pair.high is not None:
         axes.hlines(position, pair.low, pair.high, color=color, linewidth=1.6, zorder=2)
     axes.plot(pair.difference, position, "o", color=color, markerfacecolor=fill, zorder=3)
@@ -181,11 +175,11 @@ def _with_controls_below(rows: Sequence[ResultRow]) -> list[ResultRow]:
 
 
 def _name_lines(axes: Axes, methods: Sequence[MethodInfo]) -> None:
-    axes.set_yticks(range(len(methods)), [_literal(method.name) for method in methods])
+    axes.set_yticks(range(len(methods)), [literal(method.name) for method in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)  # the first on top
     for label, method in zip(axes.get_yticklabels(), methods, strict=True):
-        label.set_color(_GRAY if method.is_control else _INK)
-    axes.grid(axis="x", color=_GRID)
+        label.set_color(GRAY if method.is_control else INK)
+    axes.grid(axis="x", color=GRID)
 
 
 def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
@@ -195,7 +189,7 @@ def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
     """
     keys = {name.partition("=")[0] for name in names}
     shared = keys.pop() if len(keys) == 1 and all("=" in name for name in names) else ""
-    ticks = [_literal(name.partition("=")[2] if shared else name) for name in names]
+    ticks = [literal(name.partition("=")[2] if shared else name) for name in names]
     rotation = {"rotation": 40, "ha": "right"} if sum(map(len, ticks)) > 24 else {}
     for index, axes in enumerate(grid.flat):
         is_lowest = index + grid.shape[1] >= panels
@@ -203,46 +197,4 @@ def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
         axes.set_xticks(range(len(ticks)), ticks, **rotation)
         axes.set_xlim(-0.4, len(ticks) - 0.6)
         axes.tick_params(axis="x", labelbottom=is_lowest)
-        axes.set_xlabel(_literal(shared) if is_lowest else "", color=_GRAY)
-
-
-def _figure_title(results: Results) -> str:
-    about = results.about
-    # From "owner/name (weights …, width …)", the title has the name only.
-    model = about.model.split(" (")[0].rpartition("/")[2]
-    parts = (about.set or about.task, about.variant, about.split, model)
-    return _literal(" · ".join(one_line(part) for part in parts if part))
-
-
-def _directed(metric: str) -> str:
-    kind = metric_class(metric)
-    direction = "" if kind is None else f", {'higher' if kind.greater_is_better else 'lower'} is better"
-    return _literal(f"{metric}{direction}")
-
-
-def _literal(text: str) -> str:
-    """Escape text for matplotlib, which parses text between two dollar signs as a formula."""
-    return text.replace("$", r"\$")
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MissingExtra("figures", extra="report") from None
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _finished(figure: Figure, legend: Sequence[dict[str, Any]]) -> Figure:
-    """Add a legend, given as line styles, and remove frames and tick marks."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], **style) for style in legend]
-    look = {"frameon": False, "fontsize": 8, "labelcolor": _INK, "handlelength": 1.8, "columnspacing": 1.4}
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), **look)
-    for axes in figure.axes:
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_PALE)
-        axes.tick_params(length=0, labelsize=9)
-        axes.set_axisbelow(True)
-    return figure
+        axes.set_xlabel(literal(shared) if is_lowest else "", color=GRAY)

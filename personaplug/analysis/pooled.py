@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from personaplug.analysis.metrics import Array, Metric, get_metric, metric_class
+from personaplug.analysis.metrics import Array, Metric, metric_class
 from personaplug.analysis.results import matched_by_seed
 from personaplug.analysis.results_file import Comparison, Results
-from personaplug.analysis.significance import Groups, PairedStatistics, holm, pooled_bootstrap
-from personaplug.analysis.trials import Trial, TrialFile
-
-_TOLERANCE = 1e-6  # relative; trial files have nine digits
+from personaplug.analysis.significance import PairedStatistics, holm, pooled_bootstrap
+from personaplug.analysis.trials_of_results import ResultTrials, UnmatchedTrials, load_result_trials, metric_of_means
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,6 @@ class PooledGains:
     sets: list[str] = field(default_factory=list)
     gains: dict[str, dict[str, Comparison]] = field(default_factory=dict)
     problem: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class _Set:
-    """One results file with its trials."""
-
-    results: Results
-    groups: Groups
-    trials: dict[str, list[Trial]]
 
 
 class _NotPooled(Exception):
@@ -64,9 +53,9 @@ def pooled_gains(
     try:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise _NotPooled(f"{twice[0]} is among the results more than once. Report each set once.")
-        sets = [_load(path, results) for path, results in pairs]
+        sets = [load_result_trials(path, results) for path, results in pairs]
         gains = {name: _gains_in(name, sets, resamples=resamples) for name in _shared_metrics(sets)}
-    except _NotPooled as reason:
+    except (_NotPooled, UnmatchedTrials) as reason:
         return PooledGains(names, problem=str(reason))
     return PooledGains(names, {name: pooled for name, pooled in gains.items() if pooled})
 
@@ -76,44 +65,17 @@ def _has_texts(results: Results) -> bool:
     return kind is not None and not (kind.needs_labels or kind.needs_scale)
 
 
-def _load(path: Path, results: Results) -> _Set:
-    file = path.with_name(f"{path.stem}.trials.jsonl")
-    samples, trials = TrialFile(file).load() if file.exists() else (None, [])
-    if samples is None:
-        raise _NotPooled(f"{file} with the scores of the samples is missing. `personaplug bench` writes it.")
-    by_name: dict[str, list[Trial]] = {}
-    for row in results.rows:
-        by_name[row.name] = [t for seed in row.seeds for t in trials if (t.method.name, t.seed) == (row.name, seed)]
-    loaded = _Set(results, samples.groups, by_name)
-    _check(loaded, file)
-    return loaded
-
-
-def _check(one_set: _Set, file: Path) -> None:
-    """Raise `_NotPooled` unless the trials give the scores of the results."""
-    for row in one_set.results.rows:
-        for name, value in row.metrics.items():
-            trials = [trial.statistics.get(name) for trial in one_set.trials[row.name]]
-            known = [statistics for statistics in trials if statistics is not None]
-            metric = _metric(name)
-            if metric is None or not known or not math.isfinite(value):
-                continue
-            found = float(metric.value(np.stack(known).mean(axis=(0, 1))))
-            if len(known) < len(row.seeds) or not math.isclose(found, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
-                raise _NotPooled(f"{file} does not belong to its results. Run `personaplug bench` again.")
-
-
 def _metric(name: str) -> Metric | None:
     kind = metric_class(name)
-    return None if kind is None or kind.needs_labels or kind.needs_scale else get_metric(name)
+    return None if kind is None or kind.needs_labels or kind.needs_scale else metric_of_means(name)
 
 
-def _shared_metrics(sets: Sequence[_Set]) -> list[str]:
+def _shared_metrics(sets: Sequence[ResultTrials]) -> list[str]:
     first, *others = [each.results.metric_names for each in sets]
     return [name for name in first if _metric(name) is not None and all(name in names for names in others)]
 
 
-def _gains_in(name: str, sets: Sequence[_Set], *, resamples: int) -> dict[str, Comparison]:
+def _gains_in(name: str, sets: Sequence[ResultTrials], *, resamples: int) -> dict[str, Comparison]:
     """Return the pooled gain in one metric of each row that has it in all sets."""
     metric = _metric(name)
     assert metric is not None
@@ -134,7 +96,7 @@ def _gains_in(name: str, sets: Sequence[_Set], *, resamples: int) -> dict[str, C
     return gains
 
 
-def _paired(one_set: _Set, a: str, b: str, *, metric: str) -> PairedStatistics | None:
+def _paired(one_set: ResultTrials, a: str, b: str, *, metric: str) -> PairedStatistics | None:
     """Return the statistics of a row and its control; None if a trial lacks the metric."""
     pairs = matched_by_seed(one_set.trials[a], one_set.trials[b])
     sides: list[Array] = []
@@ -144,4 +106,4 @@ def _paired(one_set: _Set, a: str, b: str, *, metric: str) -> PairedStatistics |
         if not known or len(known) < len(pairs):
             return None
         sides.append(np.stack(known))
-    return PairedStatistics(sides[0], sides[1], one_set.groups)
+    return PairedStatistics(sides[0], sides[1], one_set.samples.groups)

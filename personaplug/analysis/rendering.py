@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jinja2
 
@@ -57,11 +57,37 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The answer to a question in a word, and the reason; without a word, the reason is the answer."""
+
+    question: str
+    word: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.question} {self.word}: {self.reason}" if self.word else f"{self.question} {self.reason}"
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A figure with a caption, which is also its alternative text."""
+    """A figure: a file for Markdown, an SVG element for HTML."""
 
     path: str  # relative to the page
-    caption: str
+    text: str  # the alternative text, which states what the figure shows
+    svg: str = ""
+    caption: str = ""  # how to read it; HTML shows it below the figure
+    links: Mapping[str, str] = field(default_factory=dict)  # for each link in the figure, its name
+    is_wide: bool = False  # whether HTML gives it a whole line
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part of a page that opens on a click or a key; only HTML has it."""
+
+    anchor: str
+    title: str
+    text: str
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -70,10 +96,18 @@ class Section:
 
     title: str = ""
     level: int = 3  # 1 for the page, 2 for a set, 3 for a table
+    anchor: str = ""  # the target of links to this section
+    link: str = ""  # the anchor to which the title links
     text: str = ""
+    answers: Sequence[Answer] = ()
     bullets: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
+    entries: Sequence[Entry] = ()
     table: Table | None = None
+    caption: str = ""  # of the table in HTML; the title if empty
+    parts: Sequence[Section] = ()  # sections side by side, below this one
+    is_folded: bool = False  # whether HTML shows it only after a click or a key
+    is_open: bool = False  # whether a folded section is open at first
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -81,8 +115,8 @@ def to_markdown(sections: Sequence[Section]) -> str:
     return "\n\n".join(block for section in sections for block in _markdown_blocks(section) if block)
 
 
-def to_html(sections: Sequence[Section], *, title: str) -> str:
-    """Render sections as an HTML page; all text is escaped."""
+def to_html(sections: Sequence[Section], *, title: str, css: str = "") -> str:
+    """Render sections as an HTML page; all text is escaped, the SVG of pictures and the CSS are not."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("personaplug.analysis", ""),
         autoescape=True,
@@ -91,7 +125,8 @@ def to_html(sections: Sequence[Section], *, title: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["one_line"] = one_line
-    return environment.get_template("report.html").render(sections=sections, title=title)
+    page = environment.get_template("report.html").render(sections=sections, title=title, css=css)
+    return re.sub(r"\n\s*\n", "\n", page).lstrip()
 
 
 def one_line(value: object) -> str:
@@ -102,10 +137,13 @@ def one_line(value: object) -> str:
 def _markdown_blocks(section: Section) -> Iterator[str]:
     yield f"{'#' * section.level} {one_line(section.title)}" if section.title else ""
     yield one_line(section.text)
+    yield "\n".join(f"- {one_line(answer)}" for answer in section.answers)
     yield "\n".join(f"- {one_line(bullet)}" for bullet in section.bullets)
     for picture in section.pictures:
-        yield f"![{re.sub(r'[][]', '', picture.caption)}]({picture.path})"
+        yield f"![{re.sub(r'[][]', '', picture.text)}]({picture.path})"
     yield section.table.to_markdown() if section.table else ""
+    for part in section.parts:
+        yield from _markdown_blocks(part)
 
 
 def _padded(cells: Sequence[str], *, left: bool) -> list[str]:

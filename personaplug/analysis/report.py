@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from personaplug.analysis.figures import drawn_gains, gains_figure, scores_figure, subgroups_figure
 from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
 from personaplug.analysis.pooled import PooledGains, pooled_gains
-from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
+from personaplug.analysis.rendering import ABSENT, Column, Section, Table, to_html, to_markdown
+from personaplug.analysis.report_figures import Figures, ReportSet, SetPictures, draw_figures, user_entries
 from personaplug.analysis.results_file import Results, load_results
+from personaplug.analysis.svg import palette_css
 from personaplug.analysis.tables import (
     cost_columns,
     gain_cell,
@@ -25,12 +24,13 @@ from personaplug.analysis.tables import (
     tables,
 )
 from personaplug.analysis.trials import Diagnostics
-from personaplug.analysis.verdict import clear_best, verdict
-from personaplug.errors import ConfigError, MissingData, RecordError
-from personaplug.infra.atomic_io import atomic_write, write_text
+from personaplug.analysis.trials_of_results import UnmatchedTrials, load_result_trials, trials_file_of
+from personaplug.analysis.user_scores import UserScores, user_scores
+from personaplug.analysis.verdict import clear_best, price, verdict
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
+from personaplug.infra.atomic_io import write_text
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+logger = logging.getLogger(__name__)
 
 _SCORES_TEXT = (
     "The first metric of each set, with its interval. The best score is bold if it is significantly better than the "
@@ -45,6 +45,14 @@ _POOLED_TEXT = (
     "The mean of the personal gains of the sets {}, with its interval. Each set counts alike; the bootstrap draws "
     "users, and trainings, within each set. Holm p is corrected for the number of rows."
 )
+_VERDICT_TEXT = (
+    "Yes and No: the difference has a p below .05. Not shown: p is .05 or more. A wrong-user row sees another user's "
+    "history. The row instruction-only was trained on the same samples without a history. Rivals that cost nothing "
+    "count, copy or fit a regression. ↑: higher is better. ↓: lower is better."
+)
+_USERS_TEXT = (
+    "Users have numbers in the order of their first sample. With few samples of a user, a large gain may be chance."
+)
 _LIKELIHOOD_TEXT = (
     "The personal gain in the log-likelihood of the right answer, in nats per token (per answer for a closed set). "
     "Positive: the right answer is likelier with the user's own history than with another user's."
@@ -56,21 +64,24 @@ def write_report(
 ) -> list[Path]:
     """Write `report.md`, `report.html` and `figures/*.png` into a folder, and return their paths.
 
-    If there are several results files, the report begins with an overview of all sets. Without matplotlib, a report
-    with figures raises MissingExtra before a file is written.
+    The HTML page needs no other file. If there are several results files, the report has an overview of all sets.
+    Without matplotlib, a page with figures says which extra it needs.
     """
     if not results_files:
         raise MissingData("A report needs at least one results file; `personaplug evaluate --json FILE` writes them.")
     results_list = [load_results(path) for path in results_files]
-    figures = _figures(results_list) if with_figures else {}
-    for picture, figure in chain(*figures.values()):
-        atomic_write(out / picture.path, partial(figure.savefig, format="png", dpi=150))
-    pictures = {name: [picture for picture, _ in pairs] for name, pairs in figures.items()}
+    sets = [
+        ReportSet(number, name, results, *_users_of(path, results))
+        for number, (path, name, results) in enumerate(
+            zip(results_files, set_names(results_list), results_list, strict=True), start=1
+        )
+    ]
+    figures, problem = _figures(sets, out) if with_figures else (Figures(), "")
     pooled = pooled_gains(results_files, results_list)
-    sections = [Section(title, level=1), *_page(results_list, pictures, pooled=pooled)]
-    write_text(out / "report.md", to_markdown(sections) + "\n")
-    write_text(out / "report.html", to_html(sections, title=title))
-    return [out / "report.md", out / "report.html", *(out / picture.path for picture in chain(*pictures.values()))]
+    sections = list(_page(sets, figures, pooled=pooled, problem=problem))
+    write_text(out / "report.md", to_markdown([Section(title, level=1), *sections]) + "\n")
+    write_text(out / "report.html", to_html(sections, title=title, css=palette_css()))
+    return [out / "report.md", out / "report.html", *(out / path for path in figures.paths)]
 
 
 def overview_markdown(results_list: Sequence[Results], *, pooled: PooledGains | None = None) -> str:
@@ -99,20 +110,62 @@ def insert_between(path: Path, name: str, text: str) -> None:
 
 
 def _page(
-    results_list: Sequence[Results], pictures: dict[str, list[Picture]], *, pooled: PooledGains | None
+    sets: Sequence[ReportSet], figures: Figures, *, pooled: PooledGains | None, problem: str
 ) -> Iterator[Section]:
-    if len(results_list) > 1:
-        yield Section("Overview", level=2)
-        yield from _overview(results_list, pooled=pooled)
-    yield Section(pictures=pictures.get("", ()))
-    for name, results in zip(set_names(results_list), results_list, strict=True):
-        facts, models = head(results)
-        yield Section(name, level=2, text=facts, bullets=models, pictures=pictures.get(name, ()))
-        if sentences := verdict(results):
-            yield Section("Verdict", bullets=sentences)
-        for title, table in tables(results):
-            yield Section(title or "Scores", table=table)
-        yield Section(bullets=notes(results))
+    yield from _verdicts(sets)
+    if problem:
+        yield Section(text=f"This page has no figures. {problem}")
+    if len(sets) > 1:
+        yield Section("Overview", level=2, anchor="overview", pictures=figures.overview)
+        for section in _overview([each.results for each in sets], pooled=pooled):
+            yield replace(section, is_folded=True)
+    for each in sets:
+        yield from _set_sections(each, figures.of_sets.get(each.number, SetPictures()))
+
+
+def _verdicts(sets: Sequence[ReportSet]) -> Iterator[Section]:
+    cards = []
+    for each in sets:
+        answers = [*verdict(each.results), *filter(None, [price(each.results)])]
+        title, link = (each.name, each.anchor) if len(sets) > 1 else ("", "")
+        cards += [Section(title, link=link, answers=answers)] if answers else []
+    if cards:
+        yield Section("Verdict", level=2, anchor="verdict", text=_VERDICT_TEXT, parts=cards)
+
+
+def _set_sections(each: ReportSet, pictures: SetPictures) -> Iterator[Section]:
+    facts, models = head(each.results)
+    yield Section(each.name, level=2, anchor=each.anchor, text=facts, bullets=models, pictures=pictures.shown)
+    if each.problem:
+        yield Section(text=f"Users one by one are not shown. {each.problem}")
+    if entries := user_entries(each):
+        yield Section("Users who gain or lose most", text=_USERS_TEXT, entries=entries, is_folded=True)
+    for title, table in tables(each.results):
+        title = title or "Scores"
+        folded = pictures.folded.get(title, ())
+        caption = f"{each.name}: {title}"
+        yield Section(title, caption=caption, pictures=folded, table=table, is_folded=True, is_open=title == "Scores")
+    if lines := notes(each.results):
+        yield Section("Notes", bullets=lines, is_folded=True)
+
+
+def _users_of(path: Path, results: Results) -> tuple[UserScores | None, str]:
+    """Return the scores of single users, or why the trials beside the results do not give them."""
+    if not trials_file_of(path).exists():
+        return None, ""
+    try:
+        return user_scores(load_result_trials(path, results)), ""
+    except (UnmatchedTrials, RecordError) as error:
+        return None, str(error)
+
+
+def _figures(sets: Sequence[ReportSet], out: Path) -> tuple[Figures, str]:
+    """Draw the figures, or return the reason why they are missing."""
+    try:
+        return draw_figures(sets, out), ""
+    except MissingExtra as error:
+        logger.warning("The report has no figures. %s", error)
+        return Figures(), str(error)
 
 
 def _overview(results_list: Sequence[Results], *, pooled: PooledGains | None) -> Iterator[Section]:
@@ -167,22 +220,3 @@ def _pooled_section(pooled: PooledGains) -> Section:
     return Section(
         "Pooled personal gains", text=_POOLED_TEXT.format(", ".join(pooled.sets)), table=Table.from_columns(columns)
     )
-
-
-def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:
-    """Draw the figures of each set; the key "" has the figures of all sets together."""
-    figures: dict[str, list[tuple[Picture, Figure]]] = {}
-    for number, (name, results) in enumerate(zip(set_names(results_list), results_list, strict=True), start=1):
-        metric = results.leading_metric
-        if not metric:
-            continue
-        stem = f"figures/{number}-{re.sub('[^A-Za-z0-9_]+', '-', name).strip('-')}"
-        scores = Picture(f"{stem}-scores.png", f"{metric} of each method of {name}")
-        figures[name] = [(scores, scores_figure(results, metric))]
-        if any(metric in subgroup.metric_names for subgroup in results.subgroups):
-            subgroups = Picture(f"{stem}-subgroups.png", f"{metric} of {name} by subgroup")
-            figures[name].append((subgroups, subgroups_figure(results, metric)))
-    if any(map(drawn_gains, results_list)):
-        gains = Picture("figures/gains.png", "Personal gain of each method in each set")
-        figures[""] = [(gains, gains_figure(results_list))]
-    return figures

@@ -192,8 +192,8 @@ def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
     """Return the columns of costs beyond those of the plain model."""
     return [
         ("extra prompt tokens", [_cell(d.extra_prompt_tokens, _amount) for d in diagnostics]),
-        ("bytes per user", [_cell(d.bytes_per_user, _bytes) for d in diagnostics]),
-        ("seconds to add a user", [_cell(d.seconds_per_user, _seconds) for d in diagnostics]),
+        ("bytes per user", [_cell(d.bytes_per_user, bytes_cell) for d in diagnostics]),
+        ("seconds to add a user", [_cell(d.seconds_per_user, seconds_cell) for d in diagnostics]),
     ]
 
 
@@ -305,7 +305,7 @@ def number_cell(value: float, form: str = ".3f") -> str:
 _amount, _share = partial(number_cell, form=",.1f"), partial(number_cell, form=".1%")
 
 
-def _bytes(value: float) -> str:
+def bytes_cell(value: float) -> str:
     """Return a size in the largest unit in which it is at least 1: "1.2 KB"."""
     if not math.isfinite(value) or value < 999.5:
         return f"{number_cell(value, '.0f')} B"
@@ -313,6 +313,6 @@ def _bytes(value: float) -> str:
     return f"{value / 1000**power:,.1f} {('KB', 'MB', 'GB')[power - 1]}"
 
 
-def _seconds(value: float) -> str:
+def seconds_cell(value: float) -> str:
     """Return seconds with three digits: adding a user takes from a millisecond to an hour."""
     return number_cell(value, ",.0f" if math.isfinite(value) and value >= 99.95 else ".3g")

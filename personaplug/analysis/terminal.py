@@ -42,7 +42,7 @@ def terminal_text(results: Results, *, width: int | None = None) -> str:
     facts, models = head(results)
     table, left_out = _fitted(results, width)
     blocks = [
-        _wrapped([*verdict(results), *_caution(results)], width),
+        _wrapped([*map(str, verdict(results)), *_caution(results)], width),
         _wrapped([facts, *models], width),
         table,
         _wrapped([f"- {note}" for note in _notes(results, left_out)], width) if results.rows else "No rows.",

@@ -7,17 +7,24 @@ worse, with p below .05. *Not shown*: p is .05 or more. *Not measured*: the answ
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from personaplug.analysis.method_info import WRONG_USER, MethodInfo, main_row
 from personaplug.analysis.metrics import metric_class
+from personaplug.analysis.rendering import Answer
 from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow
-from personaplug.analysis.tables import gain_cell, metric_title, number_cell
+from personaplug.analysis.tables import bytes_cell, gain_cell, metric_title, number_cell, seconds_cell
+from personaplug.analysis.trials import Diagnostics
 
-_NO_HISTORY = "instruction-only"
+_INSTRUCTION = "instruction-only"
+OWN: Final = "own history"
+STRANGER: Final = "a stranger's history"
+NO_HISTORY: Final = "no history"
+RIVAL: Final = "best rival at no cost"
 
 
-def verdict(results: ResultPart) -> list[str]:
-    """Return a sentence for each question about the leading metric.
+def verdict(results: ResultPart) -> list[Answer]:
+    """Return an answer to each question about the leading metric.
 
     Return none without metrics, or for a single row that uses no history.
     """
@@ -25,10 +32,40 @@ def verdict(results: ResultPart) -> list[str]:
         return []
     main = main_row([row.method for row in results.rows])
     if main is None:
-        sentence = "Is it personal? Not measured: no row uses the user's own history. Add the row plug to --methods."
-        return [sentence] if len(results.rows) > 1 else []
+        reason = "no row uses the user's own history. Add the row plug to --methods."
+        return [Answer("Is it personal?", "Not measured", reason)] if len(results.rows) > 1 else []
     judge = _Judge(results, main)
     return [judge.is_personal(), judge.beats_no_history(), judge.beats_free_rivals()]
+
+
+def rows_of_verdict(results: ResultPart) -> dict[str, ResultRow]:
+    """Return the rows that the verdict compares, by their roles `OWN`, `STRANGER`, `NO_HISTORY`, `RIVAL`.
+
+    Rows that the results lack are left out; without a main row, all.
+    """
+    main = main_row([row.method for row in results.rows])
+    if main is None:
+        return {}
+    judge = _Judge(results, main)
+    rows = {
+        OWN: results.by_name[main.name],
+        STRANGER: judge.control,
+        NO_HISTORY: results.by_name.get(_INSTRUCTION),
+        RIVAL: judge.best_free_rivals[0] if judge.best_free_rivals else None,
+    }
+    return {role: row for role, row in rows.items() if row is not None}
+
+
+def price(results: ResultPart) -> Answer | None:
+    """Say what the main row costs, beside the best row with texts in the prompt; None if no cost is known."""
+    main = main_row([row.method for row in results.rows])
+    costs = _costs(results.by_name[main.name].diagnostics) if main else ""
+    if main is None or not costs:
+        return None
+    rivals = [row for row in ranked_rows(results, results.leading_metric) if row.method.family == "prompt"]
+    described = [(row.name, _costs(row.diagnostics)) for row in rivals if row.name != main.name]
+    beside = [f" For comparison, {name}: {text}." for name, text in described if text][:1]
+    return Answer(f"What does {main.name} cost?", "", f"{costs}.{''.join(beside)}")
 
 
 def ranked_rows(results: ResultPart, metric: str) -> list[ResultRow]:
@@ -62,37 +99,39 @@ class _Judge:
     def __init__(self, results: ResultPart, main: MethodInfo) -> None:
         self.results, self.main, self.metric = results, main, results.leading_metric
 
-    def is_personal(self) -> str:
+        self.control = next((row for row in results.rows if row.method.gain_of == main.name), None)
+        self.best_free_rivals = [row for row in ranked_rows(results, self.metric) if row.method.is_free_rival]
+
+    def is_personal(self) -> Answer:
         question = f"Is {self.main.name} personal?"
-        control = next((row for row in self.results.rows if row.method.gain_of == self.main.name), None)
-        return self._answer(question, control, add=f"{self.main.name}@{WRONG_USER}")
+        return self._answer(question, self.control, add=f"{self.main.name}@{WRONG_USER}")
 
-    def beats_no_history(self) -> str:
+    def beats_no_history(self) -> Answer:
         question = f"Is {self.main.name} better than no history?"
-        return self._answer(question, self.results.by_name.get(_NO_HISTORY), add=_NO_HISTORY)
+        return self._answer(question, self.results.by_name.get(_INSTRUCTION), add=_INSTRUCTION)
 
-    def beats_free_rivals(self) -> str:
+    def beats_free_rivals(self) -> Answer:
         question = f"Is {self.main.name} better than rivals that cost nothing?"
-        rivals = [row for row in self.results.rows if row.method.is_free_rival]
-        ranked = [row for row in ranked_rows(self.results, self.metric) if row.method.is_free_rival]
+        ranked, rivals = self.best_free_rivals, [row for row in self.results.rows if row.method.is_free_rival]
         best = next(iter(ranked), next(iter(rivals), None))
         remark = f", the best of {len(ranked)} such rows" if len(ranked) > 1 else ""
         return self._answer(question, best, add=self._free_rows(), remark=remark)
 
-    def _answer(self, question: str, rival: ResultRow | None, *, add: str, remark: str = "") -> str:
+    def _answer(self, question: str, rival: ResultRow | None, *, add: str, remark: str = "") -> Answer:
         """Answer a question with the comparison to a rival; without a rival, name the rows to add."""
         if rival is None:
             rows = "rows" if "," in add else "row"
-            return f"{question} Not measured: add the {rows} {add} to --methods."
+            return Answer(question, "Not measured", f"add the {rows} {add} to --methods.")
         missing = [n for n in (self.main.name, rival.name) if self.metric not in self.results.by_name[n].metrics]
         if missing:
-            return f"{question} Not measured: {missing[0]} has no {self.metric}."
+            return Answer(question, "Not measured", f"{missing[0]} has no {self.metric}.")
         pair = self.results.comparison(self.main.name, rival.name, self.metric)
         if pair is None:
             names = f"{self.main.name} with {rival.name}"
-            return f"{question} Not measured: the results do not compare {names}. Evaluate both in one table."
+            reason = f"the results do not compare {names}. Evaluate both in one table."
+            return Answer(question, "Not measured", reason)
         scores = f"{self._score(self.main.name)} against {self._score(rival.name)} of {rival.name}{remark}"
-        return f"{question} {_word(pair)}: {metric_title(self.metric)} {scores}; {_advantage(pair)}."
+        return Answer(question, _word(pair), f"{metric_title(self.metric)} {scores}; {_advantage(pair)}.")
 
     def _score(self, name: str) -> str:
         return number_cell(self.results.by_name[name].metrics[self.metric])
@@ -116,3 +155,14 @@ def _advantage(pair: Comparison) -> str:
         difference = number_cell(pair.difference, "+z.3f")
         return f"advantage {difference}, without a p: it needs finite scores of at least two users"
     return f"advantage {gain_cell(pair)}"
+
+
+def _costs(diagnostics: Diagnostics) -> str:
+    tokens, size = diagnostics.extra_prompt_tokens, diagnostics.bytes_per_user
+    seconds = diagnostics.seconds_per_user
+    parts = [
+        "" if tokens is None else f"{number_cell(tokens, ',.1f').removesuffix('.0')} extra tokens in each prompt",
+        "" if size is None else f"{bytes_cell(size)} for each user",
+        "" if not seconds else f"{seconds_cell(seconds)} s to add a user",
+    ]
+    return ", ".join(filter(None, parts))

@@ -71,7 +71,7 @@ def _words(text: str) -> list[str]:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--out", required=True, type=FOLDER, help="Folder for report.md, report.html and figures.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for report.html, report.md and figures.")
 @click.option("--title", default="Results", show_default=True, help="Title of the report.")
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures; needs matplotlib.")
 @click.option("--into", type=FILE, help="Also write the overview into this Markdown file …")
@@ -79,7 +79,7 @@ def _words(text: str) -> list[str]:
     "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
 )
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
-    """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
+    """Turn results FILES (JSON) into one HTML page, with the verdict first, and into Markdown with PNG figures."""
     from personaplug.analysis.pooled import pooled_gains
     from personaplug.analysis.report import insert_between, overview_markdown, write_report
     from personaplug.analysis.results_file import load_results

@@ -125,7 +125,7 @@ def test_gains_are_points_that_are_filled_if_significant() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plug", "bm25:4", "profile"]
     points = [line for line in axes.lines if line.get_marker() == "o"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [(0.2, 0), (0.1, 1), (-0.1, 2)]  # type: ignore[index]
-    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True, False]
+    assert [line.get_markerfacecolor() == "#ffffff" for line in points] == [False, True, False]
     assert whiskers_of(axes, along=0) == [pytest.approx((d - 0.05, d + 0.04)) for d in (0.2, 0.1, -0.1)]
 
 

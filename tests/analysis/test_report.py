@@ -13,7 +13,7 @@ import pytest
 from result_objects import typed, with_methods
 
 from personaplug.analysis.report import insert_between, overview_markdown, write_report
-from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "paper-faithful").glob("*.json"))
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -45,22 +45,19 @@ def overview(*results_list: dict[str, Any]) -> str:
 
 
 class Page(HTMLParser):
-    """The tables, pictures and tags of a page; fails if a tag is not closed."""
+    """The tables and tags of a page; fails if a tag is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: list[list[list[str]]] = []
         self.open: list[str] = []
         self.tags: set[str] = set()
-        self.pictures: list[str] = []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        if tag == "img":
-            self.pictures.append(dict(attrs)["src"] or "")
-        if tag not in ("img", "meta"):
+        if tag != "meta":
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -112,8 +109,10 @@ def test_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
     assert not overview(one).endswith("\n")
     paths = write_report(write_files(tmp_path, one, other), tmp_path / "out", title="My title", with_figures=False)
     text = paths[0].read_text(encoding="utf-8")
-    assert text.startswith("# My title\n\n## Overview\n\n### Scores\n")
-    assert re.findall("^## (.*)$", text, flags=re.MULTILINE) == ["Overview", "One", "Other"]
+    assert text.startswith("# My title\n\n## Verdict\n\nYes and No: ")
+    assert "\n### One\n\n- Is plug personal? Not measured: " in text.partition("## Overview")[0]
+    assert re.findall("^## (.*)$", text, flags=re.MULTILINE) == ["Verdict", "Overview", "One", "Other"]
+    assert "## Overview\n\n### Scores\n" in text
     assert (
         "Overview" not in write_report(write_files(tmp_path, one), tmp_path / "out", with_figures=False)[0].read_text()
     )
@@ -192,17 +191,22 @@ def test_figures_are_written_beside_the_pages(tmp_path: Path) -> None:
     one = results("A set/../with <odd> name", rows, pair("plug", "wrong-user", 0.1, p=0.01), subgroups=parts)
     paths = write_report(write_files(tmp_path, one, results("B", rows)), tmp_path / "out")
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
-    pictures = Page(paths[1].read_text(encoding="utf-8")).pictures
-    assert len(pictures) == 4
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8"))
+    names = [picture.rpartition("-")[2] for picture in pictures]
+    assert sorted(names) == ["figures/gains.png", "scores.png", "scores.png", "subgroups.png", *["verdict.png"] * 2]
     assert {tmp_path / "out" / picture for picture in pictures} == set(paths[2:])
-    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8")) == pictures
 
 
-def test_nothing_is_written_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match="report"):
-        write_report(REAL, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    paths = write_report(REAL, tmp_path / "out")
+    assert [path.name for path in paths] == ["report.md", "report.html"]
+    assert not (tmp_path / "out" / "figures").exists()
+    text = paths[1].read_text(encoding="utf-8")
+    assert "pip install &#39;personaplug[report]&#39;" in text
+    assert "Is plug personal?" in text
+    assert len(Page(text).tables) > 5
+    assert "pip install" not in write_report(REAL, tmp_path / "out", with_figures=False)[1].read_text(encoding="utf-8")
 
 
 def test_report_of_almost_empty_results(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from result_objects import method_of, typed
 
 from personaplug.analysis.method_info import main_row
-from personaplug.analysis.verdict import verdict
+from personaplug.analysis.verdict import price, rows_of_verdict, verdict
 
 SCORES = {"instruction-only": 0.8, "wrong-user": 1.5, "plug": 0.5, "user-mean": 0.9, "user-median": 0.75}
 RIVALS = ("wrong-user", "instruction-only", "user-median")
@@ -26,7 +26,8 @@ def _verdict(
 ) -> list[str]:
     rows = [{"method": name, "metrics": {} if score is None else {metric: score}} for name, score in scores.items()]
     pairs = [pair | {"metric": metric} for pair in pairs]
-    return verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # a file may contain NaN
+    answers = verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # a file may contain NaN
+    return [str(answer) for answer in answers]
 
 
 def test_each_answer_has_its_scores_and_its_rival() -> None:
@@ -130,3 +131,32 @@ def test_the_main_row_is_the_first_plug_or_else_the_first_row_with_own_history(
 ) -> None:
     row = main_row([method_of(name) for name in names])
     assert (row.name if row else None) == main
+
+
+def _costly(name: str, score: float, tokens: float | None, *, size: float | None = None) -> dict[str, Any]:
+    costs = {"extra_prompt_tokens": tokens, "bytes_per_user": size, "seconds_per_user": None}
+    return {"method": name, "metrics": {"mae": score}, "costs": costs}
+
+
+def test_price_names_the_main_row_and_the_best_row_with_texts_in_the_prompt() -> None:
+    rows = [_costly("plug", 0.5, 8, size=24_300), _costly("bm25:4", 0.6, 130.24), _costly("recency:4", 0.7, 90)]
+    assert str(price(typed({"rows": rows}))) == (
+        "What does plug cost? 8 extra tokens in each prompt, 24.3 KB for each user. "
+        "For comparison, bm25:4: 130.2 extra tokens in each prompt."
+    )
+    assert str(price(typed({"rows": [*rows[1:]]}))).startswith("What does bm25:4 cost? 130.2 extra tokens")
+    assert price(typed({"rows": [_costly("plug", 0.5, None), *rows[1:]]})) is None
+    assert price(typed({"rows": [{"method": "user-mean", "metrics": {"mae": 0.5}}]})) is None
+
+
+def test_rows_of_the_verdict_have_roles_and_the_best_rival_follows_the_metric() -> None:
+    scores = {"plug": 0.5, "wrong-user": 0.8, "user-mean": 0.9, "user-median": 0.7}
+    for metric, best in (("mae", "user-median"), ("accuracy", "user-mean")):
+        rows = [{"method": name, "metrics": {metric: score}} for name, score in scores.items()]
+        roles = {role: row.name for role, row in rows_of_verdict(typed({"rows": rows})).items()}
+        assert roles == {
+            "own history": "plug",
+            "a stranger's history": "wrong-user",
+            "best rival at no cost": best,
+        }
+    assert rows_of_verdict(typed({"rows": [{"method": "plain", "metrics": {"mae": 1.0}}]})) == {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from personaplug.encoders.encoded_sample import EncodedHistory
-from personaplug.errors import RequestError
 from personaplug.serving.service import Service
 from personaplug.store.user_list import list_users
 
@@ -74,46 +74,47 @@ class PersonaMap:
     def __init__(self, service: Service) -> None:
         self.service, self.store, self.personas = service, service.store, service.tasks[0].personas
 
-    async def describe(self, tenant: str, *, limit: int, trail_of: str | None) -> dict[str, Any]:
-        """Return the points of at most `limit` users and, with `trail_of`, the path of this user's persona."""
-        run = self.service.slow.run_weighted
-        return await run(tenant, trail_of or "", lambda: self._describe(tenant, limit, trail_of=trail_of), cost=limit)
+    async def describe(self, tenant: str, *, limit: int, trails_of: Sequence[str]) -> dict[str, Any]:
+        """Return the points of at most `limit` users, and the paths of the personas of some users.
 
-    def _describe(self, tenant: str, limit: int, *, trail_of: str | None) -> dict[str, Any]:
+        Users without items have no path.
+        """
+        work = partial(self._describe, tenant, limit=limit, trails_of=trails_of)
+        return await self.service.slow.run_weighted(tenant, "", work, cost=limit)
+
+    def _describe(self, tenant: str, *, limit: int, trails_of: Sequence[str]) -> dict[str, Any]:
         users = list_users(self.store, tenant=tenant, limit=limit + 1)
         shown = [user.user for user in users[:limit]]
-        histories = [self._history(tenant, user) for user in shown]
-        trail = self._trail(tenant, trail_of) if trail_of is not None else []
         if not shown:
-            return {"users": [], "trail": [], "explained": [0.0, 0.0], "more": False}
+            return {"users": [], "trails": {}, "explained": [0.0, 0.0], "more": False}
+        histories = [self._history(tenant, user) for user in shown]
         groups = self._features(histories)
         plane = Plane.fit(*groups)
-        points = plane.project(*groups)
-        path = plane.project(*self._features(trail)) if trail else np.zeros((0, 2))
+        points = plane.project(*groups).tolist()
+        trails = {
+            user: self._trail(tenant, user, plane=plane) for user in trails_of if self.store.version(tenant, user)
+        }
         return {
             "users": [
                 {"user": user, "items": len(history), "x": x, "y": y}
-                for user, history, (x, y) in zip(shown, histories, points.tolist(), strict=True)
+                for user, history, (x, y) in zip(shown, histories, points, strict=True)
                 if self.store.version(tenant, user)  # leave out users who were erased meanwhile
             ],
-            "trail": [
-                {"items": len(history), "x": x, "y": y} for history, (x, y) in zip(trail, path.tolist(), strict=True)
-            ],
+            "trails": {user: trail for user, trail in trails.items() if self.store.version(tenant, user)},
             "explained": plane.explained.tolist(),
             "more": len(users) > limit,
         }
 
+    def _trail(self, tenant: str, user: str, *, plane: Plane) -> list[dict[str, float]]:
+        """Return the points after some of a user's items, oldest first; the last one is of the whole history."""
+        history = self._history(tenant, user)
+        counts = np.linspace(0, len(history), num=min(_TRAIL_POINTS, len(history) + 1)).round().astype(int).tolist()
+        points = plane.project(*self._features([history.select(slice(count)) for count in counts])).tolist()
+        return [{"items": count, "x": x, "y": y} for count, (x, y) in zip(counts, points, strict=True)]
+
     def _history(self, tenant: str, user: str) -> EncodedHistory:
         history = self.store.load_history(tenant, user, latest=self.personas.plug.config.max_history)
         return history.select(self.personas.plug.known_items(history.kind_ids))
-
-    def _trail(self, tenant: str, user: str) -> list[EncodedHistory]:
-        """Return the history after some of its items, oldest first; the last entry is the whole history."""
-        if not self.store.version(tenant, user):
-            raise RequestError("The tenant has no such user.", http_status=404, code="not_found")
-        history = self._history(tenant, user)
-        counts = np.unique(np.linspace(0, len(history), num=min(_TRAIL_POINTS, len(history) + 1)).round().astype(int))
-        return [history.select(slice(count)) for count in counts.tolist()]
 
     def _features(self, histories: Sequence[EncodedHistory]) -> tuple[Features, Features]:
         """Return what a persona adds to the model's input: soft tokens, (N, S · D), and label biases, (N, C)."""

@@ -80,12 +80,15 @@ def test_equal_histories_are_one_point_of_the_map(url: str) -> None:
 
 def test_trail_leads_from_no_items_to_the_users_point(url: str) -> None:
     found = _map(url, trail="ann")
-    assert [point["items"] for point in found["trail"]] == [0, 1, 2, 3, 4]
-    end = found["trail"][-1]
+    assert list(found["trails"]) == ["ann"]
+    trail = found["trails"]["ann"]
+    assert [point["items"] for point in trail] == [0, 1, 2, 3, 4]
+    end = trail[-1]
     assert (end["x"], end["y"]) == pytest.approx(_points(found)["ann"], abs=1e-6)
     for user, point in _points(_map(url)).items():
         assert _points(found)[user] == pytest.approx(point), "a trail does not move the users"
-    assert httpx.get(f"{url}/v1/personas", params={"trail": "nobody"}).status_code == 404
+    assert list(_map(url, trail=["bob", "nobody", "ann"])["trails"]) == ["bob", "ann"]
+    assert httpx.get(f"{url}/v1/personas", params={"trail": ["a"] * 11}).status_code == 422
 
 
 def test_erased_user_leaves_the_map(url: str) -> None:

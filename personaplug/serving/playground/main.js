@@ -8,6 +8,7 @@ import { Prompt, questionOf } from "./prompt.js";
 
 const byId = (id) => document.getElementById(id);
 const EXAMPLES = 6;
+const RECENT = 20; // items of another user, among which an example is searched
 
 byId("key").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -84,14 +85,17 @@ async function build(model, tasks) {
 
   /** Offer questions of other users as examples, because the chosen users' histories hold the answers to their own. */
   async function drawExamples() {
-    const histories = [];
-    for (const user of map.others([first.user, second.user], EXAMPLES)) {
-      histories.push((await call("GET", `${userPath(user, "history")}?latest=2`)).items);
-    }
-    if (!histories.length) histories.push(first.history.items, second.history.items);
-    const questions = histories.flat().map((item) => questionOf(item, prompt.task)).filter(Boolean);
-    byId("examples").replaceChildren(...[...new Set(questions)].slice(0, EXAMPLES).map(exampleButton));
+    const others = map.others([first.user, second.user], EXAMPLES);
+    const read = async (user) => (await call("GET", `${userPath(user, "history")}?latest=${RECENT}`)).items;
+    const histories = await Promise.all(others.map(read));
+    const latest = [...histories, first.history.items, second.history.items].map(latestQuestion);
+    const questions = [...new Set(latest.filter(Boolean))].slice(0, EXAMPLES);
+    byId("examples").replaceChildren(...questions.map(exampleButton));
     if (!prompt.text.value && questions.length) prompt.query = questions[0];
+  }
+
+  function latestQuestion(items) {
+    return items.map((item) => questionOf(item, prompt.task)).findLast(Boolean);
   }
 
   function exampleButton(question) {

@@ -6,6 +6,7 @@ import { svg } from "./dom.js";
 const WIDTH = 800;
 const HEIGHT = 420;
 const MARGIN = 40;
+const MOST = 200;
 
 export class PersonaMap {
   constructor({ section, hint, place, onChoose }) {
@@ -21,23 +22,23 @@ export class PersonaMap {
   async refresh(chosen) {
     const turn = ++this.drawn;
     const entries = Object.entries(chosen).filter(([, user]) => user);
-    let maps;
+    let found;
     try {
-      maps = await Promise.all(entries.map(([, user]) => this._read(user)));
-      if (!maps.length) maps = [await this._read("")];
+      const paths = entries.map(([, user]) => `&trail=${encodeURIComponent(user)}`);
+      found = await call("GET", `v1/personas?limit=${MOST}${paths.join("")}`);
     } catch {
       this.section.hidden = true; // a key of one user may not see the others
       return;
     }
     if (turn !== this.drawn) return;
-    const [{ users, explained, more }] = maps;
+    const { users, trails, explained, more } = found;
     this.users = users;
     this.section.hidden = users.length < 2;
     const share = Math.round(100 * (explained[0] + explained[1]));
     this.hint.textContent =
       `Each point is a user; near points have similar personas. The plane shows ${share} % of all differences.` +
       `${more ? " Only some of the users are shown." : ""} A dashed path leads from no items to today. Press a point to choose it.`;
-    this._draw(entries.map(([id, user], index) => ({ id, user, trail: maps[index].trail })));
+    this._draw(entries.map(([id, user]) => ({ id, user, trail: trails[user] ?? [] })));
   }
 
   /** Return the two users with the most different personas. */
@@ -57,15 +58,6 @@ export class PersonaMap {
     const distance = ({ x, y }) => x ** 2 + y ** 2;
     const others = this.users.filter(({ user, items }) => items && !chosen.includes(user));
     return others.sort((a, b) => distance(a) - distance(b)).slice(0, count).map(({ user }) => user);
-  }
-
-  async _read(user) {
-    try {
-      return await call("GET", `v1/personas?limit=200${user ? `&trail=${encodeURIComponent(user)}` : ""}`);
-    } catch (error) {
-      if (error.status !== 404) throw error;
-      return call("GET", "v1/personas?limit=200"); // the user has no items yet
-    }
   }
 
   _draw(chosen) {

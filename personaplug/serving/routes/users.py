@@ -16,6 +16,7 @@ router = APIRouter(prefix="/v1")
 
 _MAX_LISTED = 10_000
 _MAX_ON_MAP = 1000
+_MAX_TRAILS = 10
 _LISTED = ("user", "items", "preferences", "last")
 
 
@@ -39,9 +40,11 @@ async def personas(
     key_user: KeyUser,
     parts: Parts,
     limit: Annotated[int, Query(ge=1, le=_MAX_ON_MAP)] = 200,
-    trail: Annotated[Name | None, Query(description="A user whose persona to follow, item by item.")] = None,
+    trail: Annotated[
+        tuple[Name, ...], Query(max_length=_MAX_TRAILS, description="Users whose personas to follow, item by item.")
+    ] = (),
 ) -> dict[str, Any]:
     if key_user is not None:
         message = "This key belongs to one user. Use a key of the tenant, because the map shows all its users."
         raise RequestError(message, http_status=403, code="user")
-    return await PersonaMap(parts.service).describe(tenant, limit=limit, trail_of=trail)
+    return await PersonaMap(parts.service).describe(tenant, limit=limit, trails_of=trail)

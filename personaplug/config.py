@@ -276,9 +276,10 @@ class TrainingConfig:
     save_steps: int = Field(
         default=25, description="steps between checkpoints; a stopped run resumes from the last checkpoint", ge=1
     )
-    tensorboard: bool = Field(
-        default=False,
-        description="write TensorBoard events in addition to the JSON lines (needs the extra `tensorboard`)",
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field(
+        default="none",
+        description="also report losses and personal gain to TensorBoard, to Weights & Biases, or to both (all); each "
+        "needs the extra of its name",
     )
 
     def seed_or_first(self, seed: int | None) -> int:

@@ -140,6 +140,7 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
+    settings["training"]["tensorboard"] = False  # published trials have this setting, which no longer exists
     # `kinds` equals `shrinkage` in both presets, so the remaining settings still distinguish all configs.
     for name, value in {**_LATER_SETTINGS, "plug.kinds": config.plug.shrinkage}.items():
         section, _, key = name.partition(".")

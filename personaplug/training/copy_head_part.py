@@ -22,7 +22,7 @@ from personaplug.training.batching import micro_batches
 from personaplug.training.copy_head_fit import CopyHeadReport, CopySample, fit_copy_head
 from personaplug.training.objectives import prompts_with
 from personaplug.training.parts import INSTRUCTION, PLUG, SoftPromptPart
-from personaplug.training.trainings import TrainedPart, Trainings, spaced
+from personaplug.training.trainings import TrainedPart, Trainings
 
 MAX_SAMPLES = 400
 """Upper bound of the training samples, because all their states are in memory."""

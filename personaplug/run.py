@@ -61,7 +61,7 @@ SPEED_ONLY = (
 )
 """Settings of these sections that affect only speed, place and reports, not results."""
 
-_REPORTS = ("log.jsonl", "tensorboard", "wandb")
+_REPORTS = ("log.jsonl", "tensorboard")
 """Files of a training that nothing depends on."""
 
 COPY_HEAD = "plug+copy-head"  # the trained part in `training/copy_head_part.py`

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
-from rich.padding import Padding
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
@@ -40,7 +40,8 @@ class TerminalBars(RichProgress):
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if note := task.fields["note"]:
-                yield Padding(Text(note), (0, 0, 0, 2))
+                # Rich would pad the lines to the full width. Then the ^C that a terminal adds would need another line.
+                yield Text(textwrap.fill(note, self.console.width - 2, initial_indent="  ", subsequent_indent="  "))
 
     def add(self, title: str, *, total: int | None, done: int, unit: str) -> TaskID:
         """Add a bar, and return its name."""

@@ -27,8 +27,8 @@ class Trackers:
     """The trackers of one training, in the main process.
 
     Args:
-        folder: the folder of the training. TensorBoard's events and, without WANDB_DIR, the files of Weights & Biases
-            are written there.
+        folder: the folder of the training, for TensorBoard's events. Weights & Biases writes where it always does,
+            because its files contain links that lead out of its folder, which a run must not contain.
         owner: unique name of the training, so that a resumed training continues the same run of Weights & Biases.
         config: the settings to record. They must contain no user text.
         after: number of steps that were done before a resumption; TensorBoard hides its events of later steps.
@@ -83,8 +83,8 @@ def _open_wandb(folder: Path, config: Mapping[str, Mapping[str, Any]], *, owner:
 
     run, part, seed = folder.absolute().parts[-3:]
     # Arguments override the variables of Weights & Biases, so give only those that the user did not set.
-    named = {"name": f"{run}/{part}/{seed}", "group": run, "dir": str(folder)}
-    variables = {"name": "WANDB_NAME", "group": "WANDB_RUN_GROUP", "dir": "WANDB_DIR"}
+    named = {"name": f"{run}/{part}/{seed}", "group": run}
+    variables = {"name": "WANDB_NAME", "group": "WANDB_RUN_GROUP"}
     named = {key: value for key, value in named.items() if not os.environ.get(variables[key])}
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT") or _PROJECT,
@@ -97,8 +97,8 @@ def _open_wandb(folder: Path, config: Mapping[str, Mapping[str, Any]], *, owner:
         tracker.start()
     except wandb.errors.Error as error:
         raise ConfigError(
-            f"Weights & Biases did not start: {first_line(error)}. Run `wandb login`, set WANDB_MODE=offline, or remove "
-            f"report_to."
+            f"Weights & Biases did not start ({first_line(error).rstrip('.')}). Run `wandb login`, set "
+            f"WANDB_MODE=offline, or remove report_to."
         ) from error
     tracker.store_init_configuration(dict(config))
     return tracker

@@ -407,6 +407,15 @@ SECTIONS: dict[str, type[Any]] = {
     "evaluation": EvaluationConfig,
 }
 
+FIXED = ("model", "plug", "training", "retrieval", "adapter")
+"""The sections that trained parts depend on."""
+
+SPEED_ONLY = (
+    *("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes"),
+    "training.report_to",
+)
+"""Settings of these sections that affect only speed, place and reports, not results."""
+
 PAPER = PlugConfig(
     instruction_tokens=1,
     persona_tokens=1,

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personaplug.config import Config, PlugConfig
+from personaplug.config import FIXED, SPEED_ONLY, Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.config_resolution import resolved
 from personaplug.data.records import Sample
@@ -51,15 +51,6 @@ from personaplug.plug.model import PersonaPlug
 
 TASKS_FILE, SHARED_TRAINING = "tasks.json", "shared"
 """Names in the folder of a shared run, next to the runs of its tasks; see `shared_run`."""
-
-FIXED = ("model", "plug", "training", "retrieval", "adapter")
-"""The sections of a config that trained parts depend on."""
-
-SPEED_ONLY = (
-    *("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes"),
-    "training.report_to",
-)
-"""Settings of these sections that affect only speed, place and reports, not results."""
 
 _REPORTS = ("log.jsonl", "tensorboard")
 """Files of a training that nothing depends on."""

@@ -78,7 +78,9 @@ def test_dumb_terminal_gets_no_bars() -> None:
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "ValueError"])
 def test_failed_stage_leaves_no_bar_and_shows_the_cursor(error: str) -> None:
-    code = f"from personaplug.infra.progress import Progress\nwith Progress('s', total=2) as s: s.advance(); raise {error}"
+    code = (
+        f"from personaplug.infra.progress import Progress\nwith Progress('s', total=2) as s: s.advance(); raise {error}"
+    )
     terminal = Terminal(["-c", code])
     assert terminal.wait() != 0
     assert terminal.shows_cursor

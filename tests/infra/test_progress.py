@@ -89,6 +89,37 @@ def test_failed_stage_leaves_no_bar_and_shows_the_cursor(error: str) -> None:
     assert terminal.lines[-1].startswith(error)
 
 
+def test_bar_of_a_suspended_generator_can_be_removed() -> None:
+    code = """
+from personaplug.infra.progress import Progress, stop_bars
+def batches():
+    with Progress("suspended", total=2) as stage:
+        for _ in range(2):
+            yield
+            stage.advance()
+held = batches()
+next(held), next(held)
+stop_bars()
+print("after the bar")
+input()
+with Progress("next", total=2) as stage:
+    stage.advance()
+    held.close()
+    input()
+"""
+    terminal = Terminal(["-c", code], echoes=False)
+    terminal.wait_until(lambda screen: "after the bar" in screen.text)
+    assert terminal.shows_cursor
+    assert terminal.lines == ["after the bar"]
+    terminal.send(b"\n")
+    terminal.wait_until(lambda screen: "1/2 items" in screen.text)
+    terminal.send(b"\n")
+    assert terminal.wait() == 0
+    assert terminal.shows_cursor
+    assert terminal.lines[0] == "after the bar"
+    assert terminal.lines[1].startswith("next: 1 items in ")
+
+
 def _stage() -> None:
     with Progress("train", total=4, start=1, unit="steps") as stage:
         stage.advance(note="loss 1.0")

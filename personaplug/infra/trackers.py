@@ -89,7 +89,7 @@ def _open_wandb(folder: Path, config: Mapping[str, Mapping[str, Any]], *, owner:
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT") or _PROJECT,
         **named,
-        id=hashlib.blake2b(owner.encode(), digest_size=8).hexdigest(),
+        id=hashlib.blake2b(owner.encode(), digest_size=8).hexdigest() if owner else None,
         resume="allow",
         settings={"console": "off"},  # otherwise Weights & Biases would copy all printed lines
     )

@@ -276,9 +276,10 @@ class TrainingConfig:
     save_steps: int = Field(
         default=25, description="steps between checkpoints; a stopped run resumes from the last checkpoint", ge=1
     )
-    tensorboard: bool = Field(
-        default=False,
-        description="write TensorBoard events in addition to the JSON lines (needs the extra `tensorboard`)",
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field(
+        default="none",
+        description="also report losses and personal gain to TensorBoard, to Weights & Biases, or to both (all); each "
+        "needs the extra of its name",
     )
 
     def seed_or_first(self, seed: int | None) -> int:
@@ -405,6 +406,15 @@ SECTIONS: dict[str, type[Any]] = {
     "adapter": AdapterConfig,
     "evaluation": EvaluationConfig,
 }
+
+FIXED = ("model", "plug", "training", "retrieval", "adapter")
+"""The sections that trained parts depend on."""
+
+SPEED_ONLY = (
+    *("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes"),
+    "training.report_to",
+)
+"""Settings of these sections that affect only speed, place and reports, not results."""
 
 PAPER = PlugConfig(
     instruction_tokens=1,

@@ -7,7 +7,7 @@ Keys may be full (`training.learning_rate`) or bare (`learning_rate`), because k
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -25,20 +25,27 @@ _LISTS = ("training.seeds",)
 _PRESET = "preset"
 
 
-def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    base: Config | None = None,
+    ignored: Collection[str] = (),
+) -> Config:
     """Build a Config from a YAML file and `key=value` words. Words override the file; later words override earlier.
 
     Args:
         path: a YAML file of sections (`training: {epochs: 3}`) or bare keys (`epochs: 3`).
         overrides: `key=value` words of a command line.
         base: the config to change; None = the defaults.
+        ignored: settings that are skipped in the file, with their section.
     Raises:
         MissingData: if the file does not exist.
         ConfigError: for an unknown key, or a value of the wrong type or out of range.
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values.update(flatten(read_yaml(Path(path))))
+        values.update({key: value for key, value in flatten(read_yaml(Path(path))).items() if key not in ignored})
         _check_given_once(values, path)
     return with_values(base or Config(), values | parse_words(overrides))
 

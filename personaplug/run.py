@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personaplug.config import Config, PlugConfig
+from personaplug.config import FIXED, SPEED_ONLY, Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.config_resolution import resolved
 from personaplug.data.records import Sample
@@ -40,6 +40,7 @@ from personaplug.infra.config_file import read_config, write_config
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.links import check_links
+from personaplug.infra.trackers import check_trackers
 from personaplug.infra.training_facts import read_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.copied_answers import check_model
@@ -51,11 +52,8 @@ from personaplug.plug.model import PersonaPlug
 TASKS_FILE, SHARED_TRAINING = "tasks.json", "shared"
 """Names in the folder of a shared run, next to the runs of its tasks; see `shared_run`."""
 
-FIXED = ("model", "plug", "training", "retrieval", "adapter")
-"""The sections of a config that trained parts depend on."""
-
-SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
-"""Settings of these sections that affect only speed and place, not results."""
+_REPORTS = ("log.jsonl", "tensorboard")
+"""Files of a training that nothing depends on."""
 
 COPY_HEAD = "plug+copy-head"  # the trained part in `training/copy_head_part.py`
 _REMEDY = "Restore it, or train again in a new folder."
@@ -124,7 +122,9 @@ class Run:
             RunConflict: if the folder contains other files, or a run that has trained or evaluated parts and another
                 task or other settings of models, plug or training.
             ConfigError: if the device does not support several processes.
+            MissingExtra: if a tracker of `report_to` is not installed.
         """
+        check_trackers(config.training.report_to)
         connect(choose_device(config.model.device))
         vectors_folder = Path(vectors).absolute() if vectors else Path(folder, "vectors")
         return main_first(
@@ -361,7 +361,7 @@ class Run:
     def export(self, folder: Path, names: Sequence[str]) -> None:
         """Write a run without any user's data: settings, task, wordings, and the trained parts in `names`."""
         for part in [self.check_trained(name, seed=seed) for seed in self.config.training.seeds for name in names]:
-            unneeded = shutil.ignore_patterns("log.jsonl", "tensorboard", ".*")
+            unneeded = shutil.ignore_patterns(*_REPORTS, ".*")
             shutil.copytree(part, folder / part.relative_to(self.folder), ignore=unneeded, dirs_exist_ok=True)
         shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
         write_checked_json(folder / "data.json", {**self._data(), "users": [], "run": self.id})
@@ -401,7 +401,7 @@ class Run:
         files = list(self.folder.glob("*/seed-*/[!.]*"))
         if self.shared_labels is not None:  # the checkpoints of the shared training are in the parent folder
             files += self.folder.parent.glob(f"{SHARED_TRAINING}/seed-*/[!.]*")
-        return any(path.name not in ("log.jsonl", "tensorboard") for path in files)
+        return any(path.name not in _REPORTS for path in files)
 
     def _check_same(self, existing: Run) -> None:
         names = [name for name in _differing(self.config, existing.config) if name != "training.seeds"]

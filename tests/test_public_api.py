@@ -28,7 +28,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("statement", ["import personaplug", "import personaplug.cli.main"])
 def test_importing_loads_neither_torch_nor_transformers(statement: str) -> None:
-    heavy = "[m for m in ('torch', 'transformers', 'sentence_transformers', 'numpy') if m in sys.modules]"
+    heavy = "[m for m in ('torch', 'transformers', 'sentence_transformers', 'numpy', 'rich') if m in sys.modules]"
     done = subprocess.run(
         [sys.executable, "-c", f"{statement}; import sys; print({heavy})"], capture_output=True, text=True, check=True
     )

@@ -168,9 +168,13 @@ class RopgObjective:
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        losses, counts = self.sample_losses(samples)
+        return losses.sum(), counts.sum()
+
+    def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         queries = self.module(torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples])))
         losses = [self._divergence(query, sample.id) for query, sample in zip(queries, samples, strict=True)]
-        return torch.stack(losses).sum(), torch.tensor(len(losses))
+        return torch.stack(losses), torch.ones(len(losses), dtype=torch.int64)
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Do nothing: the constructor has encoded the queries."""

@@ -49,6 +49,7 @@ from personaplug.infra.distributed import (
     is_single_cpu_launch,
     world_size,
 )
+from personaplug.infra.progress import show_progress, stop_bars
 
 _RESUME_POINTS = {
     "train": "the last checkpoint",
@@ -68,7 +69,10 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                stop_bars()  # before the message of an error
         except PersonaPlugError as error:
             _print_error(error, f"error: {error}")
             sys.exit(2 if isinstance(error, UserError) else 1)
@@ -100,6 +104,7 @@ def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that maps a user's history to a few soft tokens."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
+    show_progress(not quiet)
     # Set here, not on import: a library must not change its caller's environment.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch reads this when it loads. Waiting threads spin for some microseconds, then sleep. Longer spinning blocks

@@ -22,6 +22,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import generate
 from personaplug.infra.model_hub import PACKAGED_MODELS
+from personaplug.infra.trackers import check_trackers
 from personaplug.methods import default_rows
 from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import train, trained_counting
@@ -68,6 +69,7 @@ def run_quickstart(
     config = dated(load_config(config_file, overrides=settings, base=base), out / "run")
     logger.info("settings: %s", changed_settings(config))
     data, users = out / "data", demo.users
+    check_trackers(config.training.report_to)
     models = open_models(config)  # before anything is written
     click.echo(f"1. simulate {users.users} users for training and {users.dev_users} others for evaluation, in {data}")
     write_simulation(users, data)

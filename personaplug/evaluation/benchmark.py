@@ -24,7 +24,7 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
-from personaplug.config import Config, ModelConfig
+from personaplug.config import SPEED_ONLY, Config, ModelConfig
 from personaplug.config_resolution import resolved, with_learning_rates
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
@@ -33,7 +33,7 @@ from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remark
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
-from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models
+from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import SoftPromptPart
 from personaplug.training.trainings import TrainedPart, Trainings
 
@@ -140,6 +140,7 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
+    settings["training"]["tensorboard"] = False  # published trials have this setting, which no longer exists
     # `kinds` equals `shrinkage` in both presets, so the remaining settings still distinguish all configs.
     for name, value in {**_LATER_SETTINGS, "plug.kinds": config.plug.shrinkage}.items():
         section, _, key = name.partition(".")

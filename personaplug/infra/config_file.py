@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from personaplug.config import Config
 from personaplug.config_parsing import flatten, load_config, read_yaml, to_yaml
 from personaplug.errors import DamagedFile
 from personaplug.infra.atomic_io import write_text
 from personaplug.infra.checksums import json_checksum
+
+_REMOVED = ("training.tensorboard",)
+"""Settings in files of earlier versions that no longer exist and that no result depends on."""
 
 
 def write_config(path: Path, config: Config, *, unchecked: Sequence[str], run: str = "") -> None:
@@ -25,7 +29,7 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
         DamagedFile: if a setting that the checksum covers was changed, or the file belongs to another run.
         MissingData, ConfigError: see `load_config`.
     """
-    config = load_config(path)
+    config = load_config(path, ignored=_REMOVED)
     first_line = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     expected = _first_line(config, unchecked, run, written=flatten(read_yaml(path)))
     if first_line != expected:
@@ -36,11 +40,11 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
     return config
 
 
-def _first_line(config: Config, unchecked: Sequence[str], run: str, *, written: Collection[str] | None = None) -> str:
+def _first_line(config: Config, unchecked: Sequence[str], run: str, *, written: Mapping[str, Any] | None = None) -> str:
     """Return the first line of a file.
 
     Args:
-        written: the settings in the file, which are fewer than today's in the file of an earlier version; None = all.
+        written: the settings in the file, which may differ from today's in the file of an earlier version; None = all.
     """
     settings = {
         section: {
@@ -51,4 +55,8 @@ def _first_line(config: Config, unchecked: Sequence[str], run: str, *, written: 
         for section, values in asdict(config).items()
         if written is None or any(name.startswith(f"{section}.") for name in written)
     }
+    for name in _REMOVED:
+        if written is not None and name in written:
+            section, _, key = name.partition(".")
+            settings[section][key] = written[name]
     return f"# checksum {json_checksum(settings)} of run {run}".removesuffix(" of run ")

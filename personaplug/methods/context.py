@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -18,6 +18,7 @@ from personaplug.data.records import ITEM_KINDS, HistoryItem, Sample
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample, Int8Array, encoded, latest_items
+from personaplug.encoders.strangers import strangers
 from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import GenerationConfig
 from personaplug.methods.costs import CostMeter
@@ -191,7 +192,7 @@ def assign_histories(
     """
     if history == "none":
         return [Assignment(None, np.empty(0, np.int64)) for _ in owners]
-    sources = list(_strangers(owners, seed=seed)) if history == WRONG_USER else range(len(owners))
+    sources = list(strangers(owners, seed=seed)) if history == WRONG_USER else range(len(owners))
     items = [shown[source] for source in sources]
     if history == SHUFFLED:
         items = [np.random.default_rng([seed, 5, k]).permutation(indices) for k, indices in enumerate(items)]
@@ -204,21 +205,6 @@ def with_assigned_items(samples: Sequence[EncodedSample], assignments: Sequence[
         sample.with_items_of(sample if a.source is None else samples[a.source], a.items)
         for sample, a in zip(samples, assignments, strict=True)
     ]
-
-
-def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:
-    """For each sample, draw another user and one of this user's samples, both uniformly."""
-    by_owner: dict[str, list[int]] = {}
-    for index, owner in enumerate(owners):
-        by_owner.setdefault(owner, []).append(index)
-    names = sorted(by_owner)
-    if len(names) < 2:
-        raise ConfigError(f"{WRONG_USER} needs samples of 2 or more users; found {len(names)}.")
-    rank = {owner: index for index, owner in enumerate(names)}
-    rng = np.random.default_rng([seed, 4])
-    for owner in owners:
-        stranger = names[(rank[owner] + int(rng.integers(1, len(names)))) % len(names)]
-        yield by_owner[stranger][int(rng.integers(len(by_owner[stranger])))]
 
 
 def _decoding(task: Task, config: EvaluationConfig) -> str:

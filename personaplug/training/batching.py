@@ -112,6 +112,12 @@ def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int
     return parts
 
 
+def spaced(total: int, count: int) -> list[int]:
+    """Return `count` evenly spaced indices of `total` samples, in order; 0 = all."""
+    indices: list[int] = np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist()
+    return indices
+
+
 def augment_history(
     sample: EncodedSample,
     augmentation: Augmentation,

@@ -18,11 +18,11 @@ from personaplug.llm.copied_answers import MAX_ANSWERS, ReadAnswer, check_answer
 from personaplug.llm.copy_head import CopyHead, CopyInputs
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run
-from personaplug.training.batching import micro_batches
+from personaplug.training.batching import micro_batches, spaced
 from personaplug.training.copy_head_fit import CopyHeadReport, CopySample, fit_copy_head
 from personaplug.training.objectives import prompts_with
 from personaplug.training.parts import INSTRUCTION, PLUG, SoftPromptPart
-from personaplug.training.trainings import TrainedPart, Trainings, spaced
+from personaplug.training.trainings import TrainedPart, Trainings
 
 MAX_SAMPLES = 400
 """Upper bound of the training samples, because all their states are in memory."""

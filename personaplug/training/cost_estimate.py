@@ -20,6 +20,7 @@ from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.encoders.encoded_sample import encoded
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
+from personaplug.infra.progress import duration_text
 from personaplug.llm.prompt_cache import CachePlan
 from personaplug.run import Models, Run
 from personaplug.training.objectives import PlugObjective
@@ -53,12 +54,12 @@ class Estimate:
         steps = f"{self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s"
         lines = {
             "samples": f"{self.samples:,} with {self.items:,} items of history",
-            "vectors": f"{self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
-            "trainings": f"{steps}, {_duration(self.train_seconds)}",
+            "vectors": f"{self.vectors:,} different items to encode, {duration_text(self.encode_seconds)}",
+            "trainings": f"{steps}, {duration_text(self.train_seconds)}",
             "prompts": self.prompts,
             "disk": _size(self.disk_bytes),
             "memory": f"{_size(self.memory_bytes)} at most",
-            "time": f"{_duration(self.encode_seconds + self.train_seconds)} in all",
+            "time": f"{duration_text(self.encode_seconds + self.train_seconds)} in all",
         }
         return "\n".join(f"{name:<13}{line}" for name, line in lines.items() if line)
 
@@ -169,7 +170,7 @@ def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: Emb
     """
     # One epoch of full batches, with a validation of one sample at its end.
     settings = replace(run.config.training, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
-    settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)
+    settings = replace(settings, eval_steps=10**6, save_steps=10**6, report_to="none")
     settings = replace(settings, batch_size=min(settings.batch_size, data.samples))
     stamps: list[float] = []
 
@@ -183,12 +184,6 @@ def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: Emb
         repeated = [replace(embedded[i % len(embedded)], id=str(i), owner=str(i)) for i in range(count)]
         fit(objective, samples=repeated, config=settings, seed=0, folder=folder, title="timing", on_step=stamp)
     return (stamps[_TIMED_STEPS - 1] - stamps[0]) / (_TIMED_STEPS - 1)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _size(count: float) -> str:

@@ -42,6 +42,9 @@ class Objective(Protocol):
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a batch, and the number of its terms."""
 
+    def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        """Return the loss of each sample and the number of its terms, both (B,)."""
+
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Precompute what all steps of a training use, for all its samples."""
 
@@ -104,7 +107,6 @@ class PlugObjective:
         return losses.sum(), tokens.sum()
 
     def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        """Return the loss of each sample and the number of its terms, both (B,)."""
         soft = self.personalizer.soft_prompt(samples)
         losses, tokens = self._losses(samples, [sample.target or "" for sample in samples], soft=soft)
         if self.preference is not None and torch.is_grad_enabled():  # validation measures only kept answers
@@ -175,10 +177,13 @@ class LoraObjective:
         """Do nothing: prompts cannot be cached, because the LoRA changes their states."""
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        losses, tokens = self.sample_losses(samples)
+        return losses.sum(), tokens.sum()
+
+    def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = _texts(samples)
         with self.adapters.active(TASK):
-            losses, tokens = self.llm.loss(PromptBatch(prompts), targets, labels=self.labels)
-        return losses.sum(), tokens.sum()
+            return self.llm.loss(PromptBatch(prompts), targets, labels=self.labels)
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return _token_counts(samples, self.llm)

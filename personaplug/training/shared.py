@@ -78,12 +78,22 @@ class SharedObjective:
             objective.prepare_task(own)
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        loss, terms = torch.zeros((), device=self.device), 0.0
-        for objective, own in self._by_task(samples):
-            losses, tokens = objective.sample_losses(own)
-            weight = 1.0 if torch.is_grad_enabled() else self.mixture.weights[task_of(own[0])]
-            loss, terms = loss + weight * (losses / tokens).sum(), terms + weight * len(own)
-        return loss, torch.tensor(terms, dtype=torch.float64)
+        losses, weights = self.sample_losses(samples)
+        return losses.sum(), weights.sum()
+
+    def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        rows: dict[int, list[int]] = {}
+        for row, sample in enumerate(samples):
+            rows.setdefault(task_of(sample), []).append(row)
+        losses = torch.zeros(len(samples), device=self.device)
+        weights = torch.ones(len(samples), dtype=torch.float64, device=self.device)
+        for task, own in rows.items():
+            own_losses, tokens = self.objectives[task].sample_losses([samples[row] for row in own])
+            weight = 1.0 if torch.is_grad_enabled() else self.mixture.weights[task]
+            index = torch.tensor(own, device=self.device)
+            losses = losses.index_add(0, index, weight * (own_losses / tokens).to(losses.dtype))
+            weights[index] = weight
+        return losses, weights
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return self.objectives[0].lengths(samples)  # lengths of prompts and answers do not depend on the plug
@@ -165,6 +175,7 @@ def _fit(
         title=f"{PLUG.name} of {len(objectives)} tasks (seed {seed})",
         owner=on_main(lambda: f"{shared.owner} {seed}"),
         mixture=mixture,
+        about=shared.runs[0].config,
     )
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
-from personaplug.config import TrainingConfig
+from personaplug.config import Config, TrainingConfig
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.strangers import with_strangers_items
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import (
     all_reduce_sum,
@@ -31,13 +32,16 @@ from personaplug.infra.distributed import (
     synchronized,
 )
 from personaplug.infra.progress import Progress
-from personaplug.training.batching import augment_history, epoch_batches, micro_batches, user_split
+from personaplug.training.batching import augment_history, epoch_batches, micro_batches, spaced, user_split
 from personaplug.training.checkpointing import load_best, load_state, save_best, save_state
 from personaplug.training.objectives import Objective
 from personaplug.training.step_log import StepLog
 from personaplug.training.task_mixture import TaskMixture
 
 logger = logging.getLogger(__name__)
+
+_GAIN_SAMPLES = 64
+"""Upper bound of the held-out samples that the personal gain of a training is measured on."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def fit(
     owner: str = "",
     on_step: Callable[[], None] | None = None,
     mixture: TaskMixture | None = None,
+    about: Config | None = None,
 ) -> FitReport:
     """Train the objective's module in place and load the weights of the best checkpoint into it.
 
@@ -71,6 +76,7 @@ def fit(
         owner: name of this training; states of other trainings are refused.
         on_step: called after each optimizer step.
         mixture: how often samples of each of several tasks occur; None = one task.
+        about: all settings of the run, for the trackers of `report_to`.
     Raises:
         ConfigError: if a sample has no target, there are too few users, or processes cannot work together.
         TrainingDiverged, StorageError: if a loss is not finite or the disk is full; the last good state remains.
@@ -86,6 +92,7 @@ def fit(
             title=title,
             owner=owner,
             mixture=mixture,
+            about=about,
         )
     # Each step seeds torch's generator; restore it for the caller.
     with torch.random.fork_rng(devices=[]):
@@ -99,6 +106,23 @@ def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tok
     return loss / tokens
 
 
+@torch.no_grad()
+def _losses_with_part(
+    objective: Objective, samples: Sequence[EncodedSample], *, part: Set[str], max_tokens: int
+) -> tuple[float, float]:
+    """Return the loss per unit of samples, and of the part with these ids (NaN for no ids), from one pass."""
+    sums = [0.0] * 4
+    with synchronized():
+        own = shard(samples)
+        for batch in micro_batches(own, lengths=objective.live_lengths(own), max_tokens=max_tokens):
+            rows = [row for row, sample in enumerate(batch) if sample.id in part]
+            values = objective.sample_losses(batch)
+            terms = (*values, *(value[rows] for value in values))
+            sums = [total + float(value.sum()) for total, value in zip(sums, terms, strict=True)]
+    loss, units, part_loss, part_units = all_reduce_sum(sums)
+    return loss / units, part_loss / part_units if part_units else math.nan
+
+
 @dataclass(eq=False)
 class _Trainer:
     objective: Objective
@@ -109,12 +133,14 @@ class _Trainer:
     title: str
     owner: str
     mixture: TaskMixture | None
+    about: Config | None
 
     def __post_init__(self) -> None:
         objective, samples, config, seed = self.objective, self.samples, self.config, self.seed
         if missing := sum(sample.target is None for sample in samples):
             raise ConfigError(f"Training needs an answer for every sample; {missing} of {len(samples)} have none.")
         self.module = objective.module
+        self._notes = {"loss": "", "held-out": "", "rate": ""}  # in the order in which they are shown
         split = user_split if self.mixture is None else self.mixture.split
         self.train, self.validation = split(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
@@ -140,6 +166,7 @@ class _Trainer:
             shares=shares,
         )
         self._batches_of = lru_cache(maxsize=1)(batches_of)
+        self.samples_of_strangers = self._samples_of_strangers()
         self.steps_per_epoch = len(self._batches_of(epoch=0))
         steps = config.epochs * self.steps_per_epoch
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
@@ -147,7 +174,13 @@ class _Trainer:
 
     def run(self, on_step: Callable[[], None]) -> FitReport:
         with synchronized():
-            log = StepLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
+            log = StepLog(
+                self.folder,
+                after=self.state.step,
+                report_to=self.config.report_to,
+                owner=self.owner,
+                config=None if self.about is None else asdict(self.about),
+            )
         if self.state.step:
             logger.info("%s: resuming after step %d of %d", self.title, self.state.step, self.total_steps)
         with self._timed(), synchronized():
@@ -156,7 +189,7 @@ class _Trainer:
             while self.state.step < self.total_steps:
                 self._train_step(log, progress)
                 on_step()
-                self._validate_and_save(log)
+                self._validate_and_save(log, progress)
         with synchronized():
             load_best(self.folder, self.state.best_step, module=self.module)
         self.module.eval()
@@ -179,7 +212,8 @@ class _Trainer:
         self.state.step += 1
         self.state.samples += len(batch)
         rate = len(batch) / (time.monotonic() - started)
-        progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
+        self._notes |= {"loss": f"loss {loss:.3f}", "rate": f"{rate:,.1f} samples/s"}
+        progress.advance(note=self._note)
         values = {"loss": loss, "gradient_norm": norm, "samples_per_second": rate, "learning_rate": learning_rate}
         with synchronized():
             log.write(step=self.state.step, **values, seconds_left=progress.seconds_left())
@@ -217,14 +251,18 @@ class _Trainer:
             )
         )
 
-    def _validate_and_save(self, log: StepLog) -> None:
+    def _validate_and_save(self, log: StepLog, progress: Progress) -> None:
         is_eval_step = self.state.step == self.total_steps or self.state.step % self.eval_steps == 0
         if is_eval_step:
             with self._timed():
-                loss = self._validation_loss()
+                loss, gain = self._validate()
             with synchronized():
-                log.write(step=self.state.step, validation_loss=loss)
+                gains = {} if gain is None else {"personal_gain": gain}
+                log.write(step=self.state.step, validation_loss=loss, **gains)
             self._update_best(loss)
+            gained = "" if gain is None else f", personal gain {gain:+.3f} nats"
+            self._notes["held-out"] = f"held-out {loss:.3f} (best {self.state.best_loss:.3f}){gained}"
+            progress.advance(0, note=self._note)
         if is_eval_step or self.state.step % self.config.save_steps == 0:
             on_main(
                 lambda: save_state(
@@ -243,16 +281,36 @@ class _Trainer:
             )
             raise mark_shared(error)
 
-    def _validation_loss(self) -> float:
-        """Return the held-out loss per unit; samples with and without histories weigh as much as in training."""
+    @property
+    def _note(self) -> str:
+        return ", ".join(filter(None, self._notes.values()))
+
+    def _validate(self) -> tuple[float, float | None]:
+        """Return the held-out loss per unit, and the personal gain.
+
+        In the loss, samples with and without histories weigh as much as in training.
+        """
         self.module.eval()
         max_tokens = self.config.max_tokens_per_microbatch
-        with_history = mean_loss(self.objective, self.validation, max_tokens=max_tokens)
+        strangers = self.samples_of_strangers
+        part = {sample.id for sample in strangers}
+        loss, own_loss = _losses_with_part(self.objective, self.validation, part=part, max_tokens=max_tokens)
         share = self.config.drop_history_prob if self.objective.reads_histories else 0.0
-        if not share:
-            return with_history
-        samples = [sample.without_items() for sample in self.validation]
-        return (1 - share) * with_history + share * mean_loss(self.objective, samples, max_tokens=max_tokens)
+        if share:
+            samples = [sample.without_items() for sample in self.validation]
+            loss = (1 - share) * loss + share * mean_loss(self.objective, samples, max_tokens=max_tokens)
+        if not strangers:
+            return loss, None
+        return loss, mean_loss(self.objective, strangers, max_tokens=max_tokens) - own_loss
+
+    def _samples_of_strangers(self) -> list[EncodedSample]:
+        """Return held-out samples with the histories of strangers; none if the loss depends on no history."""
+        if not self.objective.reads_histories:
+            return []
+        groups = [self.validation] if self.mixture is None else self.mixture.by_task(self.validation)
+        groups = [group for group in groups if len({sample.owner for sample in group}) > 1]
+        samples = [sample for group in groups for sample in with_strangers_items(group, seed=self.seed)]
+        return [samples[index] for index in spaced(len(samples), _GAIN_SAMPLES)] if samples else []
 
     def _batch(self) -> list[EncodedSample]:
         """Return the augmented samples of the next step."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from personaplug.baselines.prompt_builder import PromptBuilder
@@ -26,7 +25,7 @@ from personaplug.infra.distributed import main_first, on_main
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.training_facts import write_facts
 from personaplug.run import Models, Run
-from personaplug.training.batching import user_split
+from personaplug.training.batching import spaced, user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.objectives import Objective
 from personaplug.training.trainer import FitReport, fit
@@ -81,6 +80,7 @@ class Trainings:
             folder=self.run.plug_folder(part.name, seed=seed),
             title=f"{part.name} (seed {seed})",
             owner=on_main(lambda: self.run.owner(part.name, seed=seed)),
+            about=self.run.config,
         )
         return self.facts(report, objective.module, unit=objective.unit, seed=seed)
 
@@ -161,12 +161,6 @@ class TrainedPart(ABC):
     @abstractmethod
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         """Train with one seed, save, and return the facts for `fit.json`, which marks the training as finished."""
-
-
-def spaced(total: int, count: int) -> list[int]:
-    """Return `count` evenly spaced indices of `total` samples, in order; 0 = all."""
-    indices: list[int] = np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist()
-    return indices
 
 
 def _parameter_count(module: nn.Module) -> int:

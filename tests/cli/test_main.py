@@ -307,7 +307,7 @@ def test_skip_bad_limits_and_counts_broken_records(data: Path, tmp_path: Path) -
     [
         ("llm=typo/name", "llm=toy"),
         ("encoder=typo/name", "encoder=hash:32"),
-        ("tensorboard=maybe", "tensorboard=false"),
+        ("report_to=maybe", "report_to=none"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "quickstart", "encode"])

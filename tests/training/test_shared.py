@@ -22,6 +22,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.data.task import Reader
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
+from personaplug.encoders.strangers import with_strangers_items
 from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.plug.layers import OptionHint
 from personaplug.plug.personalizer import Personalizer
@@ -33,7 +34,7 @@ from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import LABEL_COUNTS, PLUG, train
 from personaplug.training.shared import SharedObjective, train_shared
 from personaplug.training.task_mixture import TaskMixture, of_task, task_of
-from personaplug.training.trainer import fit
+from personaplug.training.trainer import fit, mean_loss
 from personaplug.training.trainings import Trainings
 
 KINDS = ("rating", "manners")
@@ -237,6 +238,21 @@ def test_loss_of_a_sample_is_the_mean_over_its_tokens(data: Path, tmp_path: Path
     assert float(trained[1]) == 6
     assert float(validation[1]) == 3 * 3 + 3
     assert float(validation[0]) == pytest.approx(3 * sum(means[:3]) + sum(means[3:]), rel=1e-4)
+
+
+def test_personal_gain_of_several_tasks_has_strangers_of_the_same_task(data: Path, tmp_path: Path) -> None:
+    started = _start(tmp_path / "run", data)
+    mixture = TaskMixture((3.0, 1.0))
+    objective = SharedObjective([own for own, _ in started], mixture=mixture)
+    mixed = [of_task(sample, task) for task, (_, own) in enumerate(started) for sample in own]
+    config = _config("validation_share=0.5", "max_steps=1").training
+    fit(objective, samples=mixed, config=config, seed=0, folder=tmp_path / "fit", mixture=mixture)
+    *_, line = map(json.loads, (tmp_path / "fit" / "log.jsonl").read_text().splitlines())
+    _, held_out = mixture.split(mixed, share=0.5, limit=256, seed=0)
+    wrong = [sample for own in mixture.by_task(held_out) for sample in with_strangers_items(own, seed=0)]
+    own_loss, wrong_loss = (mean_loss(objective, samples, max_tokens=0) for samples in (held_out, wrong))
+    assert abs(wrong_loss - own_loss) > 1e-5
+    assert line["personal_gain"] == pytest.approx(wrong_loss - own_loss, abs=1e-5)
 
 
 def _stop(folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, steps: int = 7) -> SharedRun:

@@ -295,12 +295,6 @@ def test_fit_rejects_samples_without_answers(tmp_path: Path, data: Path) -> None
         )
 
 
-def test_tensorboard_setting_writes_events(tmp_path: Path, data: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run = _train(tmp_path / "run", data, "controls=false", "max_steps=1", "tensorboard=true")
-    assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))
-
-
 def test_step_of_several_micro_batches_equals_one_pass(tmp_path: Path, data: Path) -> None:
     # The paper's placement, because then a batch does not fit into one pass.
     whole = _train(

@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow test-clients check docs vllm clean
+.PHONY: install install-dev quickstart test test-slow screenshots test-clients check docs vllm clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -34,6 +34,11 @@ test: install-dev
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow
+
+# Take the screenshots of the documents in Chromium (apt-get install chromium).
+screenshots: install-dev
+	$(BIN)/python -m pytest -m slow tests/e2e/test_playground_story.py
+	cp build/screenshots/playground-top-desktop.png docs/assets/playground.png
 
 # Test the clients of docs/clients.md in a separate environment and a temporary folder, because LiteLLM needs other
 # versions of the server's packages.

@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from personaplug.analysis.figure_style import BLUE, GRAY, GRID, INK, ORANGE, finished, new_figure
+from personaplug.analysis.figures.style import BLUE, GRAY, GRID, INK, ORANGE, finished, new_figure
+from personaplug.analysis.figures.svg import standalone_svg
 from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
 from personaplug.analysis.results import Settings, build_results
 from personaplug.analysis.results_file import Comparison, ResultPart, load_results
-from personaplug.analysis.svg import standalone_svg
 from personaplug.analysis.trials import TrialFile
 from personaplug.infra.atomic_io import write_text
 

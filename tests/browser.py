@@ -71,9 +71,7 @@ def check_accessibility(page: Page) -> None:
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
 
 
-def screenshot(page: Page, name: str) -> Path:
-    """Write a picture of the whole page to `build/screenshots`."""
+def screenshot(page: Page, name: str, *, is_whole: bool = True) -> None:
+    """Write a picture of the whole page, or of its visible part, to `build/screenshots`."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    path = SCREENSHOTS / f"{name}.png"
-    page.screenshot(path=path, full_page=True)
-    return path
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_whole)

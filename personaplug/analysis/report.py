@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from personaplug.analysis.figures.of_report import Figures, ReportSet, SetPictures, draw_figures, user_entries
+from personaplug.analysis.figures.svg import palette_css
 from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
 from personaplug.analysis.pooled import PooledGains, pooled_gains
 from personaplug.analysis.rendering import ABSENT, Column, Section, Table, to_html, to_markdown
-from personaplug.analysis.report_figures import Figures, ReportSet, SetPictures, draw_figures, user_entries
 from personaplug.analysis.results_file import Results, load_results
-from personaplug.analysis.svg import palette_css
 from personaplug.analysis.tables import (
     cost_columns,
     gain_cell,

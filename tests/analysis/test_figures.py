@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from result_objects import typed
 
-from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
+from personaplug.analysis.figures.overview import gains_figure, scores_figure, subgroups_figure
 from personaplug.errors import MissingData, MissingExtra
 
 pytest.importorskip("matplotlib")

@@ -12,8 +12,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 
+from personaplug.analysis.figures.of_set import cost_figure, cost_rows, forest_figure, forest_rows, users_figure
 from personaplug.analysis.results_file import Results
-from personaplug.analysis.set_figures import cost_figure, cost_rows, forest_figure, forest_rows, users_figure
 from personaplug.analysis.user_scores import UserScores
 
 

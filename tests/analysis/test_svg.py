@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
-from personaplug.analysis.figure_style import BLUE, DARK_COLORS, PAPER
-from personaplug.analysis.svg import data_of, inline_svg, palette_css, standalone_svg
+from personaplug.analysis.figures.style import BLUE, DARK_COLORS, PAPER
+from personaplug.analysis.figures.svg import data_of, inline_svg, palette_css, standalone_svg
 
 
 def _figure() -> Figure:

@@ -130,6 +130,8 @@ def test_ratings_of_two_users_their_reasons_and_an_erasure(
         check_accessibility(page)
         assert _has_no_horizontal_scroll(page)
         screenshot(page, f"playground-ratings-{size}")
+        page.evaluate("scrollTo(0, 0)")
+        screenshot(page, f"playground-top-{size}", is_whole=False)
 
         count = int(re.findall(r"\d+", first.get_by_text("History (").inner_text())[0])
         _item_count(first, count)

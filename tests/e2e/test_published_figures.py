@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 import published_figures as figures
 
-from personaplug.analysis.svg import data_of
+from personaplug.analysis.figures.svg import data_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ASSETS = ROOT / "benchmarks" / "results", ROOT / "docs" / "assets"

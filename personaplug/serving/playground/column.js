@@ -75,7 +75,7 @@ export class UserColumn {
   async changed() {
     await this.history.refresh();
     await this.onUsersChange();
-    if (this.answer.answer) await this.ask({ showBefore: true });
+    if (this.answer.answer) this.ask({ showBefore: true }); // shows its own errors
   }
 
   _clear() {
@@ -112,7 +112,7 @@ export class UserColumn {
         await this.history.refresh();
         await this.onUsersChange();
         receipt.replaceChildren(...receiptOf(found));
-        await this.ask();
+        this.ask();
       }),
     );
     return el("div", { className: "row" }, open, dialog, problem, receipt);

@@ -95,8 +95,9 @@ export class History {
     input.addEventListener("change", () =>
       busy(input, this.problem, async () => {
         const [file] = input.files;
-        if (file) await this._add(parseRecords(await file.text(), file.name));
-        input.value = "";
+        const text = file ? await file.text() : "";
+        input.value = ""; // so that the same file can be chosen again
+        if (file) await this._add(parseRecords(text, file.name));
       }),
     );
     const hint = "JSON, JSON Lines or CSV with the fields of an item. Column “date” (YYYY-MM-DD) is optional.";
@@ -105,6 +106,7 @@ export class History {
 
   async _add(records) {
     if (!this.getUser()) throw new Error("Choose a user first.");
+    if (!records.length) return;
     for (let start = 0; start < records.length; start += ITEMS_PER_REQUEST) {
       await call("POST", userPath(this.getUser(), "history"), { items: records.slice(start, start + ITEMS_PER_REQUEST) });
     }

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from personaplug.analysis.figure_style import DARK_COLORS, INK, PAPER
+from personaplug.analysis.figures.style import DARK_COLORS, INK, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from personaplug.analysis.figure_style import (
+from personaplug.analysis.figures.style import (
     BLUE,
     GRAY,
     GRID,

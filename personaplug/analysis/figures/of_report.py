@@ -9,11 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personaplug.analysis.figures import drawn_gains, gains_figure, scores_figure, subgroups_figure
-from personaplug.analysis.metrics import metric_class
-from personaplug.analysis.rendering import Column, Entry, Picture, Table
-from personaplug.analysis.results_file import Results, Subgroup
-from personaplug.analysis.set_figures import (
+from personaplug.analysis.figures.of_set import (
     COST_TITLES,
     Cost,
     cost_figure,
@@ -22,7 +18,11 @@ from personaplug.analysis.set_figures import (
     forest_rows,
     users_figure,
 )
-from personaplug.analysis.svg import inline_svg
+from personaplug.analysis.figures.overview import drawn_gains, gains_figure, scores_figure, subgroups_figure
+from personaplug.analysis.figures.svg import inline_svg
+from personaplug.analysis.metrics import metric_class
+from personaplug.analysis.rendering import Column, Entry, Picture, Table
+from personaplug.analysis.results_file import Results, Subgroup
 from personaplug.analysis.tables import bytes_cell, gain_cell, metric_title, number_cell
 from personaplug.analysis.user_scores import UserScores
 from personaplug.infra.atomic_io import atomic_write

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from personaplug.analysis.figure_style import (
+from personaplug.analysis.figures.style import (
     BLUE,
     FAMILIES,
     GRAY,

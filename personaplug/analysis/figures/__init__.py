@@ -1,0 +1,1 @@
+"""Figures of results, drawn with matplotlib: of several sets, of one set, of a report."""

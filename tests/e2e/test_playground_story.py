@@ -148,6 +148,7 @@ def test_ratings_of_two_users_their_reasons_and_an_erasure(
         _item_count(first, count + 2)
         broken = tmp_path / "items.json"
         broken.write_text("{", encoding="utf-8")
+        page.locator("#first-file:enabled").wait_for(timeout=ANSWER_MS)
         first.get_by_label("Import a file of items").set_input_files(broken)
         first.get_by_text("The file is not JSON.").wait_for()
 

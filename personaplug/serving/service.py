@@ -89,7 +89,7 @@ class Service:
         """Answer a request with its user's persona. `user_header` or `key_user` may name the user, like the body."""
         self.check_model(request.model)
         user, options = request.named_user(user_header, key_user=key_user), request.personaplug
-        if user is None:
+        if user is None and options.persona_scale != 0:  # a request of the plain model needs no user
             self._warn_of_no_user()
         self.engine.check_length(request.characters)  # before a regular expression, a tokenizer or an encoder reads it
         ticket = await self.admit(tenant, user) if user is not None else None

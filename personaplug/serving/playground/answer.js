@@ -6,92 +6,92 @@ import { bar, el } from "./dom.js";
 const MAX_TOKENS = 200;
 
 const REASONS = {
-  "off-task": "The prompt is not in the wording of the task, so nobody gets a persona.",
-  "no-history": "This user has no items yet, so the answer has the persona common to all.",
-  "few-items": "This user has too few items for a persona of their own.",
-  "persona-scale": "",
-  "no-user": "",
+  "off-task": "The question is outside the plug's task, so nobody gets a persona.",
+  "no-history": "This user has no items yet, so the answer has the persona common to all users.",
+  "few-items": "This user has too few items for an own persona, so the answer has the one common to all users.",
 };
 
-/** The answer of one user, or of the plain model if `user` is null. */
 export class Answer {
   constructor() {
-    this.text = el("p", { className: "answer", ariaLive: "polite" });
-    this.before = el("p", { className: "before" });
     this.persona = el("p", { className: "hint" });
+    this.text = el("p", { className: "answer" });
+    this.before = el("p", { className: "hint before" });
     this.probabilities = el("div");
-    this.elements = [this.text, this.before, this.persona, this.probabilities];
+    this.elements = [this.persona, this.text, this.before, this.probabilities];
     this.running = null;
     this.clear();
   }
 
   clear() {
     this.running?.abort();
-    this.requestId = this.answer = "";
-    this.isPersonal = false;
+    this.requestId = this.answer = this.summary = "";
+    this.isPersonal = this.isOffTask = false;
     this.text.className = "answer";
-    this.before.textContent = this.persona.textContent = "";
-    this.text.replaceChildren();
+    this.before.textContent = this.persona.textContent = this.text.textContent = "";
     this.probabilities.replaceChildren();
   }
 
-  /** Ask and show the answer as it is written. */
-  async ask(prompt, { user, strength, model, showBefore = false }) {
-    const earlier = this.answer;
+  /** Ask, show the answer while it is written, and return whether it is complete. `user` null = the plain model. */
+  async ask(question, { user, strength, model, showBefore = false }) {
+    const earlier = showBefore ? this.summary : "";
     this.clear();
-    if (showBefore && earlier) this.before.textContent = `Before: ${earlier}`;
-    this.text.classList.toggle("label", prompt.hasLabels);
+    this.before.textContent = earlier && `Before: ${earlier}`;
+    this.text.classList.toggle("label", question.hasLabels);
     this.text.textContent = "…";
     this.running = new AbortController();
     const { signal } = this.running;
     try {
-      const reply = await this._send(prompt, { user, strength, model, signal });
-      this.requestId = reply.headers.get("X-Request-Id") ?? "";
-      this.isPersonal = reply.headers.get("X-Personaplug-Persona") === "user";
-      this.persona.textContent = user === null ? "No soft tokens." : personaOf(reply.headers);
+      const reply = await post(question, { user, strength, model, signal });
+      this._describe(reply.headers, user);
       for await (const event of events(reply)) this._add(event);
       this.text.textContent = this.answer || "(an empty answer)";
+      this.requestId = reply.headers.get("X-Request-Id") ?? "";
+      return true;
     } catch (error) {
-      if (error.name === "AbortError") return;
-      this.requestId = this.answer = "";
+      if (error.name === "AbortError") return false;
+      this.answer = this.summary = "";
       this.text.className = "answer problem";
       this.text.textContent = error.message;
+      return true;
     }
   }
 
-  async _send(prompt, { user, strength, model, signal }) {
-    const options = { persona_scale: user === null ? 0 : strength };
-    const body = { model, messages: [{ role: "user", content: prompt.value }], temperature: 0, stream: true };
-    if (user !== null) body.user = user;
-    if (!prompt.hasLabels) body.max_tokens = MAX_TOKENS;
-    const post = (extra) =>
-      send("POST", "v1/chat/completions", { ...body, personaplug: { ...options, ...extra } }, signal);
-    if (!prompt.hasLabels) return post({});
-    try {
-      return await post({ probabilities: true });
-    } catch (error) {
-      if (error.status !== 400) throw error;
-      return post({}); // some engines have no probabilities of labels, and some prompts have no labels
-    }
+  _describe(headers, user) {
+    const items = Number(headers.get("X-Personaplug-Items"));
+    this.isPersonal = headers.get("X-Personaplug-Persona") === "user";
+    this.isOffTask = headers.get("X-Personaplug-Reason") === "off-task";
+    const own = `Own persona, from ${items} ${items === 1 ? "item" : "items"}.`;
+    const other = REASONS[headers.get("X-Personaplug-Reason")] ?? "The persona common to all users.";
+    this.persona.textContent = user === null ? "Without a persona." : this.isPersonal ? own : other;
   }
 
   _add(event) {
     const piece = event.choices?.[0]?.delta?.content;
-    if (piece) {
-      this.answer += piece;
-      this.text.textContent = this.answer;
-    }
+    if (piece) this.summary = this.text.textContent = this.answer += piece;
     const probabilities = event.personaplug?.probabilities;
-    if (probabilities) this.probabilities.replaceChildren(probabilityTable(probabilities));
+    if (!probabilities) return;
+    this.probabilities.replaceChildren(probabilityTable(probabilities));
+    this.summary = Object.entries(probabilities).map(([label, share]) => `${label}: ${percent(share)} %`).join(", ");
   }
 }
 
-function personaOf(headers) {
-  const applied = headers.get("X-Personaplug-Persona");
-  const items = Number(headers.get("X-Personaplug-Items"));
-  if (applied === "user") return `Own persona, from ${items} ${items === 1 ? "item" : "items"}.`;
-  const reason = REASONS[headers.get("X-Personaplug-Reason")];
-  return reason ?? (applied === "plain" ? "No soft tokens." : "The persona common to all users.");
+async function post(question, { user, strength, model, signal }) {
+  const options = { persona_scale: user === null ? 0 : strength };
+  const messages = [{ role: "user", content: question.text }];
+  const body = { model, messages, temperature: 0, stream: true, ...(user === null ? {} : { user }) };
+  const request = (more, extra) =>
+    send("POST", "v1/chat/completions", { ...body, ...more, personaplug: { ...options, ...extra } }, signal);
+  if (!question.hasLabels) return request({ max_tokens: MAX_TOKENS });
+  try {
+    return await request({}, { probabilities: true });
+  } catch (error) {
+    if (error.status !== 400) throw error;
+    return request({ max_tokens: MAX_TOKENS }); // some engines have no probabilities, and some prompts have no labels
+  }
+}
+
+function percent(share) {
+  return (100 * share).toFixed(1);
 }
 
 function probabilityTable(probabilities) {
@@ -101,13 +101,8 @@ function probabilityTable(probabilities) {
       {},
       el("th", { scope: "row", textContent: label }),
       el("td", {}, bar(share)),
-      el("td", { className: "number", textContent: (100 * share).toFixed(1) }),
+      el("td", { className: "number", textContent: percent(share) }),
     ),
   );
-  return el(
-    "table",
-    {},
-    el("caption", { textContent: "Probability of each answer, in percent" }),
-    el("tbody", {}, ...rows),
-  );
+  return el("table", {}, el("caption", { textContent: "Probability of each answer, in percent" }), el("tbody", {}, ...rows));
 }

@@ -39,16 +39,23 @@ export function signedBar(share) {
   return el("div", { className: "bar effect", ariaHidden: "true" }, inner);
 }
 
-/** Run an action of a button once at a time; show its error in `place`. */
-export async function busy(button, place, action) {
-  if (button.disabled) return;
-  button.disabled = true;
+/** Create a line for the error of an action; screen readers read it at once. */
+export function problemLine() {
+  return el("p", { className: "problem", role: "alert" });
+}
+
+/** Run an action of a control once at a time; show its error in `place`, and keep the focus on the control. */
+export async function busy(control, place, action) {
+  if (control.disabled) return;
+  const hadFocus = document.activeElement === control;
+  control.disabled = true;
   place.textContent = "";
   try {
     await action();
   } catch (error) {
     place.textContent = error.message;
   } finally {
-    button.disabled = false;
+    control.disabled = false;
+    if (hadFocus && document.activeElement === document.body) control.focus();
   }
 }

@@ -37,6 +37,8 @@ async function build(model, tasks) {
   byId("ask").hidden = false;
   byId("model").textContent = `Model: ${model}. Task: ${tasks.map((task) => task.name).join(", ")}.`;
   let prompt = new Prompt(byId("prompt"), tasks[0]);
+  let question = null; // the last one that was asked
+  let next = 0; // the column that a click on the map fills
   const task = byId("task");
   task.replaceChildren(...tasks.map((each, index) => el("option", { value: index, textContent: each.name })));
   byId("task-choice").hidden = tasks.length === 1;
@@ -46,30 +48,24 @@ async function build(model, tasks) {
   };
 
   const strength = byId("strength");
-  const getPrompt = () => prompt;
   const getSettings = () => ({ model, strength: Number(strength.value) });
-  const shared = { tasks, getPrompt, getSettings, onUsersChange: refreshUsers, onUserChosen: drawMap };
-  const first = new UserColumn({ ...shared, id: "first", title: "First user" });
-  const second = new UserColumn({ ...shared, id: "second", title: "Second user" });
-  const plain = new PlainColumn({ getPrompt, getSettings });
+  const shared = { tasks, getSettings, announce, getQuestion: () => question, onChosen: drawMap, onChanged: refresh };
+  const columns = [
+    new UserColumn({ ...shared, id: "first", title: "First user" }),
+    new UserColumn({ ...shared, id: "second", title: "Second user" }),
+  ];
+  const plain = new PlainColumn(shared);
   const users = el("datalist", { id: "users" });
-  byId("columns").replaceChildren(first.element, second.element, plain.element, users);
-
-  let next = first;
+  byId("columns").replaceChildren(...columns.map(({ element }) => element), plain.element, users);
   const map = new PersonaMap({
     section: byId("map"),
     hint: byId("map-hint"),
     place: byId("map-picture"),
-    onChoose: async (user) => {
-      const column = next;
-      next = next === first ? second : first;
-      await column.choose(user);
-      column.input.scrollIntoView({ block: "center" });
-    },
+    onChoose: (user) => columns[next++ % columns.length].choose(user),
   });
 
   function drawMap() {
-    return map.refresh({ first: first.user, second: second.user });
+    return map.refresh({ first: columns[0].user, second: columns[1].user });
   }
 
   async function refreshUsers() {
@@ -82,33 +78,42 @@ async function build(model, tasks) {
     await drawMap();
   }
 
+  /** After a change of a user's data: show them in each column of this user. */
+  async function refresh(user) {
+    await Promise.all(columns.filter((column) => column.user === user).map((column) => column.changed()));
+    await refreshUsers();
+  }
 
   /** Offer questions of other users as examples, because the chosen users' histories hold the answers to their own. */
   async function drawExamples() {
-    const others = map.others([first.user, second.user], EXAMPLES);
+    const others = map.others(columns.map(({ user }) => user), EXAMPLES);
     const read = async (user) => (await call("GET", `${userPath(user, "history")}?latest=${RECENT}`)).items;
     const histories = await Promise.all(others.map(read));
-    const latest = [...histories, first.history.items, second.history.items].map(latestQuestion);
+    const latest = [...histories, ...columns.map(({ history }) => history.items)].map(latestQuestion);
     const questions = [...new Set(latest.filter(Boolean))].slice(0, EXAMPLES);
     byId("examples").replaceChildren(...questions.map(exampleButton));
-    if (!prompt.text.value && questions.length) prompt.query = questions[0];
+    if (!prompt.text.value && questions.length) prompt.write(questions[0]);
   }
 
   function latestQuestion(items) {
     return items.map((item) => questionOf(item, prompt.task)).findLast(Boolean);
   }
 
-  function exampleButton(question) {
-    const button = el("button", { type: "button", textContent: question.length > 70 ? `${question.slice(0, 70)}…` : question });
+  function exampleButton(text) {
+    const button = el("button", { type: "button", textContent: text });
     button.addEventListener("click", () => {
-      prompt.query = question;
+      prompt.write(text);
       askAll();
     });
     return button;
   }
 
-  async function askAll() {
-    await Promise.all([first.ask(), second.ask(), plain.ask()]);
+  function askAll() {
+    question = prompt.question;
+    byId("asked").textContent = question ? `Answers to: ${question.query}` : "Write a question first.";
+    if (!question) return;
+    for (const column of [...columns, plain]) column.ask(question);
+    if (byId("columns").getBoundingClientRect().top > 0.6 * innerHeight) byId("asked").scrollIntoView();
   }
 
   byId("ask").onsubmit = (event) => {
@@ -120,11 +125,15 @@ async function build(model, tasks) {
   };
   strength.oninput = () => (byId("strength-value").textContent = strength.value);
   strength.onchange = () => {
-    for (const column of [first, second]) if (column.answer.answer) column.ask({ showBefore: true });
+    for (const column of columns) if (column.asked) column.ask(column.asked.question, { showBefore: true });
   };
 
   await refreshUsers();
-  const [a, b] = map.farthest();
-  await Promise.all([first.choose(a), second.choose(b)]);
+  const pair = map.farthest();
+  await Promise.all(columns.map((column, index) => column.choose(pair[index])));
   await drawExamples();
+}
+
+function announce(text) {
+  byId("announcer").textContent = text;
 }

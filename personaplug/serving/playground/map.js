@@ -37,15 +37,16 @@ export class PersonaMap {
     const share = Math.round(100 * (explained[0] + explained[1]));
     this.hint.textContent =
       `Each point is a user; near points have similar personas. The plane shows ${share} % of all differences.` +
-      `${more ? " Only some of the users are shown." : ""} A dashed path leads from no items to today. Press a point to choose it.`;
-    this._draw(entries.map(([id, user]) => ({ id, user, trail: trails[user] ?? [] })));
+      `${more ? " Only some of the users are shown." : ""} A dashed path leads from no items to today. Click a point to choose this user.`;
+    this._draw(entries.map(([id, user]) => ({ id, user, trail: Object.hasOwn(trails, user) ? trails[user] : [] })));
   }
 
   /** Return the two users with the most different personas. */
   farthest() {
-    let best = [-1, this.users[0]?.user ?? "", this.users[1]?.user ?? ""];
-    this.users.forEach((a, index) => {
-      for (const b of this.users.slice(index + 1)) {
+    const users = this.users.filter(({ items }) => items);
+    let best = [-1, users[0]?.user ?? "", users[1]?.user ?? ""];
+    users.forEach((a, index) => {
+      for (const b of users.slice(index + 1)) {
         const distance = (a.x - b.x) ** 2 + (a.y - b.y) ** 2;
         if (distance > best[0]) best = [distance, a.user, b.user];
       }
@@ -62,36 +63,34 @@ export class PersonaMap {
 
   _draw(chosen) {
     const place = scaled([...this.users, ...chosen.flatMap(({ trail }) => trail)]);
-    const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "Personas of the users" });
-    for (const { id, trail } of chosen) {
+    const ids = new Set(chosen.map(({ user }) => user));
+    const others = this.users.filter(({ user }) => !ids.has(user)).map((point) => this._point(point, place(point)));
+    const label = `Personas of ${this.users.length} users as points of a plane`;
+    const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label }, ...others);
+    for (const { id, user, trail } of chosen.filter(({ trail }) => trail.length)) {
       const points = trail.map(place);
-      picture.append(svg("polyline", { class: id, points: points.map((point) => point.join(",")).join(" ") }));
-      for (const [cx, cy] of points) picture.append(svg("circle", { class: `trail ${id}`, cx, cy, r: 2.5, "aria-hidden": "true" }));
-    }
-    for (const point of this.users) picture.append(this._point(point, place(point), chosen));
-    for (const { id, user } of chosen) {
-      const point = this.users.find((other) => other.user === user);
-      if (!point) continue;
-      const [x, y] = place(point);
-      const anchor = x > WIDTH / 2 ? "end" : "start";
-      picture.append(svg("text", { class: id, x: x + (anchor === "end" ? -12 : 12), y: y + 4, "text-anchor": anchor }, user));
+      const end = points.at(-1);
+      picture.append(
+        svg("polyline", { class: id, points: points.map((point) => point.join(",")).join(" ") }),
+        ...points.map(([cx, cy]) => svg("circle", { class: `trail ${id}`, cx, cy, r: 2.5 })),
+        this._point({ user, items: trail.at(-1).items }, end, id),
+        nameOf(user, end, id),
+      );
     }
     this.place.replaceChildren(picture);
   }
 
-  _point({ user, items }, [cx, cy], chosen) {
-    const id = chosen.find((other) => other.user === user)?.id ?? "";
-    const label = `${user}, ${items} ${items === 1 ? "item" : "items"}`;
-    const circle = svg("circle", { class: id, cx, cy, r: id ? 8 : 5, tabindex: 0, role: "button", "aria-label": label });
-    circle.append(svg("title", {}, label));
+  _point({ user, items }, [cx, cy], id = "") {
+    const circle = svg("circle", { class: id, cx, cy, r: id ? 8 : 5 });
+    circle.append(svg("title", {}, `${user}, ${items} ${items === 1 ? "item" : "items"}`));
     circle.addEventListener("click", () => this.onChoose(user));
-    circle.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" && event.key !== " ") return;
-      event.preventDefault();
-      this.onChoose(user);
-    });
     return circle;
   }
+}
+
+function nameOf(user, [x, y], id) {
+  const isRight = x > WIDTH / 2;
+  return svg("text", { class: id, x: x + (isRight ? -12 : 12), y: y + 4, "text-anchor": isRight ? "end" : "start" }, user);
 }
 
 /** Return a function from points to pixels, with the same scale in both directions. */

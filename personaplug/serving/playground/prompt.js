@@ -1,52 +1,58 @@
-// The prompt: a query in the wording of the task, or any text.
+// The prompt: a question in the wording of the task, or any text.
 
 import { el, field } from "./dom.js";
 
 const VARYING = "{…}";
 
-/** The part of the page where people write the prompt of a task. */
+/** The part of the page where people write a question. */
 export class Prompt {
   constructor(place, task) {
+    this.place = place;
     this.task = task;
     this.template = task.kind === "chat" ? "" : task.wordings.find((text) => text.trim() !== "{query}") ?? "";
     this.canUseWording = this.template !== "" && !task.query_pattern;
-    this.text = el("textarea", { id: "prompt-text", rows: 3, required: true });
+    this.text = el("textarea", { id: "prompt-text", rows: 2, required: true });
     this.varying = el("input", { id: "prompt-varying" });
     this.free = el("input", { id: "prompt-free", type: "checkbox", checked: !this.canUseWording });
-    this.free.addEventListener("change", () => this.draw(place));
-    this.draw(place);
+    this.free.addEventListener("change", () => {
+      this._draw();
+      this.free.focus();
+    });
+    this._draw();
   }
 
-  draw(place) {
-    const isWorded = this.isWorded;
-    const label = isWorded ? "Question, in the wording of the plug's task" : "Prompt";
-    place.replaceChildren(
-      ...field(label, this.text),
-      isWorded ? el("p", { className: "hint wording", textContent: `The model reads: ${this.template}` }) : "",
-      ...(isWorded && this.template.includes(VARYING) ? field("The text that varies ({…})", this.varying) : []),
-      this.canUseWording
-        ? el("label", { className: "check", htmlFor: "prompt-free" }, this.free, " Ask something else, in my own words")
-        : "",
-    );
+  /** Return what the columns ask, `{ text, hasLabels }`, or null without a question. */
+  get question() {
+    const query = this.text.value.trim();
+    if (!query) return null;
+    const text = this._isWorded ? this.template.replace(VARYING, () => this.varying.value).replace("{query}", () => query) : query;
+    const hasLabels = this.task.labels.length > 0 && (this._isWorded || !this.canUseWording);
+    return { text, query, hasLabels };
   }
 
-  get isWorded() {
+  /** Write a question of the task, in the task's wording. */
+  write(query) {
+    this.text.value = query;
+    if (this.canUseWording && this.free.checked) {
+      this.free.checked = false;
+      this._draw();
+    }
+  }
+
+  get _isWorded() {
     return this.canUseWording && !this.free.checked;
   }
 
-  /** The text for the model. */
-  get value() {
-    const query = this.text.value.trim();
-    return this.isWorded ? this.template.replace(VARYING, () => this.varying.value).replace("{query}", () => query) : query;
-  }
-
-  /** Whether the answer is one of the task's labels. */
-  get hasLabels() {
-    return this.task.labels.length > 0 && (this.isWorded || !this.canUseWording);
-  }
-
-  set query(text) {
-    this.text.value = text;
+  _draw() {
+    const reads = this.template.replace("{query}", "[the question]").replace(VARYING, "[the varying text]");
+    this.place.replaceChildren(
+      ...field("Question", this.text),
+      this._isWorded ? el("p", { className: "hint wording", textContent: `The model reads: ${reads}` }) : "",
+      ...(this._isWorded && this.template.includes(VARYING) ? field("Varying text", this.varying) : []),
+      this.canUseWording
+        ? el("label", { className: "check", htmlFor: "prompt-free" }, this.free, " Send only my text. A text outside the plug's task gets no persona.")
+        : "",
+    );
   }
 }
 

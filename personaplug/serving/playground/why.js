@@ -1,67 +1,74 @@
 // Why: the weights of a user's items, and how much likelier each item makes the answer.
 
 import { call, userPath } from "./api.js";
-import { bar, busy, el, signedBar } from "./dom.js";
+import { bar, busy, el, problemLine, signedBar } from "./dom.js";
+import { describeItem } from "./items.js";
 
 const MOST = 10;
 
 /** A button that explains the last answer. */
 export class Why {
-  constructor({ describe, question }) {
-    this.describe = describe;
+  /** `getAsked` returns the user, the prompt and the answer to explain. */
+  constructor(getAsked) {
     this.place = el("div");
-    this.problem = el("p", { className: "problem", role: "alert" });
+    this.problem = problemLine();
     this.button = el("button", { type: "button", textContent: "Why this answer?" });
-    this.button.addEventListener("click", () => busy(this.button, this.problem, () => this._explain(question())));
+    this.button.addEventListener("click", () => busy(this.button, this.problem, () => this._explain(getAsked())));
     this.elements = [this.problem, this.place];
     this.clear();
   }
 
   clear() {
+    this.asked = null;
     this.place.replaceChildren();
     this.problem.textContent = "";
     this.button.hidden = true;
   }
 
-  /** Offer an explanation if a persona of the user's own items wrote the answer. */
+  /** Offer an explanation if the user's own items made the persona. */
   offer(isPersonal) {
     this.button.hidden = !isPersonal;
   }
 
-  async _explain({ user, prompt, answer }) {
+  async _explain(asked) {
+    this.asked = asked;
+    const { user, prompt, answer } = asked;
     const found = await call("POST", userPath(user, "explain"), { prompt, answer, most: MOST });
+    if (this.asked !== asked) return; // another answer stands here now
     const { with_persona: own, with_population: common } = found.log_likelihood;
     const largest = Math.max(...found.items.map((item) => Math.abs(item.effect)), 1e-12);
     const heaviest = Math.max(...found.items.map((item) => item.weight), 1e-12);
     this.place.replaceChildren(
-      el("p", { className: "hint", textContent: comparison(own - common, found.items_used) }),
-      el("h3", { textContent: `The ${found.items.length} items with the largest effect` }),
-      el("ol", { className: "effects" }, ...found.items.map((item) => this._row(item, { largest, heaviest }))),
+      el("p", { textContent: comparison(own - common, found.items_used) }),
+      el("h3", { textContent: "Items with the largest effect" }),
+      el("ol", { className: "effects", tabIndex: 0 }, ...found.items.map((item) => row(item, { largest, heaviest }))),
       el("p", {
         className: "hint",
         textContent:
-          "Weight: the item's share of the persona. Effect: how much the item adds to the log-likelihood of this answer. Items with a negative effect speak against the answer.",
+          "Weight: the item's share of the persona; all weights add up to at most 1. Effect: with the item, the answer is so many times as likely as without it. Below 1, the item speaks against the answer.",
       }),
-    );
-  }
-
-  _row(item, { largest, heaviest }) {
-    const sign = item.effect < 0 ? "−" : "+";
-    return el(
-      "li",
-      {},
-      el("p", { textContent: this.describe(item) }),
-      el("p", { className: "hint", textContent: `weight ${item.weight.toFixed(2)}` }),
-      bar(item.weight / heaviest),
-      el("p", { className: "hint", textContent: `effect ${sign}${Math.abs(item.effect).toFixed(2)}` }),
-      signedBar(item.effect / largest),
     );
   }
 }
 
+function row(item, { largest, heaviest }) {
+  return el(
+    "li",
+    {},
+    el("p", { textContent: describeItem(item) }),
+    el("p", { className: "hint", textContent: `weight ${item.weight.toFixed(2)}` }),
+    bar(item.weight / heaviest),
+    el("p", { className: "hint", textContent: `effect × ${times(item.effect)}` }),
+    signedBar(item.effect / largest),
+  );
+}
+
+function times(logarithm) {
+  const factor = Math.exp(logarithm);
+  return factor < 100 ? factor.toFixed(2) : factor < 1e6 ? Math.round(factor).toLocaleString("en") : "over a million";
+}
+
 function comparison(gain, items) {
-  const factor = Math.exp(Math.abs(gain));
-  const times = factor < 10 ? factor.toFixed(1) : factor < 1e6 ? Math.round(factor).toLocaleString("en") : "over a million";
   const direction = gain >= 0 ? "likelier" : "less likely";
-  return `With the ${items} items of this user, the answer is ${times} times ${direction} than with the persona common to all users.`;
+  return `With this user's ${items} items, the answer is ${times(Math.abs(gain))} times ${direction} than with the persona common to all users.`;
 }

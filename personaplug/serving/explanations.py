@@ -33,19 +33,38 @@ class Explainer:
         self.personas = self.served.personas
         self.personalizer, self.plug = self.personas.personalizer, self.personas.plug
 
-    async def explain(self, tenant: str, user: str, *, prompt: Prompt, answer: str | None, most: int) -> dict[str, Any]:
+    async def explain(
+        self,
+        tenant: str,
+        user: str,
+        *,
+        prompt: Prompt,
+        answer: str | None,
+        most: int,
+        persona_scale: float | None = None,
+    ) -> dict[str, Any]:
         """Return the item weights of a user's persona for a prompt, and the items' effects on an answer, if given.
 
-        List the `most` items with the largest effects or, without an answer, the largest weights.
+        List the `most` items with the largest effects or, without an answer, the largest weights. The effects depend on
+        `persona_scale`; None = the service's scale.
         """
         check_json([last_message(prompt), answer])
         self.service.engine.check_length(characters(prompt))  # before a regular expression reads it
         served, query = await self.service.find_task(tenant, last_message(prompt), can_ask=_can_ask(prompt))
         explainer = Explainer(self.service, served)
-        return await explainer._explain(tenant, user, prompt=prompt, query=query, answer=answer, most=most)
+        measure = partial(explainer._explain, tenant, user, prompt=prompt, query=query)
+        return await measure(answer=answer, most=most, persona_scale=persona_scale)
 
     async def _explain(
-        self, tenant: str, user: str, *, prompt: Prompt, query: TaskQuery, answer: str | None, most: int
+        self,
+        tenant: str,
+        user: str,
+        *,
+        prompt: Prompt,
+        query: TaskQuery,
+        answer: str | None,
+        most: int,
+        persona_scale: float | None,
     ) -> dict[str, Any]:
         labels = self.served.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
@@ -61,7 +80,7 @@ class Explainer:
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         columns, ranking = {"weight": weights.astype(np.float64)}, -weights
         if answer is not None:
-            work = partial(self._leave_one_out_softs, query, history)
+            work = partial(self._leave_one_out_softs, query, history, persona_scale=persona_scale)
             make_softs = partial(self.service.slow.run_weighted, tenant, user, work, cost=len(history))
             measure = partial(self.service.engine.log_likelihoods, prompt, answer, choices=choices)
             likelihoods, effects = await _effects(measure, make_softs)
@@ -99,14 +118,16 @@ class Explainer:
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
 
-    def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
+    def _leave_one_out_softs(
+        self, query: TaskQuery, history: EncodedHistory, *, persona_scale: float | None
+    ) -> list[SoftPrompt]:
         """Return the personas of the whole history, of an empty history, and of the history without each item."""
         histories = [history, history.select(slice(0)), *leave_one_out(history)]
-        return [self._soft(query, part) for part in histories]
+        return [self._soft(query, part, persona_scale=persona_scale) for part in histories]
 
-    def _soft(self, query: TaskQuery, history: EncodedHistory) -> SoftPrompt:
+    def _soft(self, query: TaskQuery, history: EncodedHistory, *, persona_scale: float | None = None) -> SoftPrompt:
         with self.personas.plug_lock:
-            return self.personalizer.persona(query.text, history, options=query.options)
+            return self.personalizer.persona(query.text, history, options=query.options, persona_scale=persona_scale)
 
     def _drift(self, tenant: str, user: str, *, since: date, until: date) -> Drift:
         items, history = self._snapshot(tenant, user, latest=None)

@@ -5,7 +5,7 @@ The plane shows the two directions in which the personas differ most (a principa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from personaplug.serving.service import Service
 from personaplug.store.user_list import list_users
 
 _TRAIL_POINTS = 12
-_SMALLEST_SPREAD = 1e-9  # personas that differ less are equal up to rounding
+_SMALLEST_SPREAD = 1e-5  # users whose features differ less, relative to their size, are equal up to rounding
 
 Features = npt.NDArray[np.float64]
 
@@ -47,14 +47,15 @@ class Plane:
         mean = np.concatenate([group.mean(axis=0) for group in groups])
         scale = np.concatenate([np.full(group.shape[1], _scale(group)) for group in groups])
         centered = (np.concatenate(groups, axis=1) - mean) * scale
-        _, spreads, directions = np.linalg.svd(centered, full_matrices=False)
-        axes, variances = np.zeros((2, len(mean))), np.zeros(2)
-        count = min(2, len(spreads))
-        axes[:count], variances[:count] = directions[:count], spreads[:count] ** 2
-        largest = np.abs(axes).argmax(axis=1)
-        signs = np.where(axes[np.arange(2), largest] < 0, -1.0, 1.0)  # so that equal personas give equal maps
-        explained = variances / max(float((spreads**2).sum()), _SMALLEST_SPREAD)
-        return cls(mean, (axes * signs[:, None] * scale).T, explained)
+        # The eigenvectors of an (N, N) matrix take less memory and time than a decomposition of (N, F) features.
+        variances, vectors = np.linalg.eigh(centered @ centered.T)
+        axes, explained = np.zeros((2, len(mean))), np.zeros(2)
+        for place, index in enumerate(np.argsort(-variances)[:2]):
+            if variances[index] > 1e-9 * max(variances.sum(), _SMALLEST_SPREAD):
+                axis = vectors[:, index] @ centered / np.sqrt(variances[index])
+                axes[place] = axis * np.sign(axis[np.abs(axis).argmax()])  # so that equal personas give equal maps
+                explained[place] = variances[index] / variances.sum()
+        return cls(mean, (axes * scale).T, explained)
 
     def project(self, *groups: Features) -> Features:
         """Return the points of users, (N, 2)."""
@@ -65,7 +66,8 @@ class Plane:
 def _scale(group: Features) -> float:
     """Return 1 / the root mean square distance of the users from their mean; 0 if all users are equal."""
     spread = float(np.sqrt(((group - group.mean(axis=0)) ** 2).sum(axis=1).mean()))
-    return 1 / spread if spread > _SMALLEST_SPREAD else 0.0
+    size = float(np.sqrt((group**2).sum(axis=1).mean()))
+    return 1 / spread if spread > _SMALLEST_SPREAD * size else 0.0
 
 
 class PersonaMap:
@@ -79,16 +81,18 @@ class PersonaMap:
 
         Users without items have no path.
         """
-        work = partial(self._describe, tenant, limit=limit, trails_of=trails_of)
-        return await self.service.slow.run_weighted(tenant, "", work, cost=limit)
-
-    def _describe(self, tenant: str, *, limit: int, trails_of: Sequence[str]) -> dict[str, Any]:
-        users = list_users(self.store, tenant=tenant, limit=limit + 1)
+        run = self.service.slow
+        users = await run.run(tenant, "", partial(list_users, self.store, tenant=tenant, limit=limit + 1))
         shown = [user.user for user in users[:limit]]
         if not shown:
             return {"users": [], "trails": {}, "explained": [0.0, 0.0], "more": False}
-        histories = [self._history(tenant, user) for user in shown]
-        groups = self._features(histories)
+        work = partial(self._describe, tenant, shown, trails_of=trails_of)
+        cost = len(shown) + _TRAIL_POINTS * len(trails_of)
+        return {**await run.run_weighted(tenant, "", work, cost=cost), "more": len(users) > limit}
+
+    def _describe(self, tenant: str, shown: Sequence[str], *, trails_of: Sequence[str]) -> dict[str, Any]:
+        counts = [self.store.count(tenant, user) for user in shown]
+        groups = self._features(self._history(tenant, user) for user in shown)
         plane = Plane.fit(*groups)
         points = plane.project(*groups).tolist()
         trails = {
@@ -96,13 +100,12 @@ class PersonaMap:
         }
         return {
             "users": [
-                {"user": user, "items": len(history), "x": x, "y": y}
-                for user, history, (x, y) in zip(shown, histories, points, strict=True)
+                {"user": user, "items": count, "x": x, "y": y}
+                for user, count, (x, y) in zip(shown, counts, points, strict=True)
                 if self.store.version(tenant, user)  # leave out users who were erased meanwhile
             ],
             "trails": {user: trail for user, trail in trails.items() if self.store.version(tenant, user)},
             "explained": plane.explained.tolist(),
-            "more": len(users) > limit,
         }
 
     def _trail(self, tenant: str, user: str, *, plane: Plane) -> list[dict[str, float]]:
@@ -116,15 +119,17 @@ class PersonaMap:
         history = self.store.load_history(tenant, user, latest=self.personas.plug.config.max_history)
         return history.select(self.personas.plug.known_items(history.kind_ids))
 
-    def _features(self, histories: Sequence[EncodedHistory]) -> tuple[Features, Features]:
+    def _features(self, histories: Iterable[EncodedHistory]) -> tuple[Features, Features]:
         """Return what a persona adds to the model's input: soft tokens, (N, S · D), and label biases, (N, C)."""
-        softs = []
+        vectors, biases = [], []
         for history in histories:
             with self.personas.plug_lock:
-                softs.append(self.personas.personalizer.persona("", history))
-        biases = [soft.vectors.new_zeros(0) if soft.label_bias is None else soft.label_bias for soft in softs]
-        return _rows([soft.vectors for soft in softs]), _rows(biases)
+                soft = self.personas.personalizer.persona("", history)
+            vectors.append(_row(soft.vectors))
+            biases.append(np.zeros(0) if soft.label_bias is None else _row(soft.label_bias))
+        return np.stack(vectors), np.stack(biases)
 
 
-def _rows(tensors: Sequence[Tensor]) -> Features:
-    return np.stack([tensor.double().flatten().cpu().numpy() for tensor in tensors])
+def _row(tensor: Tensor) -> Features:
+    row: Features = tensor.double().flatten().cpu().numpy()
+    return row

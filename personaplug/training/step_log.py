@@ -43,10 +43,10 @@ class StepLog:
         self._file: TextIO | None = None
         self._trackers: Trackers | None = None
         if is_main():
+            self._trackers = Trackers(report_to, folder=folder, owner=owner, config=config or {}, after=after)
             with storage_errors(self._path):
                 _drop_lines_after(after, self._path)
                 self._file = self._path.open("a", encoding="utf-8")
-            self._trackers = Trackers(report_to, folder=folder, owner=owner, config=config or {}, after=after)
 
     def __enter__(self) -> StepLog:
         return self

@@ -183,13 +183,14 @@ class _Trainer:
             )
         if self.state.step:
             logger.info("%s: resuming after step %d of %d", self.title, self.state.step, self.total_steps)
-        with self._timed(), synchronized():
-            self.objective.prepare(self.samples)
-        with log, Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
-            while self.state.step < self.total_steps:
-                self._train_step(log, progress)
-                on_step()
-                self._validate_and_save(log, progress)
+        with log:
+            with self._timed(), synchronized():
+                self.objective.prepare(self.samples)
+            with Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
+                while self.state.step < self.total_steps:
+                    self._train_step(log, progress)
+                    on_step()
+                    self._validate_and_save(log, progress)
         with synchronized():
             load_best(self.folder, self.state.best_step, module=self.module)
         self.module.eval()

@@ -273,16 +273,21 @@ def test_explain_lists_items_with_weights_and_effects(service: Service, url: str
     assert len(explanation["items"]) == 2
     top = explanation["items"][0]
 
-    def likelihood(rest: list[dict[str, Any]]) -> float:
+    def likelihood(rest: list[dict[str, Any]], scale: float = 1) -> float:
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
         personalizer = service.personas.personalizer
-        soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
+        encoded = personalizer.encode(history, encoder=ENCODER)
+        soft = personalizer.persona("a film about tea", encoded, persona_scale=scale)
         return -float(toy.loss(PromptBatch([PROMPT], soft), ["4"], labels=LABELS)[0])
 
     assert explanation["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
     assert explanation["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
     without = likelihood([item for item in items if item["id"] != top["id"]])
     assert top["effect"] == pytest.approx(likelihood(items) - without, abs=2e-3)
+    twice = httpx.post(endpoint, json={"prompt": PROMPT, "answer": "4", "persona_scale": 2}).json()["log_likelihood"]
+    assert twice["with_persona"] == pytest.approx(likelihood(items, scale=2), abs=1e-3)
+    assert abs(twice["with_persona"] - explanation["log_likelihood"]["with_persona"]) > 0.01
+    assert httpx.post(endpoint, json={"prompt": PROMPT, "persona_scale": 0}).status_code == 422
     assert httpx.post(f"{url}/v1/users/nobody/explain", json={"prompt": PROMPT}).status_code == 404
 
 

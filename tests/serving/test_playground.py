@@ -137,6 +137,11 @@ def test_groups_of_a_plane_count_alike_whatever_their_units() -> None:
     assert scaled == pytest.approx(points)
 
 
+def test_rounding_is_no_difference_between_users() -> None:
+    features = 30 + 1e-7 * np.random.default_rng(2).normal(size=(20, 6))
+    assert np.abs(Plane.fit(features).project(features)).max() == 0
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_plane_of_equal_users_is_one_point(count: int) -> None:
     features = np.ones((count, 4))

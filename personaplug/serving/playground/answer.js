@@ -48,7 +48,7 @@ export class Answer {
       this.requestId = reply.headers.get("X-Request-Id") ?? "";
       return true;
     } catch (error) {
-      if (error.name === "AbortError") return false;
+      if (signal.aborted) return false;
       this.answer = this.summary = "";
       this.text.className = "answer problem";
       this.text.textContent = error.message;
@@ -66,7 +66,9 @@ export class Answer {
   }
 
   _add(event) {
-    const piece = event.choices?.[0]?.delta?.content;
+    const choice = event.choices?.[0];
+    const piece = choice?.delta?.content;
+    if (choice?.finish_reason === "length") this.persona.textContent += ` The answer ends after ${MAX_TOKENS} tokens.`;
     if (piece) this.summary = this.text.textContent = this.answer += piece;
     const probabilities = event.personaplug?.probabilities;
     if (!probabilities) return;

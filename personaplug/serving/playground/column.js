@@ -29,7 +29,12 @@ export class UserColumn {
       getAnswer: () => ({ user: this.asked.user, text: this.answer.answer, requestId: this.answer.requestId }),
       onChange: onChanged,
     });
-    this.why = new Why(() => ({ user: this.asked.user, prompt: this.asked.question.text, answer: this.answer.answer }));
+    this.why = new Why(() => ({
+      user: this.asked.user,
+      prompt: this.asked.question.text,
+      answer: this.answer.answer,
+      persona_scale: this.asked.settings.strength,
+    }));
     this.erasure = new Erasure({ getUser, onErased: onChanged });
     this.element = el("section", { className: `column ${id}`, ariaLabel: title }, ...this._contents(id));
   }
@@ -53,7 +58,7 @@ export class UserColumn {
 
   /** Show another user, and answer the last question. */
   async choose(user) {
-    this.user = this.input.value = user.trim();
+    this.user = this.input.value = user;
     this.asked = null;
     for (const part of [this.answer, this.feedback, this.why, this.history, this.preferences, this.erasure]) part.clear();
     const question = this.getQuestion();
@@ -76,9 +81,9 @@ export class UserColumn {
     this.why.clear();
     this.feedback.clear();
     if (!this.user) return;
-    const asked = { user: this.user, question };
+    const asked = { user: this.user, question, settings: this.getSettings() };
     this.asked = asked;
-    const isComplete = await this.answer.ask(question, { user: this.user, showBefore, ...this.getSettings() });
+    const isComplete = await this.answer.ask(question, { user: this.user, showBefore, ...asked.settings });
     if (!isComplete || this.asked !== asked) return;
     const { answer, requestId, isPersonal, isOffTask } = this.answer;
     this.why.offer(isPersonal && answer !== "");

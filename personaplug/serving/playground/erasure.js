@@ -34,19 +34,20 @@ export class Erasure {
   }
 
   async _erase() {
+    const user = this.user;
     this.dialog.close();
     this.clear();
-    const receipt = await call("DELETE", userPath(this.user));
-    this._show(receipt); // first, because it cannot be fetched again
-    await this.onErased(this.user);
+    const receipt = await call("DELETE", userPath(user));
+    this._show(user, receipt); // first, because it cannot be fetched again
+    await this.onErased(user);
   }
 
-  _show(receipt) {
+  _show(user, receipt) {
     const text = JSON.stringify(receipt, null, 2);
     const link = el("a", { textContent: "Save the receipt", download: "erasure-receipt.json" });
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
     this.receipt.replaceChildren(
-      el("h3", { textContent: `The user ${this.user} is erased. The receipt:` }),
+      el("h3", { textContent: `The user ${user} is erased. The receipt:` }),
       el("pre", { tabIndex: 0, textContent: text }),
       link,
       el("p", { className: "hint", textContent: "The receipt names the user by a hash only. personaplug verify-receipt checks it." }),

@@ -14,13 +14,17 @@ export class History {
     this.getUser = getUser;
     this.onChange = onChange;
     this.items = [];
+    this.reads = 0;
     this.problem = problemLine();
     this.list = el("ul", { className: "items", tabIndex: 0, ariaLabel: "Items" });
     this.note = el("p", { className: "hint", role: "status" });
     this.summary = el("summary");
     const onSubmit = (item, button, reset) => busy(button, this.problem, () => this._add([item]).then(reset));
-    const form = itemForm(tasks[0], { id: `${id}-field`, onSubmit });
-    this.details = el("details", {}, this.summary, form, this._importField(id), this.note, this.list);
+    const forms = tasks.flatMap((task, index) => [
+      tasks.length > 1 ? el("h3", { textContent: `Task ${task.name}` }) : "",
+      itemForm(task, { id: `${id}-field-${index}`, onSubmit }),
+    ]);
+    this.details = el("details", {}, this.summary, ...forms, this._importField(id), this.note, this.list);
     this.elements = [this.problem, this.details];
     this.clear();
   }
@@ -36,6 +40,7 @@ export class History {
   /** Read the history again. */
   async refresh() {
     const user = this.getUser();
+    const turn = ++this.reads;
     let history = { count: 0, items: [] };
     let problem = null;
     try {
@@ -43,11 +48,11 @@ export class History {
     } catch (error) {
       if (error.status !== 404) problem = error;
     }
-    if (user !== this.getUser()) return;
+    if (turn !== this.reads) return; // a later reading, perhaps of another user, shows its result
     this.hasFailed = problem !== null;
     if (problem) {
-      this.clear();
-      this.hasFailed = true;
+      this.items = [];
+      this.list.replaceChildren();
       this.problem.textContent = `The history cannot be read. ${problem.message}`;
       return;
     }

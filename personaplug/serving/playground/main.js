@@ -38,6 +38,7 @@ async function build(model, tasks) {
   byId("model").textContent = `Model: ${model}. Task: ${tasks.map((task) => task.name).join(", ")}.`;
   let prompt = new Prompt(byId("prompt"), tasks[0]);
   let question = null; // the last one that was asked
+  let examples = []; // questions that the page offers
   let next = 0; // the column that a click on the map fills
   const task = byId("task");
   task.replaceChildren(...tasks.map((each, index) => el("option", { value: index, textContent: each.name })));
@@ -82,17 +83,20 @@ async function build(model, tasks) {
   async function refresh(user) {
     await Promise.all(columns.filter((column) => column.user === user).map((column) => column.changed()));
     await refreshUsers();
+    await drawExamples(); // an erased user's questions must go
   }
 
   /** Offer questions of other users as examples, because the chosen users' histories hold the answers to their own. */
   async function drawExamples() {
     const others = map.others(columns.map(({ user }) => user), EXAMPLES);
     const read = async (user) => (await call("GET", `${userPath(user, "history")}?latest=${RECENT}`)).items;
-    const histories = await Promise.all(others.map(read));
+    const histories = await Promise.all(others.map((user) => read(user).catch(() => []))); // examples are no necessity
     const latest = [...histories, ...columns.map(({ history }) => history.items)].map(latestQuestion);
     const questions = [...new Set(latest.filter(Boolean))].slice(0, EXAMPLES);
+    const isGone = examples.includes(prompt.text.value) && !questions.includes(prompt.text.value);
+    examples = questions;
     byId("examples").replaceChildren(...questions.map(exampleButton));
-    if (!prompt.text.value && questions.length) prompt.write(questions[0]);
+    if (!prompt.text.value || isGone) prompt.write(questions[0] ?? "");
   }
 
   function latestQuestion(items) {

@@ -1,12 +1,13 @@
 // The map: each user's persona as a point, and the path of the chosen users' personas over time.
 
-import { call } from "./api.js";
-import { svg } from "./dom.js";
+import { send } from "./api.js";
+import { el, svg } from "./dom.js";
 
 const WIDTH = 800;
 const HEIGHT = 420;
 const MARGIN = 40;
 const MOST = 200;
+const NEAREST = 3;
 
 export class PersonaMap {
   constructor({ section, hint, place, onChoose }) {
@@ -15,22 +16,26 @@ export class PersonaMap {
     this.place = place;
     this.onChoose = onChoose;
     this.users = [];
-    this.drawn = 0;
+    this.running = null;
   }
 
   /** Read the map with the paths of the users `chosen`, an object from a column's id to a user. */
   async refresh(chosen) {
-    const turn = ++this.drawn;
+    this.running?.abort();
+    this.running = new AbortController();
+    const { signal } = this.running;
     const entries = Object.entries(chosen).filter(([, user]) => user);
     let found;
     try {
       const paths = entries.map(([, user]) => `&trail=${encodeURIComponent(user)}`);
-      found = await call("GET", `v1/personas?limit=${MOST}${paths.join("")}`);
-    } catch {
-      this.section.hidden = true; // a key of one user may not see the others
+      found = await (await send("GET", `v1/personas?limit=${MOST}${paths.join("")}`, undefined, signal)).json();
+    } catch (error) {
+      if (signal.aborted) return;
+      this.section.hidden = error.status === 403; // a key of one user may not see the others
+      this.hint.textContent = `The map cannot be read. ${error.message}`;
       return;
     }
-    if (turn !== this.drawn) return;
+    if (signal.aborted) return;
     const { users, trails, explained, more } = found;
     this.users = users;
     this.section.hidden = users.length < 2;
@@ -77,7 +82,18 @@ export class PersonaMap {
         nameOf(user, end, id),
       );
     }
-    this.place.replaceChildren(picture);
+    const lines = chosen.filter(({ trail }) => trail.length).map(({ user }) => this._nearest(user));
+    this.place.replaceChildren(picture, ...lines.filter(Boolean));
+  }
+
+  /** Say in words who is near a user on the map. */
+  _nearest(user) {
+    const point = this.users.find((other) => other.user === user);
+    if (!point) return null;
+    const distance = ({ x, y }) => (x - point.x) ** 2 + (y - point.y) ** 2;
+    const others = this.users.filter((other) => other.user !== user).sort((a, b) => distance(a) - distance(b));
+    const names = others.slice(0, NEAREST).map((other) => other.user);
+    return el("p", { className: "hint", textContent: `Nearest to ${user}: ${names.join(", ")}.` });
   }
 
   _point({ user, items }, [cx, cy], id = "") {

@@ -8,7 +8,7 @@ const MOST = 10;
 
 /** A button that explains the last answer. */
 export class Why {
-  /** `getAsked` returns the user, the prompt and the answer to explain. */
+  /** `getAsked` returns the user, and the prompt, the answer and the persona scale to explain. */
   constructor(getAsked) {
     this.place = el("div");
     this.problem = problemLine();
@@ -32,8 +32,8 @@ export class Why {
 
   async _explain(asked) {
     this.asked = asked;
-    const { user, prompt, answer } = asked;
-    const found = await call("POST", userPath(user, "explain"), { prompt, answer, most: MOST });
+    const { user, ...question } = asked;
+    const found = await call("POST", userPath(user, "explain"), { ...question, most: MOST });
     if (this.asked !== asked) return; // another answer stands here now
     const { with_persona: own, with_population: common } = found.log_likelihood;
     const largest = Math.max(...found.items.map((item) => Math.abs(item.effect)), 1e-12);

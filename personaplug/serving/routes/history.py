@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.records import Chat, Prompt
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
@@ -85,6 +86,9 @@ class ExplainPost(BaseModel):
     prompt: Text | None = Field(None, min_length=1, description="The prompt, if it is a single message.")
     messages: Messages | None = Field(None, description="The conversation up to the user's last message.")
     answer: Text | None = Field(None, min_length=1, description="The answer whose log-likelihood to explain.")
+    persona_scale: float | None = Field(
+        None, gt=0, le=MAX_PERSONA_SCALE, description="Strength of the persona to explain; the server's by default."
+    )
     most: int = Field(20, ge=1, le=512, description="Maximum number of items to list.")
 
     @model_validator(mode="after")
@@ -147,7 +151,9 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 @router.post("/explain", summary="List item weights and effects on an answer")
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
-    explanation = await explainer.explain(tenant, user, prompt=post.asked, answer=post.answer, most=post.most)
+    explanation = await explainer.explain(
+        tenant, user, prompt=post.asked, answer=post.answer, most=post.most, persona_scale=post.persona_scale
+    )
     pages = json_pages(explanation, explanation.pop("items"))
     return await stream_json(parts.service, tenant, user, pages=pages)
 

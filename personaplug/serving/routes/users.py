@@ -15,7 +15,7 @@ from personaplug.store.user_list import list_users
 router = APIRouter(prefix="/v1")
 
 _MAX_LISTED = 10_000
-_MAX_ON_MAP = 1000
+_MAX_ON_MAP = 200
 _MAX_TRAILS = 10
 _LISTED = ("user", "items", "preferences", "last")
 
@@ -27,11 +27,8 @@ async def users(
     """If the tenant has more than `limit` users, `more` is true."""
     service = parts.service
     stored = await service.slow.run(tenant, "", lambda: list_users(service.store, tenant=tenant, limit=limit + 1))
-    rows = [user.to_dict() for user in stored[:limit]]
-    return {
-        "users": [{k: row[k] for k in ("user", "items", "preferences", "last")} for row in rows],
-        "more": len(stored) > limit,
-    }
+    rows = [{name: user.to_dict()[name] for name in _LISTED} for user in stored[:limit]]
+    return {"users": rows, "more": len(stored) > limit}
 
 
 @router.get("/personas", summary="Show the personas of the tenant's users as points of a plane")

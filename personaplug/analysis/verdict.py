@@ -21,6 +21,8 @@ OWN: Final = "own history"
 STRANGER: Final = "a stranger's history"
 NO_HISTORY: Final = "no history"
 RIVAL: Final = "best rival at no cost"
+COSTLY_RIVAL: Final = "best rival at any cost"
+_NO_RIVALS = ("none", "plug")  # families whose rows do not personalize, or are plugs
 
 
 def verdict(results: ResultPart) -> list[Answer]:
@@ -39,19 +41,22 @@ def verdict(results: ResultPart) -> list[Answer]:
 
 
 def rows_of_verdict(results: ResultPart) -> dict[str, ResultRow]:
-    """Return the rows that the verdict compares, by their roles `OWN`, `STRANGER`, `NO_HISTORY`, `RIVAL`.
+    """Return the rows that the verdict compares, and the best rival at any cost if it costs more, by their roles.
 
-    Rows that the results lack are left out; without a main row, all.
+    Rows that the results lack are left out; without a main row, all. Other plugs are no rivals.
     """
     main = main_row([row.method for row in results.rows])
     if main is None:
         return {}
     judge = _Judge(results, main)
+    rivals = [row for row in ranked_rows(results, judge.metric) if row.method.family not in _NO_RIVALS]
+    free = next(iter(judge.best_free_rivals), None)
     rows = {
         OWN: results.by_name[main.name],
         STRANGER: judge.control,
         NO_HISTORY: results.by_name.get(_INSTRUCTION),
-        RIVAL: judge.best_free_rivals[0] if judge.best_free_rivals else None,
+        RIVAL: free,
+        COSTLY_RIVAL: next((row for row in rivals[:1] if row is not free), None),
     }
     return {role: row for role, row in rows.items() if row is not None}
 

@@ -193,7 +193,8 @@ def test_figures_are_written_beside_the_pages(tmp_path: Path) -> None:
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8"))
     names = [picture.rpartition("-")[2] for picture in pictures]
-    assert sorted(names) == ["figures/gains.png", "scores.png", "scores.png", "subgroups.png", *["verdict.png"] * 2]
+    of_sets = [*["scores.png"] * 2, "subgroups.png", *["verdict.png"] * 2]
+    assert sorted(names) == ["advantages.png", "figures/gains.png", *of_sets]
     assert {tmp_path / "out" / picture for picture in pictures} == set(paths[2:])
 
 

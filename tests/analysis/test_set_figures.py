@@ -12,7 +12,15 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 
-from personaplug.analysis.figures.of_set import cost_figure, cost_rows, forest_figure, forest_rows, users_figure
+from personaplug.analysis.figures.of_set import (
+    advantages,
+    advantages_figure,
+    cost_figure,
+    cost_rows,
+    forest_figure,
+    forest_rows,
+    users_figure,
+)
 from personaplug.analysis.results_file import Results
 from personaplug.analysis.user_scores import UserScores
 
@@ -63,6 +71,25 @@ def test_forest_has_the_rows_of_the_verdict_and_the_best_free_rival_by_the_metri
     ends = [pytest.approx((score - 0.1, score + 0.1)) for score in (0.6, 0.95, 0.9, 0.65)]
     assert [(ends[0][0], ends[1][0]) for ends in whiskers] == ends
     assert axes.get_xlabel() == "mae, lower is better"
+
+
+def test_advantages_are_the_paired_differences_to_the_rows_of_the_forest_and_the_best_costly_rival() -> None:
+    rows = [*WHOLE, _row("lora-per-user", 0.5)]
+    pairs = [
+        {"a": "plug", "b": name, "metric": "mae", "difference": gain, "low": gain - 0.1, "high": gain + 0.1, "p": p}
+        for name, gain, p in (("wrong-user", 0.35, 0.001), ("lora-per-user", -0.1, 0.2), ("bm25:4", 0.1, 0.04))
+    ]
+    results = typed({"task": "Stars", "split": "dev", "rows": rows, "pairs": pairs})
+    found = advantages(results, "mae")
+    assert [(role, pair.difference) for role, pair in found.items()] == [
+        ("a stranger's history", 0.35),
+        ("best rival at any cost", -0.1),
+    ]
+    [axes] = advantages_figure(results, "mae", title="Stars").axes
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [float(np.asarray(line.get_xdata())[0]) for line in points] == [0.35, -0.1]
+    assert [line.get_markerfacecolor() == line.get_markeredgecolor() for line in points] == [True, False]
+    assert advantages(_results(*WHOLE), "mae") == {}  # without comparisons
 
 
 def test_forest_leaves_out_missing_and_nan_rows_and_needs_the_main_row() -> None:

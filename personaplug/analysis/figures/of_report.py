@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from personaplug.analysis.figures.of_set import (
     COST_TITLES,
     Cost,
+    advantages,
+    advantages_figure,
     cost_figure,
     cost_rows,
     forest_figure,
@@ -134,6 +136,9 @@ def _drawn(each: ReportSet) -> Iterator[tuple[str, Picture, Figure]]:
     if forest_rows(results, metric):
         title = f"{each.name}: what the own history gives"
         yield "", _forest_picture(each, f"{stem}-verdict.png"), forest_figure(results, metric, title=title)
+    if advantages(results, metric):
+        title = f"{each.name}: advantage of the own history"
+        yield "", _advantages_picture(each, f"{stem}-advantages.png"), advantages_figure(results, metric, title=title)
     for cost in COST_TITLES:
         if cost_rows(results, metric, cost):
             picture = _cost_picture(each, cost, f"{stem}-{cost.split('_')[0]}.png")
@@ -169,6 +174,13 @@ def _forest_picture(each: ReportSet, path: str) -> Picture:
         f"{each.name}, {_directed(metric)}: {', '.join(scores)}",
         caption="Lines are 95 % intervals from a bootstrap over users.",
     )
+
+
+def _advantages_picture(each: ReportSet, path: str) -> Picture:
+    metric = each.results.leading_metric
+    gains = [f"over {role} ({pair.b}) {gain_cell(pair)}" for role, pair in advantages(each.results, metric).items()]
+    caption = "Paired differences with 95 % intervals. Right of 0, the own history is better. Hollow: p is .05 or more."
+    return Picture(path, f"{each.name}, advantage in {metric}: {', '.join(gains)}", caption=caption)
 
 
 def _cost_picture(each: ReportSet, cost: Cost, path: str) -> Picture:

@@ -22,10 +22,18 @@ from personaplug.analysis.figures.style import (
     new_figure,
 )
 from personaplug.analysis.metrics import Array, metric_class
-from personaplug.analysis.results_file import ResultRow, Results
-from personaplug.analysis.tables import number_cell, score_cell
+from personaplug.analysis.results_file import Comparison, ResultRow, Results
+from personaplug.analysis.tables import difference_cell, number_cell, score_cell
 from personaplug.analysis.user_scores import UserScores
-from personaplug.analysis.verdict import NO_HISTORY, OWN, RIVAL, STRANGER, ranked_rows, rows_of_verdict
+from personaplug.analysis.verdict import (
+    COSTLY_RIVAL,
+    NO_HISTORY,
+    OWN,
+    RIVAL,
+    STRANGER,
+    ranked_rows,
+    rows_of_verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +45,14 @@ COST_TITLES: dict[Cost, str] = {
     "extra_prompt_tokens": "extra prompt tokens",
     "bytes_per_user": "bytes kept for each user",
 }
-_ROLE_COLORS = {OWN: BLUE, STRANGER: ORANGE, NO_HISTORY: "#8c8c8c", RIVAL: "#8c6d31"}
+_ROLE_COLORS = {OWN: BLUE, STRANGER: ORANGE, NO_HISTORY: "#8c8c8c", RIVAL: "#8c6d31", COSTLY_RIVAL: "#8c6d31"}
+_ABOVE: dict[str, Any] = {  # a label above a point
+    "xytext": (0, 6),
+    "textcoords": "offset points",
+    "ha": "center",
+    "fontsize": 8.5,
+    "color": INK,
+}
 _WIDTH = 4.8  # inches; text stays legible on a phone
 _FAR = 3.0  # the worst row is off the scale if the range of scores shrinks by this factor without it
 _MIN_SHOWN = 4  # rows that are never off the scale
@@ -67,6 +82,35 @@ def forest_figure(results: Results, metric: str, *, title: str) -> Figure:
     axes.margins(x=0.2)
     axes.grid(axis="x", color=GRID)
     axes.set_xlabel(directed(metric), color=GRAY)
+    axes.set_title(literal(title), loc="left", color=INK, fontsize=10)
+    return finished(figure, [])
+
+
+def advantages(results: Results, metric: str) -> dict[str, Comparison]:
+    """Return the paired comparisons of the main row with the other `forest_rows`, by their roles."""
+    rows = forest_rows(results, metric)
+    pairs = {role: results.comparison(rows[OWN].name, row.name, metric) for role, row in rows.items() if role != OWN}
+    return {role: pair for role, pair in pairs.items() if pair is not None and math.isfinite(pair.difference)}
+
+
+def advantages_figure(results: Results, metric: str, *, title: str) -> Figure:
+    """Draw the paired `advantages` of the main row with their intervals, and a rule at zero."""
+    pairs = advantages(results, metric)
+    figure = new_figure(_WIDTH, 1.1 + 0.52 * len(pairs))
+    axes = figure.add_subplot()
+    for place, (role, pair) in enumerate(pairs.items()):
+        if pair.low is not None and pair.high is not None:
+            axes.hlines(place, pair.low, pair.high, color=_ROLE_COLORS[role], linewidth=2.2, zorder=2)
+        look: dict[str, Any] = {"markersize": 7, "markeredgecolor": _ROLE_COLORS[role], "zorder": 3}
+        axes.plot(pair.difference, place, "o", color=_ROLE_COLORS[role] if pair.is_significant else PAPER, **look)
+        axes.annotate(difference_cell(pair), (pair.difference, place), **_ABOVE)
+    axes.axvline(0, color=GRAY, linewidth=0.8, zorder=1)
+    axes.set_yticks(range(len(pairs)), [f"over {role}\n{literal(p.b)}" for role, p in pairs.items()], color=INK)
+    axes.set_ylim(len(pairs) - 0.45, -0.75)
+    axes.locator_params(axis="x", nbins=5)
+    axes.margins(x=0.45)
+    axes.grid(axis="x", color=GRID)
+    axes.set_xlabel(f"advantage in {metric}", color=GRAY)
     axes.set_title(literal(title), loc="left", color=INK, fontsize=10)
     return finished(figure, [])
 
@@ -146,14 +190,7 @@ def _forest_line(axes: Axes, row: ResultRow, *, metric: str, place: int, color: 
     if ends := row.interval(metric):
         axes.hlines(place, *ends, color=color, linewidth=2.2, zorder=2)
     axes.plot(value, place, "o", color=color, markersize=7, markeredgecolor=PAPER, zorder=3)
-    label: dict[str, Any] = {
-        "xytext": (0, 6),
-        "textcoords": "offset points",
-        "ha": "center",
-        "fontsize": 8.5,
-        "color": INK,
-    }
-    axes.annotate(score_cell(row, metric) or "", (value, place), **label)
+    axes.annotate(score_cell(row, metric) or "", (value, place), **_ABOVE)
 
 
 def _cost_point(axes: Axes, row: ResultRow, cost: float, *, metric: str) -> tuple[float, float, str] | None:

@@ -51,6 +51,8 @@ ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/v1/task"),
+    ("GET", "/v1/users"),
+    ("GET", "/v1/personas"),
     ("POST", "/v1/users/{user}/history"),
     ("GET", "/v1/users/{user}/history"),
     ("DELETE", "/v1/users/{user}/history/{item}"),

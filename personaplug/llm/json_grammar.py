@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from personaplug.llm.text_tokenizer import TextTokenizer
 from personaplug.llm.token_bytes import TokenBytes
 
 _LIMITS = {"max_lexer_states": 16_000, "max_grammar_size": 100_000, "verbose_errors": False}  # a state takes 2 KB
+_MAX_MULTIPLE = 1000
 # A model could write white space without end, so the form is that of Python's `json.dumps`. The other options are the
 # library's defaults, because a schema may change options that are not given here.
 _OPTIONS = {
@@ -107,6 +108,7 @@ class JsonGrammars:
 
     def grammar(self, schema: Mapping[str, Any]) -> JsonGrammar:
         """Return the grammar of a JSON schema; InvalidSchema if it is invalid or has a part without support."""
+        _check_multiples(schema)
         matcher = self._library.LLMatcher
         try:
             source = matcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
@@ -115,4 +117,27 @@ class JsonGrammars:
         built = matcher(self._tokens, source, log_level=0, limits=self._library.LLParserLimits(**_LIMITS))
         if built.is_error():
             raise InvalidSchema(str(built.get_error()))
+        built.compute_bitmask()  # some errors occur only here, such as those of a schema that refers to itself alone
+        if built.is_error():
+            raise InvalidSchema("no answer can match it, or it exceeds a limit")
         return JsonGrammar(built)
+
+
+def _check_multiples(schema: Mapping[str, Any]) -> None:
+    """Refuse values of `multipleOf` whose automaton would take seconds to build, or without end if they combine."""
+    values = set(_multiples(schema))
+    if len(values) > 1 or any(int("".join(filter(str.isdigit, str(value)))) > _MAX_MULTIPLE for value in values):
+        raise InvalidSchema(
+            f"multipleOf may have one value for the whole schema, of at most {_MAX_MULTIPLE} without its decimal point"
+        )
+
+
+def _multiples(value: object) -> Iterator[int | float]:
+    if isinstance(value, Mapping):
+        multiple = value.get("multipleOf")
+        if isinstance(multiple, int | float):
+            yield multiple
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _multiples(item)

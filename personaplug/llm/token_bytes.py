@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        decoder = "" if backend is None else json.dumps(json.loads(backend.to_str())["decoder"])
+        decoder = "" if backend is None or backend.decoder is None else backend.decoder.__getstate__().decode()  # JSON
         self._has_backend, self._is_byte_level = backend is not None, '"ByteLevel"' in decoder
         self._has_byte_tokens = '"ByteFallback"' in decoder
         self._names = (

@@ -34,6 +34,7 @@ _LEAVES = st.one_of(
     st.sampled_from(["^[a-z]{1,4}$", "^(ja|nein)+[0-9]?$"]).map(
         lambda p: {"type": "string", "pattern": p, "maxLength": 9}
     ),
+    _RANGES.map(lambda pair: {"type": "number", "multipleOf": 0.25, "minimum": pair[0], "maximum": pair[1]}),
     st.sampled_from(["uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}]),
 )
@@ -165,6 +166,10 @@ def test_answer_with_a_copy_head_follows_the_grammar(toy: CausalLM, grammars: Js
         ({"$ref": "#/$defs/x"}, "x"),
         ({"$ref": "https://example.org/schema.json"}, "example"),
         ({"$ref": "file:///etc/passwd"}, "passwd"),
+        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "no answer can match"),
+        ({"multipleOf": 1009}, "multipleOf"),
+        ({"allOf": [{"multipleOf": 7919}, {"multipleOf": 104729}, {"multipleOf": 1299709}]}, "multipleOf"),
+        ({"type": "number", "multipleOf": 1e-300}, "multipleOf"),
         ({"enum": []}, "Unsatisfiable"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
     ],

@@ -94,11 +94,12 @@ def _greedy(llm: CausalLM, number: int, *, tokens: int, presence: float = 0, fre
     return ids
 
 
-@pytest.mark.parametrize("penalties", [{"presence": 1.5}, {"frequency": 0.7}, {"presence": -1.0, "frequency": 2.0}])
-def test_penalties_equal_those_of_full_passes(toy: CausalLM, penalties: dict[str, float]) -> None:
-    slots = [_slot(toy, number, shift=TokenShift(**penalties)) for number in range(3)]
-    answers = _run(toy, slots)
-    assert answers == [_greedy(toy, number, tokens=24, **penalties) for number in range(3)]
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.7), (-1.0, 2.0)])
+def test_penalties_equal_those_of_full_passes(toy: CausalLM, presence: float, frequency: float) -> None:
+    shifts = [TokenShift(presence=presence, frequency=frequency) for _ in range(3)]
+    answers = _run(toy, [_slot(toy, number, shift=shift) for number, shift in enumerate(shifts)])
+    expected = [_greedy(toy, number, tokens=24, presence=presence, frequency=frequency) for number in range(3)]
+    assert answers == expected
     assert answers != _run(toy, [_slot(toy, number) for number in range(3)])
 
 

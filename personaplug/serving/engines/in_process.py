@@ -141,27 +141,13 @@ class InProcessEngine(Engine):
         prepared = request.prepared
         if not isinstance(prepared, Prepared):
             prepared = await self.prepare(request.body, choices=request.choices)
-        sampling, body = prepared.sampling, request.body
-        closed_set, headers = None, {}
-        if request.choices:
-            top, with_distribution = sampling.logprob_count(body.kind), body.personaplug.probabilities
-            closed_set = ClosedSet(request.choices, top, with_distribution)
-        rows = await asyncio.to_thread(self._rows, request, prepared, closed_set)
-        if closed_set is None and (sampling.max_new_tokens or 0) > rows[0].config.max_new_tokens:
-            headers["X-Personaplug-Max-Tokens"] = str(rows[0].config.max_new_tokens)
-        if rows[0].copying is not None:
+        sampling, body, headers = prepared.sampling, request.body, dict[str, str]()
+        jobs = await asyncio.to_thread(self._jobs, request, prepared)
+        row = jobs[0].row
+        if not row.choices and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
+            headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
+        if row.copying is not None:
             headers["X-Personaplug-Copy-Head"] = "true"
-        jobs = [
-            Job(
-                row,
-                decode=self.llm.prompt_tokenizer.decode_raw,
-                token_bytes=self._token_bytes.of,
-                stop_texts=sampling.stop_texts,
-                closed_set=closed_set,
-                tenant=request.tenant,
-            )
-            for row in rows
-        ]
         reply = JobReply(jobs, ReplyFormatter(body.kind, model=self.models[0], request_id=request.id))
         self._scheduler.submit(jobs)
         if body.stream:
@@ -230,6 +216,24 @@ class InProcessEngine(Engine):
         except ConfigError as error:
             raise RequestError(f"response_format: {error}", code="unsupported") from None
         return build_grammar(grammars, schema)
+
+    def _jobs(self, request: EngineRequest, prepared: Prepared) -> list[Job]:
+        """Return a job for each answer."""
+        closed_set, sampling, body = None, prepared.sampling, request.body
+        if request.choices:
+            top, with_distribution = sampling.logprob_count(body.kind), body.personaplug.probabilities
+            closed_set = ClosedSet(request.choices, top, with_distribution)
+        return [
+            Job(
+                row,
+                decode=self.llm.prompt_tokenizer.decode_raw,
+                token_bytes=self._token_bytes.of,
+                stop_texts=sampling.stop_texts,
+                closed_set=closed_set,
+                tenant=request.tenant,
+            )
+            for row in self._rows(request, prepared, closed_set)
+        ]
 
     def _rows(self, request: EngineRequest, prepared: Prepared, closed_set: ClosedSet | None) -> list[Slot]:
         """Return a row for each answer. Rows with the same prompt object share one pass over the prompt."""

@@ -13,11 +13,14 @@ from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.generation import sample_tokens
+from personaplug.llm.json_grammar import JsonGrammar
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.padding import group_by_length, pad_states, pad_with_mask
 from personaplug.llm.prefix_attention import CachedPrefix, layer_values
 from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
+from personaplug.llm.token_logprobs import NextLogprobs, TokenLogprob, next_logprobs
+from personaplug.llm.token_shift import TokenShift, shift_logits
 
 
 @dataclass(eq=False, repr=False)
@@ -51,8 +54,12 @@ class Slot:
     choices: Sequence[Ids] = ()  # allowed responses, () = any; no choice is a prefix of another
     copying: SlotCopying | None = None  # mixed with the model if there are no choices; needs `suffix` soft tokens
     needs_scores: bool = False  # True = compute `scores` in any case
+    shift: TokenShift | None = None  # changes the logits of free text
+    grammar: JsonGrammar | None = None  # limits free text
+    top_logprobs: int | None = None  # number of likeliest tokens in `logprobs` of free text; None = no `logprobs`
     scores: list[float] = field(default_factory=list)  # log-probability of each choice, label bias included
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of each token, before any change of the logits
     ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no valid token
 
     def __post_init__(self) -> None:
@@ -64,26 +71,37 @@ class Slot:
         is_finite = all(score == score for score in self.scores) and self.scores[index] > -torch.inf
         self.ids, self.ended = (list(self.choices[index]), "stop") if is_finite else ([], "failed")
 
-    def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
+    def append_next(self, logits: Tensor, *, end_ids: Sequence[int], logprobs: NextLogprobs | None = None) -> None:
         """Choose the next token from (V,) logits on the CPU; an error ends only this slot."""
         try:
-            self._append_next(logits, end_ids=end_ids)
+            self._append_next(logits, end_ids=end_ids, logprobs=logprobs)
         except (RuntimeError, ValueError):
             self.ended = "failed"
 
-    def _append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
+    def _append_next(self, logits: Tensor, *, end_ids: Sequence[int], logprobs: NextLogprobs | None) -> None:
         if self.choices:
             logits = self._mask_choices(logits)
+        elif self.grammar is not None:
+            logits = self.grammar.masked(logits)
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the largest logit is not finite")
         token = int(sample_tokens(logits[None], self.config, generator=self._generator)[0])
         is_end = token in end_ids and not self.choices
         if not is_end:
-            self.ids.append(token)
-        if is_end or tuple(self.ids) in self.choices:
+            self._append(token, logprobs)
+        if is_end or tuple(self.ids) in self.choices or (self.grammar is not None and self.grammar.is_complete):
             self.ended = "stop"
         elif len(self.ids) >= self.config.max_new_tokens:
             self.ended = "length"
+
+    def _append(self, token: int, logprobs: NextLogprobs | None) -> None:
+        if self.grammar is not None:
+            self.grammar.accept(token)
+        if self.shift is not None:
+            self.shift.count(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs.of(token))
+        self.ids.append(token)
 
     def _mask_choices(self, logits: Tensor) -> Tensor:
         """Set logits to −inf, except at tokens that continue a choice, and add the label bias."""
@@ -123,7 +141,7 @@ class ContinuousBatch:
                     slot.choose(max(range(len(slot.scores)), key=slot.scores.__getitem__))
                 else:
                     mixed = own_logits if slot.copying is None else slot.copying.start(slot, own_states, own_logits)
-                    slot.append_next(mixed.cpu(), end_ids=self.llm.end_ids)
+                    self._append_next([slot], mixed[None])
                 if slot.ended is None:
                     active.append(slot)
                     states.append(own_states)
@@ -143,9 +161,16 @@ class ContinuousBatch:
         logits = self.llm.cached_prefix.logits(embeds, self._prefix, columns=torch.tensor([0]))
         logits = logits[:, 0].float()
         self._mix_copied(logits)
-        for slot, own_logits in zip(self._slots, logits.cpu(), strict=True):
-            if slot.ended is None:
-                slot.append_next(own_logits, end_ids=self.llm.end_ids)
+        self._append_next(self._slots, logits)
+
+    def _append_next(self, slots: Sequence[Slot], logits: Tensor) -> None:
+        """Choose the next token of each active slot from (R, V) logits, which this changes."""
+        active = [slot if slot.ended is None else None for slot in slots]
+        logprobs = next_logprobs(logits, [None if slot is None else slot.top_logprobs for slot in active])
+        shift_logits(logits, [None if slot is None else slot.shift for slot in active])
+        for slot, own_logits, own_logprobs in zip(active, logits.cpu(), logprobs, strict=True):
+            if slot is not None:
+                slot.append_next(own_logits, end_ids=self.llm.end_ids, logprobs=own_logprobs)
 
     def _mix_copied(self, logits: Tensor) -> None:
         """Replace the logits (R, V) of active slots that have a copy head, in place."""
@@ -188,6 +213,12 @@ class ContinuousBatch:
 
     def _prefill(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
         """Run prompts whose soft tokens have one shape; return their states and last logits."""
+        places: dict[tuple[int, int], int] = {}  # several answers to one request share the objects and the pass
+        rows = [places.setdefault((id(slot.prompt), id(slot.soft)), len(places)) for slot in slots]
+        states, logits = self._prefill_distinct([slots[rows.index(row)] for row in places.values()])
+        return [states[row] for row in rows], logits[rows]
+
+    def _prefill_distinct(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
         llm = self.llm
         ids, mask = pad_with_mask([slot.prompt.ids for slot in slots], side="left", device=llm.device)
         at = torch.tensor([slot.prompt.soft_position for slot in slots])

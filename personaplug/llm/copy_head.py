@@ -174,15 +174,19 @@ class CopyHead(nn.Module):
             prompts, own: the sources of each row.
         """
         is_empty = [[False, not len(prompt), not len(answers)] for prompt, answers in zip(prompts, own, strict=True)]
-        shares = self._log_shares(states, is_empty=is_empty).exp()
-        probs = shares[:, :1] * torch.softmax(logits.float(), dim=-1)
+        shares = self._log_shares(states, is_empty=is_empty)
+        mixed = shares[:, :1] + torch.log_softmax(logits.float(), dim=-1)
+        copied = torch.zeros_like(mixed)
         for pointer, sources, share in ((self.prompt, prompts, shares[:, 1]), (self.own, own, shares[:, 2])):
             queries = pointer.queries(states)
             for row, source in enumerate(sources):
                 if len(source):
                     weights = torch.softmax(source.float_keys().to(queries.device) @ queries[row], dim=0)
-                    probs[row].index_add_(0, source.tokens.to(probs.device), share[row] * weights)
-        return probs.log().masked_fill(logits == -torch.inf, -torch.inf)
+                    copied[row].index_add_(0, source.tokens.to(copied.device), share[row].exp() * weights)
+        # Logarithms are added, so that no token of the model gets the probability 0 by rounding: a grammar may need it.
+        places = copied.nonzero(as_tuple=True)
+        mixed[places] = torch.logaddexp(mixed[places], copied[places].log())
+        return mixed.masked_fill(logits == -torch.inf, -torch.inf)
 
     def _log_shares(self, states: Tensor, *, is_empty: Sequence[Sequence[bool]]) -> Tensor:
         """Return the logs of the gate's shares, (N, 3); an empty source has no share.

@@ -31,6 +31,7 @@ from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.ids import as_id
 from personaplug.data.task import TaskKind
 from personaplug.errors import RequestError
+from personaplug.serving.logprobs import Position, to_chat, to_completion
 
 T = TypeVar("T")
 Kind = Literal["chat", "completion"]
@@ -283,8 +284,9 @@ def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
 
 
 def first_error(errors: Sequence[Any]) -> str:
-    """Format pydantic's first error as field and reason, without the value."""
-    return f"{'.'.join(map(str, errors[0]['loc']))}: {errors[0]['msg']}"
+    """Format pydantic's first error as field and reason, without the value and without names that may be texts."""
+    parts = [str(part) for part in errors[0]["loc"]]
+    return f"{'.'.join(part if len(part) <= 40 else '…' for part in parts)}: {errors[0]['msg']}"
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
@@ -304,38 +306,13 @@ def event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 
 
-@dataclass(frozen=True)
-class Logprobs:
-    """Log-probabilities of a label answer and of the `top` likeliest labels; each label counts as one token."""
+@dataclass(frozen=True, repr=False)
+class Choice:
+    """One of the complete answers to a request."""
 
-    answer: str
-    labels: Mapping[str, float]
-    top: int
-
-    def to_chat(self) -> dict[str, Any]:
-        top = [_token_logprob(label, value) for label, value in self._likeliest()]
-        token = _token_logprob(self.answer, self.labels[self.answer]) | {"top_logprobs": top}
-        return {"content": [token], "refusal": None}
-
-    def to_completion(self) -> dict[str, Any]:
-        return {
-            "tokens": [self.answer],
-            "token_logprobs": [_finite(self.labels[self.answer])],
-            "top_logprobs": [{label: _finite(value) for label, value in self._likeliest()}],
-            "text_offset": [0],
-        }
-
-    def _likeliest(self) -> list[tuple[str, float]]:
-        return sorted(self.labels.items(), key=lambda entry: -entry[1])[: self.top]
-
-
-def _token_logprob(label: str, value: float) -> dict[str, Any]:
-    return {"token": label, "logprob": _finite(value), "bytes": list(label.encode())}
-
-
-def _finite(logprob: float) -> float:
-    """Replace −inf, which JSON cannot represent, with OpenAI's lowest log-probability."""
-    return max(logprob, -9999.0)
+    text: str
+    finish_reason: str
+    logprobs: Sequence[Position] | None = None  # None = not requested
 
 
 class ReplyFormatter:
@@ -346,22 +323,44 @@ class ReplyFormatter:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
         self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
-    def whole(
-        self, text: str, *, reason: str, usage: dict[str, int], logprobs: Logprobs | None = None
-    ) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return self._body(content, "chat.completion", reason, logprobs) | {"usage": usage}
+    def whole(self, choices: Sequence[Choice], *, usage: dict[str, int]) -> dict[str, Any]:
+        fields = [
+            self._choice(
+                {"message": {"role": "assistant", "content": choice.text}} if self.is_chat else {"text": choice.text},
+                index=index,
+                reason=choice.finish_reason,
+                logprobs=choice.logprobs,
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return self._body(fields, "chat.completion") | {"usage": usage}
 
     def chunk(
-        self, delta: dict[str, str], *, reason: str | None = None, logprobs: Logprobs | None = None
+        self,
+        delta: dict[str, str],
+        *,
+        index: int = 0,
+        reason: str | None = None,
+        logprobs: Sequence[Position] | None = None,
     ) -> dict[str, Any]:
-        """Build a chunk. `delta` has new `content`, and in a chat's first chunk `role`; the last one is empty."""
-        content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
-        return self._body(content, "chat.completion.chunk", reason, logprobs)
+        """Build a chunk of the answer `index`.
 
-    def _body(
-        self, content: dict[str, Any], chat_object: str, reason: str | None, logprobs: Logprobs | None
+        `delta` has new `content`, and in a chat's first chunk `role`; the last one is empty.
+        """
+        content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+        choice = self._choice(content, index=index, reason=reason, logprobs=logprobs)
+        return self._body([choice], "chat.completion.chunk")
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Build the last chunk of a stream that reports its token counts."""
+        return self._body([], "chat.completion.chunk") | {"usage": usage}
+
+    def _choice(
+        self, content: dict[str, Any], *, index: int, reason: str | None, logprobs: Sequence[Position] | None
     ) -> dict[str, Any]:
-        fields = None if logprobs is None else logprobs.to_chat() if self.is_chat else logprobs.to_completion()
-        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": fields}
-        return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": [choice]}
+        form = to_chat if self.is_chat else to_completion
+        fields = None if logprobs is None else form(logprobs)
+        return {"index": index, **content, "finish_reason": reason, "logprobs": fields}
+
+    def _body(self, choices: list[dict[str, Any]], chat_object: str) -> dict[str, Any]:
+        return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": choices}

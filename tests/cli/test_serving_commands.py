@@ -35,7 +35,7 @@ from personaplug.serving.engines import register_engine
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 from personaplug.serving.listener import bind
-from personaplug.serving.openai_protocol import ReplyFormatter, to_json
+from personaplug.serving.openai_protocol import Choice, ReplyFormatter, to_json
 from personaplug.serving.setup import open_service
 from personaplug.store.history_store import HistoryStore, StoreSettings
 from personaplug.store.receipts import Receipt
@@ -264,7 +264,7 @@ class _CountingEngine(Engine):
     async def respond(self, request: EngineRequest) -> EngineReply:
         formatter = ReplyFormatter(request.body.kind, model="counting", request_id=request.id)
         text = str(request.soft.tokens if request.soft else 0)
-        return EngineReply(to_json(formatter.whole(text, reason="stop", usage={})))
+        return EngineReply(to_json(formatter.whole([Choice(text, "stop")], usage={})))
 
 
 @pytest.mark.parametrize("name", ["counting", "counting://somewhere:7"])

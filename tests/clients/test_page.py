@@ -39,6 +39,8 @@ RUN_BY_TESTS = {
     "LiteLLM (SDK)": ["python"],
     "LiteLLM (proxy)": ["yaml", "sh", "python"],
     "LangChain": ["python"],
+    "LangChain: structured output": ["python"],
+    "openai: structured output": ["python"],
     "LlamaIndex": ["python"],
     "A key for each user": ["sh"],
 }
@@ -84,7 +86,7 @@ def _check_recipe(
 
 def _run_here(code: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(code, {})
+        exec(compile(code, "recipe", "exec", dont_inherit=True), {})
     return output.getvalue()
 
 
@@ -164,6 +166,29 @@ def test_python_library(
 ) -> None:
     python = client_python(module)
     _check_recipe(server, _block(heading, "python"), lambda code: run_program([python, "-c", code]))
+
+
+def _check_structured(
+    server: RecordingServer, code: str, run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine, "max_new_tokens", 60)
+    for user in USERS:
+        own_code = code.replace('"ann"', f'"{user}"').replace(SERVER, server.url)
+        printed, (request,) = server.asked(partial(run, own_code))
+        assert re.fullmatch(r"name='(tea|coffee)' hot=(True|False)\n", printed)
+        assert_persona(request, server.persona(user, request.body.prompt_text))
+
+
+def test_structured_output_of_openai(server: RecordingServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_structured(server, _block("openai: structured output", "python"), _run_here, monkeypatch)
+
+
+@pytest.mark.slow
+def test_structured_output_of_langchain(
+    server: RecordingServer, client_python: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, code = client_python("langchain_openai"), _block("LangChain: structured output", "python")
+    _check_structured(server, code, lambda code: run_program([python, "-c", code]), monkeypatch)
 
 
 @pytest.mark.slow

@@ -347,7 +347,7 @@ INVALID_REQUESTS: list[tuple[str, str, Any, int]] = [
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "user": ""}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "user": "x" * 300}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": "yes"}, 422),
-    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 3}, 400),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 30}, 400),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "model": "other"}, 404),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 9000}]}, 400),
     (

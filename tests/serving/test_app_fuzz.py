@@ -106,6 +106,7 @@ turns = st.lists(
 )
 NAMES = ["messages", "prompt", "user", "stream", "model", "max_tokens", "temperature", "top_p", "seed", "stop", "n"]
 NAMES += ["metadata", "safety_identifier", "logprobs", "top_logprobs", "tool_choice", "max_completion_tokens", "tools"]
+NAMES += ["presence_penalty", "frequency_penalty", "logit_bias"]
 NAMES += ["personaplug", "stream_options", "response_format", "items", "request_id", "answer", "id", "text", "score"]
 fields = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, anything))
 

@@ -19,7 +19,7 @@ from personaplug.errors import RequestError
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving import recent_requests, reply_texts
 from personaplug.serving.engines.base import EventStream
-from personaplug.serving.openai_protocol import DONE, ReplyFormatter, event, to_json
+from personaplug.serving.openai_protocol import DONE, Choice, ReplyFormatter, event, to_json
 from personaplug.serving.recent_requests import RecentRequests
 from personaplug.serving.reply_texts import WatchedStream, text_of_reply
 from personaplug.store.tickets import Ticket
@@ -197,13 +197,13 @@ def _formatter(kind: Any) -> ReplyFormatter:
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_reads_the_text_of_a_whole_reply(kind: Any) -> None:
-    body = _formatter(kind).whole(" a < b ", reason="stop", usage={})
+    body = _formatter(kind).whole([Choice(" a < b ", "stop")], usage={})
     assert text_of_reply(to_json(body)) == "a < b"
     two = body | {"choices": [*body["choices"], body["choices"][0] | {"index": 1}]}
     others: list[dict[str, Any]] = [two, body | {"choices": []}, {"error": {}}, body | {"x": "y" * 2**20}]
     assert [text_of_reply(to_json(other)) for other in others] == [None] * 4
-    empty = _formatter(kind).whole("  ", reason="stop", usage={})
-    long = _formatter(kind).whole("x" * 100_001, reason="stop", usage={})
+    empty = _formatter(kind).whole([Choice("  ", "stop")], usage={})
+    long = _formatter(kind).whole([Choice("x" * 100_001, "stop")], usage={})
     assert [text_of_reply(body) for body in (to_json(empty), to_json(long), b"[]", b"", b"{")] == [None] * 5
 
 
@@ -235,7 +235,7 @@ def test_text_of_a_stream_is_reported_at_its_end(kind: Any) -> None:
     formatter = _formatter(kind)
     pieces = [event(formatter.chunk({"content": text})) for text in (" te", "a ")]
     end = event(formatter.chunk({}, reason="stop"))
-    usage = event(formatter.chunk({}) | {"choices": [], "usage": {}})
+    usage = event(formatter.usage_chunk({}))
     start = event(formatter.chunk({"role": "assistant", "content": ""}))
     assert _watched([start, *pieces, end, usage, DONE]) == ["tea"]
     assert _watched([*pieces, end, DONE], read=3) == []

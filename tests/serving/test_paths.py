@@ -97,7 +97,18 @@ UNKNOWN_PATHS += [
     "/V1/users/a",
     "/v1/users/a/b/c",
 ]
-UNKNOWN_PATHS += ["/v1", "/v1/", "/", "//", "/v1/users/", "/v1/personas/", "/docs/", "/redoc", "/docs/oauth2-redirect", "/v1/nothing"]
+UNKNOWN_PATHS += [
+    "/v1",
+    "/v1/",
+    "/",
+    "//",
+    "/v1/users/",
+    "/v1/personas/",
+    "/docs/",
+    "/redoc",
+    "/docs/oauth2-redirect",
+    "/v1/nothing",
+]
 
 
 @pytest.mark.parametrize("path", UNKNOWN_PATHS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -18,9 +18,11 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot, SlotCopying
 from personaplug.llm.copied_answers import answer_sources
 from personaplug.llm.copy_head import CopyHead, CopySource
+from personaplug.llm.json_grammar import JsonGrammar, JsonGrammars
 from personaplug.llm.loading import open_llm
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.llm.token_bytes import TokenBytes
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Run
 from personaplug.serving.config import ServingConfig
@@ -35,9 +37,11 @@ from personaplug.serving.engines.base import (
     too_long,
 )
 from personaplug.serving.engines.job import ClosedSet, Job
+from personaplug.serving.engines.job_replies import JobReply
+from personaplug.serving.engines.response_format import build_grammar, requested_schema
 from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import ModelScheduler
-from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Message, ReplyFormatter, to_json
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Message, ReplyFormatter
 
 # Limits of one forward pass that scores an answer for several soft prompts: rows, tokens of all answers (each takes a
 # row of logits), tokens of all prompts and answers.
@@ -59,6 +63,8 @@ class Prepared:
 
     sampling: Sampling
     prompt: TokenizedPrompt
+    bias: dict[int, float]  # of tokens
+    grammar: JsonGrammar | None  # of free text, in its first state
 
 
 class InProcessEngine(Engine):
@@ -80,6 +86,9 @@ class InProcessEngine(Engine):
         # Maximum tokens of a prompt, its soft tokens and its answer.
         self.max_tokens = llm.max_cached_tokens or 2048
         self._longest_token = longest_token(llm.prompt_tokenizer.tokenizer)
+        self._token_bytes = TokenBytes(llm.prompt_tokenizer.tokenizer)
+        self._vocabulary = min(len(llm.prompt_tokenizer.tokenizer), llm.embed.num_embeddings)
+        self._open_grammars = cache(self._grammars)
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 
     @classmethod
@@ -114,42 +123,41 @@ class InProcessEngine(Engine):
 
     async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> Prepared:
         sampling = Sampling.from_fields(body.model_extra, kind=body.kind)
-        if not choices and (sampling.logprob_count(body.kind) is not None or body.personaplug.probabilities):
+        if choices:
+            sampling.check_closed_set()
+        elif body.personaplug.probabilities:
             message = "Only labels have probabilities, but this prompt is answered with free text. GET /v1/task lists"
-            raise RequestError(f"{message} the prompts with labels.", code="unsupported")
+            raise RequestError(f"{message} the prompts with labels. Or use logprobs.", code="unsupported")
+        bias, schema = sampling.token_bias(self._vocabulary), requested_schema(sampling.response_format)
         turns = None if isinstance(body, CompletionRequest) else [_turn(message) for message in body.messages]
         self.check_length(body.characters)
         prompt = await asyncio.to_thread(self._tokenize, body, turns)
         if len(prompt.ids) >= self.max_tokens:
             raise too_long(self.max_tokens)
-        return Prepared(sampling, prompt)
+        grammar = None if schema is None else await asyncio.to_thread(self._grammar, schema)
+        return Prepared(sampling, prompt, bias, grammar)
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         prepared = request.prepared
         if not isinstance(prepared, Prepared):
             prepared = await self.prepare(request.body, choices=request.choices)
-        sampling, body = prepared.sampling, request.body
-        closed_set, headers = None, {}
-        if request.choices:
-            top, with_distribution = sampling.logprob_count(body.kind), body.personaplug.probabilities
-            closed_set = ClosedSet(request.choices, top, with_distribution)
-        row = await asyncio.to_thread(self._row, request, prepared, closed_set)
-        if closed_set is None and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
+        sampling, body, headers = prepared.sampling, request.body, dict[str, str]()
+        jobs = await asyncio.to_thread(self._jobs, request, prepared)
+        row = jobs[0].row
+        if not row.choices and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
             headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
         if row.copying is not None:
             headers["X-Personaplug-Copy-Head"] = "true"
-        decode, stop_texts = self.llm.prompt_tokenizer.decode_raw, sampling.stop_texts
-        job = Job(row, decode=decode, stop_texts=stop_texts, closed_set=closed_set, tenant=request.tenant)
-        formatter = ReplyFormatter(body.kind, model=self.models[0], request_id=request.id)
-        self._scheduler.submit(job)
+        reply = JobReply(jobs, ReplyFormatter(body.kind, model=self.models[0], request_id=request.id))
+        self._scheduler.submit(jobs)
         if body.stream:
             include_usage = bool(sampling.stream_options and sampling.stream_options.include_usage)
-            events = EventStream(job.events(formatter, include_usage=include_usage), on_close=job.cancel)
+            events = EventStream(reply.events(include_usage=include_usage), on_close=reply.cancel)
             return EngineReply(events, headers=headers)
         try:
-            return EngineReply(to_json(await job.whole(formatter)), headers=headers)
+            return EngineReply(await reply.whole(), headers=headers)
         finally:
-            job.cancel()  # no effect if the job has ended
+            reply.cancel()  # no effect on answers that have ended
 
     async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
         self.check_length(characters(prompt) + len(answer))
@@ -198,7 +206,37 @@ class InProcessEngine(Engine):
         loss, _ = self.llm.loss(batch, [answer] * len(softs), labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, request: EngineRequest, prepared: Prepared, closed_set: ClosedSet | None) -> Slot:
+    def _grammars(self) -> JsonGrammars:
+        tokenizer, vocabulary = self.llm.prompt_tokenizer.tokenizer, self.llm.embed.num_embeddings
+        return JsonGrammars(tokenizer, vocabulary=vocabulary, end_ids=self.llm.end_ids)
+
+    def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
+        try:
+            grammars = self._open_grammars()
+        except ConfigError as error:
+            raise RequestError(f"response_format: {error}", code="unsupported") from None
+        return build_grammar(grammars, schema)
+
+    def _jobs(self, request: EngineRequest, prepared: Prepared) -> list[Job]:
+        """Return a job for each answer."""
+        closed_set, sampling, body = None, prepared.sampling, request.body
+        if request.choices:
+            top, with_distribution = sampling.logprob_count(body.kind), body.personaplug.probabilities
+            closed_set = ClosedSet(request.choices, top, with_distribution)
+        return [
+            Job(
+                row,
+                decode=self.llm.prompt_tokenizer.decode_raw,
+                token_bytes=self._token_bytes.of,
+                stop_texts=sampling.stop_texts,
+                closed_set=closed_set,
+                tenant=request.tenant,
+            )
+            for row in self._rows(request, prepared, closed_set)
+        ]
+
+    def _rows(self, request: EngineRequest, prepared: Prepared, closed_set: ClosedSet | None) -> list[Slot]:
+        """Return a row for each answer. Rows with the same prompt object share one pass over the prompt."""
         prompt, sampling, soft = prepared.prompt, prepared.sampling, request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona has values that are not finite.")
@@ -219,10 +257,23 @@ class InProcessEngine(Engine):
             do_sample=temperature >= _MIN_TEMPERATURE,
             temperature=max(temperature, _MIN_TEMPERATURE),
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _MIN_TEMPERATURE),
-            seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
         needs_scores = closed_set is not None and closed_set.needs_scores
-        return Slot(prompt, soft, config, choices, _slot_copying(request), needs_scores=needs_scores)
+        top_logprobs = None if choices else sampling.logprob_count(request.body.kind)
+        return [
+            Slot(
+                prompt,
+                soft,
+                replace(config, seed=seed),
+                choices,
+                _slot_copying(request),
+                needs_scores=needs_scores,
+                shift=sampling.token_shift(prepared.bias),
+                grammar=None if prepared.grammar is None else prepared.grammar.copy(),
+                top_logprobs=top_logprobs,
+            )
+            for seed in sampling.seeds
+        ]
 
     def _tokenize(
         self, body: ChatRequest | CompletionRequest, turns: Sequence[tuple[str, str]] | None

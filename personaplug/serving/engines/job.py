@@ -1,10 +1,9 @@
-"""A running request of the in-process engine: collects its tokens and yields text or OpenAI events."""
+"""A running answer of the in-process engine: collects its tokens and yields its text with the log-probabilities."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from personaplug.analysis.point_estimates import label_distribution
 from personaplug.errors import EngineFailure
 from personaplug.llm.continuous_batching import Slot
-from personaplug.serving.openai_protocol import DONE, Logprobs, ReplyFormatter, event
+from personaplug.serving.logprobs import Position, ScoredToken
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -30,12 +29,13 @@ class ClosedSet:
     def needs_scores(self) -> bool:
         return self.top_logprobs is not None or self.with_distribution
 
-    def logprobs(self, answer: str, scores: Sequence[float]) -> Logprobs | None:
+    def positions(self, answer: str, scores: Sequence[float]) -> list[Position] | None:
         if self.top_logprobs is None:
             return None
         values = np.asarray(scores, dtype=np.float64)
         normalized = values - values.max() - np.log(np.exp(values - values.max()).sum())
-        return Logprobs(answer, dict(zip(self.labels, normalized.tolist(), strict=True)), self.top_logprobs)
+        score_by_label = dict(zip(self.labels, normalized.tolist(), strict=True))
+        return [Position.of_label(answer, score_by_label, top=self.top_logprobs)]
 
     def extra(self, scores: Sequence[float]) -> dict[str, Any]:
         """Return the fields of a reply that are not OpenAI's."""
@@ -44,14 +44,27 @@ class ClosedSet:
         return {"personaplug": label_distribution(self.labels, scores).to_json()}
 
 
+@dataclass(frozen=True, repr=False)
+class Piece:
+    """A piece of an answer's text, and the positions of its tokens; None if log-probabilities were not requested."""
+
+    text: str
+    positions: list[Position] | None = None
+
+
 class Job:
-    """A row of the batch and its text: a label of the closed set, or free text up to a stop text."""
+    """A row of the batch and its text: a label of the closed set, or free text up to a stop text.
+
+    Args:
+        token_bytes: returns the bytes of a token.
+    """
 
     def __init__(
         self,
         row: Slot,
         *,
         decode: Callable[[Sequence[int]], str],
+        token_bytes: Callable[[int], bytes],
         stop_texts: tuple[str, ...],
         closed_set: ClosedSet | None,
         tenant: str,
@@ -59,8 +72,9 @@ class Job:
         self.row, self.closed_set, self.tenant = row, closed_set, tenant
         self.is_cancelled = False  # True once nobody waits for the reply
         self.finish_reason = "stop"  # valid once the text has ended
-        self._decode, self._stop_texts = decode, stop_texts
-        self._published = self._completion_tokens = 0
+        self.completion_tokens = 0
+        self._decode, self._token_bytes, self._stop_texts = decode, token_bytes, stop_texts
+        self._published = self._reported = 0
         self._updates: asyncio.Queue[int | str] = asyncio.Queue()  # token ids, and at the end the finish reason
 
     @property
@@ -74,10 +88,9 @@ class Job:
         return self.prompt_tokens + self.row.config.max_new_tokens
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Token counts in OpenAI's format."""
-        prompt, completion = self.prompt_tokens, self._completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    def extra(self) -> dict[str, Any]:
+        """The fields of a reply that are not OpenAI's."""
+        return self.closed_set.extra(self.row.scores) if self.closed_set else {}
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -89,59 +102,52 @@ class Job:
         for update in updates:
             self._updates.put_nowait(update)
 
-    async def text(self) -> AsyncGenerator[str]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Yield the text piece by piece, or a label in one piece; EngineFailure if the model fails."""
         if self.closed_set is not None:
-            yield await self._label(self.closed_set)
+            label = await self._label(self.closed_set)
+            yield Piece(label, self.closed_set.positions(label, self.row.scores))
             return
-        ids: list[int] = []
+        ids, offsets = list[int](), list[int]()  # offsets: characters before each token
         text, sent, stop = "", 0, None
         while stop is None and isinstance(update := await self._updates.get(), int):
             ids.append(update)
-            text, self._completion_tokens = self._decode(ids), len(ids)
+            offsets.append(len(text.rstrip(_INCOMPLETE)))
+            text, self.completion_tokens = self._decode(ids), len(ids)
             stop = min((index for index in map(text.find, self._stop_texts) if index >= 0), default=None)
             safe = _safe_length(text, self._stop_texts)
             if stop is None and safe > sent:
-                yield text[sent:safe]
+                yield Piece(text[sent:safe], self._positions(offsets, end=safe))
                 sent = safe
         self.finish_reason = "stop" if stop is not None else str(update)
         if self.finish_reason == "failed":
             raise EngineFailure("The model failed on this request.")
-        if rest := text[sent:stop]:
-            yield rest
+        rest, positions = text[sent:stop], self._positions(offsets, end=len(text) + 1 if stop is None else stop)
+        if rest or positions or (positions is not None and not ids):
+            yield Piece(rest, positions)
 
-    async def whole(self, formatter: ReplyFormatter) -> dict[str, Any]:
-        """Return the complete reply."""
-        text = "".join([piece async for piece in self.text()])
-        logprobs = self._logprobs(text)
-        return formatter.whole(text, reason=self.finish_reason, usage=self.usage, logprobs=logprobs) | self._extra()
+    def _positions(self, offsets: Sequence[int], *, end: int) -> list[Position] | None:
+        """Return the positions that were not returned before, of tokens that begin before `end`."""
+        if self.row.top_logprobs is None:
+            return None
+        first = self._reported
+        while self._reported < len(offsets) and offsets[self._reported] < end:
+            self._reported += 1
+        return [self._position(index, offsets[index]) for index in range(first, self._reported)]
 
-    async def events(self, formatter: ReplyFormatter, *, include_usage: bool) -> AsyncGenerator[bytes]:
-        """Yield the text as OpenAI's events."""
-        if formatter.is_chat:
-            yield event(formatter.chunk({"role": "assistant", "content": ""}))
-        async with aclosing(self.text()) as pieces:
-            async for piece in pieces:
-                yield event(formatter.chunk({"content": piece}, logprobs=self._logprobs(piece)) | self._extra())
-        yield event(formatter.chunk({}, reason=self.finish_reason))
-        if include_usage:
-            yield event(formatter.chunk({}) | {"choices": [], "usage": self.usage})
-        yield DONE
+    def _position(self, index: int, offset: int) -> Position:
+        found = self.row.logprobs[index]
+        top = [ScoredToken(self._token_bytes(token), logprob) for token, logprob in found.top]
+        return Position(ScoredToken(self._token_bytes(found.token), found.logprob), top, offset)
 
     async def _label(self, closed_set: ClosedSet) -> str:
         ids: list[int] = []
         while isinstance(update := await self._updates.get(), int):
             ids.append(update)
-        self._completion_tokens = len(ids)
+        self.completion_tokens = len(ids)
         if tuple(ids) not in self.row.choices:
             raise EngineFailure("The model failed on this request.")
         return closed_set.labels[list(self.row.choices).index(tuple(ids))]
-
-    def _logprobs(self, text: str) -> Logprobs | None:
-        return self.closed_set.logprobs(text, self.row.scores) if self.closed_set else None
-
-    def _extra(self) -> dict[str, Any]:
-        return self.closed_set.extra(self.row.scores) if self.closed_set else {}
 
 
 def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:

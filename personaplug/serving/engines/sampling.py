@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import random
+import secrets
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from personaplug.errors import RequestError
+from personaplug.llm.token_shift import TokenShift
+from personaplug.serving.engines.response_format import ResponseFormat
 from personaplug.serving.openai_protocol import HARMLESS, Kind, first_error
 
 _MAX_STOPS = 4  # as in OpenAI's API
 _MAX_LOGPROBS = 20  # likewise
+_MAX_BIASED = 1024  # tokens in logit_bias; each costs time at every token of the answer
+_MAX_ANSWERS = 8  # to one request
+
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens", "priority"), (0,)),
+    **dict.fromkeys(("best_of", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("min_p", "min_tokens", "priority"), (0,)),
     **dict.fromkeys(("echo", "continue_final_message", "ignore_eos", "include_stop_str_in_output"), (False,)),
     **dict.fromkeys(("use_beam_search",), (False,)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
-    **dict.fromkeys(("logit_bias", "structured_outputs", "chat_template_kwargs"), ({},)),
+    **dict.fromkeys(("structured_outputs", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),  # without tools, both mean the same
     "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "suffix": ("",),
     "top_k": (0, -1),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 """Unsupported fields, with the values that do not affect the answer. Null does not affect it in any field."""
@@ -53,6 +61,11 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: bool | int | None = None  # a boolean in chats, a number in completions
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+    n: int | None = Field(None, ge=1, le=_MAX_ANSWERS)
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: dict[str, _Bias] | None = Field(None, max_length=_MAX_BIASED)
+    response_format: ResponseFormat | None = None
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any] | None, *, kind: Kind = "chat") -> Sampling:
@@ -71,6 +84,9 @@ class Sampling(BaseModel):
                     f"The embedded engine does not support {shown_field(name)}. Remove it.", code="unsupported"
                 )
         sampling.logprob_count(kind)
+        if sampling.has_json and sampling.stop_texts:
+            message = "stop and response_format exclude each other, because a stop text would cut the JSON."
+            raise RequestError(f"{message} Remove stop.", code="invalid_value")
         return sampling
 
     @property
@@ -79,11 +95,47 @@ class Sampling(BaseModel):
         return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text)
 
     @property
+    def has_json(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each answer. They are random if the request has none; the first is the request's."""
+        first = secrets.randbits(62) if self.seed is None else self.seed
+        further = range(1, self.n or 1)
+        return [first, *(random.Random(f"{first}/{index}").getrandbits(62) for index in further)]
+
+    def token_bias(self, vocabulary: int) -> dict[int, float]:
+        """Return `logit_bias` by token id; RequestError if an id is not below the number of the model's tokens."""
+        bias: dict[int, float] = {}
+        for key, value in (self.logit_bias or {}).items():
+            token = int(key) if key.isascii() and key.isdecimal() and len(key) <= 9 else vocabulary
+            if token >= vocabulary:
+                message = f"logit_bias: each key must be a token id of the model, 0 to {vocabulary - 1}."
+                raise RequestError(f"{message} Use the model's own tokenizer.", code="invalid_value")
+            bias[token] = value
+        return {token: value for token, value in bias.items() if value}
+
+    def token_shift(self, bias: dict[int, float]) -> TokenShift | None:
+        """Return a new state of the penalties and the bias for one answer; None if there are none."""
+        presence, frequency = self.presence_penalty or 0.0, self.frequency_penalty or 0.0
+        return TokenShift(presence=presence, frequency=frequency, bias=bias) if presence or frequency or bias else None
+
+    def check_closed_set(self) -> None:
+        """Refuse options that have no effect on labels, which are scored whole."""
+        names = [name for name in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, name)]
+        names += ["response_format"] if self.has_json else []
+        if names:
+            message = f"This prompt is answered with one of the task's labels, so {names[0]} has no effect. Remove it"
+            free = 'or ask for free text with {"personaplug": {"free": true}}'
+            raise RequestError(f"{message}, {free}.", code="unsupported")
+
+    @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     def logprob_count(self, kind: Kind) -> int | None:
-        """Return how many labels to list with log-probabilities; None if the request asks for no log-probabilities."""
+        """Return how many tokens or labels to list at each position; None if the request needs no log-probabilities."""
         logprobs, top = self.logprobs, self.top_logprobs
         is_flag = logprobs is None or isinstance(logprobs, bool)
         if kind == "chat" and not is_flag:

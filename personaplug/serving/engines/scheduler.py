@@ -62,10 +62,10 @@ class ModelScheduler:
             await self._task
         self._model_thread.shutdown(wait=False)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         self._check_alive()
-        self._tenants.add(job.tenant)
-        self._waiting.append(job)
+        self._tenants.update(job.tenant for job in jobs)
+        self._waiting += jobs
         self._wake_up.set()
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -119,16 +119,18 @@ class ModelScheduler:
         rows_by_tenant = Counter(job.tenant for job in self._running)
         max_rows_per_tenant = max(1, self.max_rows - (len(self._tenants) > 1))
         waiting, next_jobs, prompt_tokens = list(self._waiting), list[Job](), 0
+        prompts = set[int]()  # answers to one request share the object and the pass over it
         longest = max((job.max_size for job in self._running), default=0)
         while allowed := [job for job in waiting if rows_by_tenant[job.tenant] < max_rows_per_tenant]:
             job = min(allowed, key=lambda job: rows_by_tenant[job.tenant])
             rows, longest = len(self._running) + len(next_jobs) + 1, max(longest, job.max_size)
-            prompt_tokens += len(job.row.prompt.ids)
+            prompt_tokens += len(job.row.prompt.ids) if id(job.row.prompt) not in prompts else 0
             fits = rows <= self.max_rows and (longest * rows <= self.max_held or rows == 1)
             if not fits or (prompt_tokens > _PREFILL_TOKENS and next_jobs):
                 break
             waiting.remove(job)
             next_jobs.append(job)
+            prompts.add(id(job.row.prompt))
             rows_by_tenant[job.tenant] += 1
         return next_jobs
 

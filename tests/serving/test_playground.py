@@ -159,3 +159,33 @@ def test_page_shows_three_answers_in_a_browser(url: str) -> None:
         page.locator(".first").get_by_role("button", name="Why this answer?").click()
         page.locator(".first .effects li").first.wait_for()
         check_accessibility(page)
+
+
+def test_page_asks_for_a_key_and_shows_what_the_key_allows(toy: CausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    whole, own = (api_keys.create_key(path, "shop", user=user) for user in (None, "ann"))
+    with served(open_service(toy, tmp_path), api_keys=ApiKeys.load(path), has_playground=True) as base_url:
+        for user in ("ann", "bob"):
+            _rate(base_url, user, "5432" if user == "ann" else "1112", Authorization=f"Bearer {whole}")
+        with open_browser() as browser:
+            with open_page(browser, f"{base_url}/") as page:
+                page.get_by_label("API key").fill("pp-wrong")
+                page.get_by_role("button", name="Use this key").click()
+                page.get_by_text("The API key is missing or unknown.").wait_for()
+                check_accessibility(page)
+                page.get_by_label("API key").fill(whole)
+                page.get_by_role("button", name="Use this key").click()
+                page.locator("#map svg").wait_for()
+                page.reload()
+                page.locator("#map svg").wait_for()  # the tab still has the key
+            with open_page(browser, f"{base_url}/") as page:
+                page.get_by_label("API key").fill(own)
+                page.get_by_role("button", name="Use this key").click()
+                column = page.locator(".column.first")
+                column.get_by_label("User: choose one").fill("ann")
+                column.get_by_label("User: choose one").press("Tab")
+                column.get_by_text("History (4 items)").wait_for()
+                assert not page.locator("#map").is_visible()
+                column.get_by_label("User: choose one").fill("bob")
+                column.get_by_label("User: choose one").press("Tab")
+                column.get_by_text("This key belongs to another user.").first.wait_for()

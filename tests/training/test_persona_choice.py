@@ -58,7 +58,7 @@ def _facts(run: Run) -> dict[str, Any]:
 @torch.no_grad()
 def _harm_persona(plug: PersonaPlug, counting: PersonaPlug) -> None:
     assert plug.persona is not None
-    plug.persona.projector.outer.weight.normal_(std=50)
+    plug.persona.projector.outer.weight.normal_(std=50, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

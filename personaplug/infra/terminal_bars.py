@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
@@ -37,11 +38,13 @@ class TerminalBars(RichProgress):
         _redirect_logs(self._stderr, sys.stderr)
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        # A terminal writes ^C wherever the cursor is, even into a line that is being drawn. Two free columns keep the
+        # line whole; a line that wrapped would stay on the screen.
         for task in self.tasks:
-            yield self.make_tasks_table([task])
+            width = self.console.width - 2
+            yield Constrain(self.make_tasks_table([task]), width)
             if note := task.fields["note"]:
-                # Rich would pad the lines to the full width. Then the ^C that a terminal adds would need another line.
-                yield Text(textwrap.fill(note, self.console.width - 2, initial_indent="  ", subsequent_indent="  "))
+                yield Text(textwrap.fill(note, width, initial_indent="  ", subsequent_indent="  "))
 
     def add(self, title: str, *, total: int | None, done: int, unit: str) -> TaskID:
         """Add a bar, and return its name."""

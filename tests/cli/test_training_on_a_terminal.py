@@ -24,6 +24,7 @@ def test_stopped_training_leaves_a_usable_terminal_and_resumes(tmp_path: Path) -
     assert terminal.wait() == 130
     assert terminal.shows_cursor
     assert terminal.lines[-1] == "stopped; run the same command again to resume from the last checkpoint"
+    assert "\u2501" not in terminal.text
     again = Terminal(words)
     again.wait_until(lambda screen: "personal gain" in screen.text)
     assert "plug (seed 0): resuming after step" in again.text

@@ -55,7 +55,8 @@ def measure(llm: CausalLM, prompts: Sequence[Ids]) -> dict[str, float]:
 
 def _difference(llm: CausalLM, group: Sequence[Ids]) -> float:
     pairs = zip(llm.compute_whole_prompts(group), llm.compute_prompt_states(group), strict=True)
-    return max(_relative(whole, shared) for whole, shared in pairs)
+    blocks = [pair for whole, shared in pairs for pair in zip(whole.blocks, shared.blocks, strict=True)]
+    return max(_relative(whole, shared) for whole, shared in blocks)
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

@@ -23,7 +23,8 @@ from personaplug.llm.copy_head import Copying
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.padding import pad_with_mask
-from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
+from personaplug.llm.prompt_cache import CachePlan, PromptStates
+from personaplug.llm.prompt_state import Layout, PromptState
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
 from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
 from personaplug.llm.token_embedding import TokenEmbedding, find_factor
@@ -225,8 +226,8 @@ class LanguageModel(ABC):
         return self.prompt_layout is not None
 
     @abstractmethod
-    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Compute the states of one or more prompts without gradients, each (parts, heads, n, width)."""
+    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[PromptState]:
+        """Compute the state of each of one or more prompts, without gradients."""
 
     @abstractmethod
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
@@ -280,9 +281,9 @@ class LanguageModel(ABC):
     def clear_cache(self) -> None:
         self.prompt_states.clear()
 
-    def plan_prompt_cache(self, tokens: int) -> CachePlan:
-        """Return where `cache_prompts` would cache prompts with this total number of tokens."""
-        return self.prompt_states.plan(tokens, self.prompt_layout)
+    def plan_prompt_cache(self, lengths: Sequence[int]) -> CachePlan:
+        """Return where `cache_prompts` would cache prompts with these numbers of tokens."""
+        return self.prompt_states.plan(lengths, self.prompt_layout)
 
     def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); `labels` is the closed set of targets."""

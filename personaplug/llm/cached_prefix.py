@@ -14,8 +14,9 @@ from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss, token_losses
 from personaplug.llm.copy_head import Copying, CopyInputs
 from personaplug.llm.generation import decode_tokens
-from personaplug.llm.padding import pad, pad_states
+from personaplug.llm.padding import pad
 from personaplug.llm.prefix_attention import CachedPrefix, prefix_attention
+from personaplug.llm.prompt_state import PromptState, StateBatch
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from personaplug.llm.causal_lm import CausalLM
 
 _LABEL_LOGITS = 2**26  # logits of labels per pass; 256 MB in float32
+_LABEL_STATES = 2**28  # bytes of recurrent states of labels per pass
 
 
 class CachedPrefixRunner(Runner):
@@ -66,7 +68,7 @@ class CachedPrefixRunner(Runner):
         self, prompts: Sequence[Prompt], prefix: CachedPrefix, *, layer: int
     ) -> list[tuple[Tensor, Tensor]]:
         """Return each row's prompt tokens after the first, (n − 1,), after the states before them, (n − 1, W)."""
-        rows, cached = self.llm.prompt_tokenizer.encode_prompts(prompts), prefix.prompt_values(layer)
+        rows, cached = self.llm.prompt_tokenizer.encode_prompts(prompts), prefix.batch.values(layer)
         repeats = len(rows) // len(cached)
         return [
             (cached[index // repeats, -len(row.ids) : -1], torch.tensor(row.ids[1:], device=cached.device))
@@ -85,13 +87,14 @@ class CachedPrefixRunner(Runner):
         longer = [index for index, ids in enumerate(label_ids) if len(ids) > 1]
         if not longer:
             return scores
-        states, lengths = prefix.all_states(), prefix.lengths + batch.soft.tokens
+        states = prefix.all_states()
         del prefix  # frees the second copy of the prompts' states
         logits_per_label = max(len(label_ids[index]) for index in longer) * self.llm.embed.num_embeddings * rows
-        step = max(1, _LABEL_LOGITS // logits_per_label)
+        state_bytes = rows * states.layout.recurrent_bytes  # each label takes a copy
+        step = max(1, min(_LABEL_LOGITS // logits_per_label, _LABEL_STATES // max(1, state_bytes)))
         for start in range(0, len(longer), step):
             indices = longer[start : start + step]
-            scores[:, indices] += self.scores_after_first(states, lengths, [label_ids[index] for index in indices])
+            scores[:, indices] += self.scores_after_first(states, [label_ids[index] for index in indices])
         return scores
 
     def start_decoding(self, batch: PromptBatch) -> Decoding:
@@ -142,30 +145,32 @@ class CachedPrefixRunner(Runner):
         # Padding comes after all predicted tokens, so it needs no mask.
         return self.logits(embeds, prefix, columns=torch.arange(soft.tokens - 1, embeds.shape[1]))
 
-    def scores_after_first(self, states: Tensor, lengths: Tensor, label_ids: Sequence[Ids]) -> Tensor:
+    def scores_after_first(self, states: StateBatch, label_ids: Sequence[Ids]) -> Tensor:
         """Return the log-probability of the labels' tokens after the first, given P cached prompts, (P, n labels)."""
-        rows = list(label_ids) * len(lengths)
+        rows = list(label_ids) * len(states.lengths)
         ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)
-        prefix = CachedPrefix(states, lengths)
+        prefix = CachedPrefix(states)
         logits = self.logits(self.llm.embed(ids), prefix, columns=torch.arange(ids.shape[1]))
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
     @torch.no_grad()
-    def compute_states(self, shared: Tensor, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the states of prompts, each (2 · layers, heads, n, head width).
+    def compute_states(self, shared: PromptState, prompts: Sequence[Ids]) -> list[PromptState]:
+        """Return the states of prompts; the model must have no recurrent layers.
 
         Args:
-            shared: states of the tokens with which all prompts begin, (2 · layers, heads, m, head width), m < n.
+            shared: the state of the tokens with which all prompts begin; each prompt has further tokens.
         """
-        start = shared.shape[2]
-        suffixes = [ids[start:] for ids in prompts]
-        prefix = CachedPrefix(*pad_states([shared], device=self.llm.device))
+        suffixes = [ids[shared.tokens :] for ids in prompts]
+        prefix = CachedPrefix(StateBatch.stack([shared], device=self.llm.device))
         # Padding comes after all tokens of a row, so it needs no mask.
         embeds = self.llm.embed(pad(suffixes, fill=0, side="right").to(self.llm.device))
         self.logits(embeds, prefix, columns=torch.tensor([0]))  # logits of one column, because a model returns some
-        live = prefix.live_states()
-        return [torch.cat([shared, live[:, row, :, : len(ids)]], dim=2) for row, ids in enumerate(suffixes)]
+        live = prefix.live_blocks()
+        return [
+            shared.followed_by([block[:, row, :, : len(ids)] for block in live], tokens=len(ids))
+            for row, ids in enumerate(suffixes)
+        ]
 
     def load_prefix(self, prompts: Sequence[Prompt], *, share: bool = False) -> CachedPrefix:
         """Return the states of prompts. With `share`, equal neighbors share states if all repeat equally often."""
@@ -173,7 +178,7 @@ class CachedPrefixRunner(Runner):
         groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]
         if share and len({size for _, size in groups}) == 1:
             rows = [ids for ids, _ in groups]
-        return CachedPrefix(*pad_states(self.llm.prompt_states.get(rows), device=self.llm.device))
+        return CachedPrefix(StateBatch.stack(self.llm.prompt_states.get(rows), device=self.llm.device))
 
     def _cast(self, soft: SoftPrompt) -> Tensor:
         return soft.vectors.to(self.llm.device, self.llm.model.dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from personaplug.errors import ConfigError
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
@@ -18,9 +17,10 @@ from personaplug.llm.cached_prefix import CachedPrefixRunner
 from personaplug.llm.chunked_cross_entropy import log_softmax
 from personaplug.llm.copy_head import CopyHead
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
-from personaplug.llm.model_cache import cache_argument, cache_of
+from personaplug.llm.model_cache import cache_argument, cache_of, empty_cache
 from personaplug.llm.model_check import check_model
 from personaplug.llm.padding import common_prefix, pad, pad_with_mask
+from personaplug.llm.prompt_state import PromptState, StateBatch
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.row_by_row import RowByRowRunner, UncachedRunner
 from personaplug.llm.soft_prompt import IGNORED, Spliced
@@ -138,30 +138,31 @@ class CausalLM(LanguageModel):
         return {"logits_to_keep": columns.to(self.device)} if "logits_to_keep" in self.accepted else {}
 
     @torch.no_grad()
-    def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Run left-padded rows (B, T, D); return states as in `compute_prompt_states`, and the last logits (B, V)."""
-        cache = DynamicCache()  # without a config, the cache also keeps tokens beyond a sliding window
+    def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[PromptState], Tensor]:
+        """Run left-padded rows (B, T, D); return the state of each row and the last logits (B, V)."""
+        cache = empty_cache(self.model.config.get_text_config())
         positions, last = (mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])
         logits, _ = self.forward(
             embeds, mask=mask, positions=positions, columns=last, use_cache=True, **{self.cache_name: cache}
         )
-        layers: list[Any] = cache.layers
-        states = torch.stack([part for layer in layers for part in (layer.keys, layer.values)])
-        starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
-        return [states[:, row, :, start:] for row, start in enumerate(starts)], logits[:, -1]
+        batch = StateBatch.of_cache(cache.layers, lengths=mask.sum(dim=1), width=mask.shape[1])
+        return batch.rows(), logits[:, -1]
 
-    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the keys and values of each prompt, (2 · layers, heads, n, head width).
+    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[PromptState]:
+        """Return the state of each prompt.
 
-        The tokens with which all prompts begin (system message, instruction of the task) are computed once.
+        The tokens with which all prompts begin (system message, instruction of the task) are computed once, unless the
+        model has recurrent layers, whose states cannot be continued with padding.
         """
+        if self.prompt_layout is None or self.prompt_layout.recurrent_bytes:
+            return self.compute_whole_prompts(prompts)
         shared = common_prefix(prompts)
         saved, others = (len(prompts) - 1) * len(shared), sum(map(len, prompts)) - len(prompts) * len(shared)
-        if self.supports_prompt_cache and saved >= max(_MIN_SHARED_TOKENS, others // 8):
+        if saved >= max(_MIN_SHARED_TOKENS, others // 8):
             return self.cached_prefix.compute_states(self.compute_whole_prompts([shared])[0], prompts)
         return self.compute_whole_prompts(prompts)
 
-    def compute_whole_prompts(self, prompts: Sequence[Ids]) -> list[Tensor]:
+    def compute_whole_prompts(self, prompts: Sequence[Ids]) -> list[PromptState]:
         """Return the same as `compute_prompt_states`, without a common beginning."""
         ids, mask = pad_with_mask(prompts, side="left", device=self.device)
         return self.prefill(self.embed(ids), mask)[0]
@@ -226,7 +227,8 @@ class SplicedRunner(Runner):
         if ids.shape[1] == 1:
             return total
         repeated = copy.deepcopy(cache_of(output))
-        repeated.batch_repeat_interleave(count)
+        # Recurrent layers cannot repeat rows, but they can reorder them.
+        repeated.reorder_cache(torch.arange(size, device=self.llm.device).repeat_interleave(count))
         inputs, columns = ids[:, :-1].repeat(size, 1), torch.arange(ids.shape[1] - 1, device=self.llm.device)
         prompt_mask = spliced.mask.repeat_interleave(count, dim=0)
         logits, _ = self.llm.forward(

@@ -11,13 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from personaplug.errors import DamagedFile, StorageError
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import read_json
 from personaplug.infra.gguf import cache_folder
-from personaplug.llm.prompt_cache import Layout
+from personaplug.llm.prompt_state import Layout
 
 if TYPE_CHECKING:
     from personaplug.llm.base import LanguageModel
@@ -55,9 +53,7 @@ def find_result(key: str) -> ModelCheck | None:
         with suppress(AttributeError, KeyError, TypeError, ValueError):
             entry = dict(_read()[key])
             layout = entry.pop("layout")
-            if layout is not None:
-                layout = Layout(**{**layout, "dtype": getattr(torch, layout["dtype"])})
-            _in_memory[key] = ModelCheck(**entry, layout=layout)
+            _in_memory[key] = ModelCheck(**entry, layout=None if layout is None else Layout.from_json(layout))
     return _in_memory.get(key)
 
 
@@ -66,9 +62,7 @@ def keep_result(key: str, result: ModelCheck, *, seconds: float) -> None:
     _in_memory[key] = result
     if seconds < _MIN_SECONDS:
         return
-    layout = None if result.layout is None else asdict(result.layout)
-    if layout is not None:
-        layout["dtype"] = str(layout["dtype"]).removeprefix("torch.")
+    layout = None if result.layout is None else result.layout.as_json()
     results = {**_read(), key: {**asdict(result), "layout": layout}}
     with suppress(StorageError):
         write_checked_json(cache_folder() / _FILE, dict(list(results.items())[-_MAX_RESULTS:]))

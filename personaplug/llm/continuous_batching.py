@@ -15,8 +15,9 @@ from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.generation import sample_tokens
 from personaplug.llm.json_grammar import JsonGrammar
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.padding import group_by_length, pad_states, pad_with_mask
-from personaplug.llm.prefix_attention import CachedPrefix, layer_values
+from personaplug.llm.padding import group_by_length, pad_with_mask
+from personaplug.llm.prefix_attention import CachedPrefix
+from personaplug.llm.prompt_state import PromptState, StateBatch
 from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
 from personaplug.llm.token_logprobs import NextLogprobs, TokenLogprob, next_logprobs
@@ -31,14 +32,14 @@ class SlotCopying:
     own: CopySource
     prompt: CopySource | None = None
 
-    def start(self, slot: Slot, states: Tensor, logits: Tensor) -> Tensor:
+    def start(self, slot: Slot, state: PromptState, logits: Tensor) -> Tensor:
         """Keep the tokens of the prompt, and return the log-probabilities of the first token, (V,).
 
         Args:
-            states: keys and values of the prompt and the soft tokens, (2 · layers, heads, n, head width).
+            state: of the prompt and the soft tokens.
             logits: (V,) of the first token.
         """
-        values, ids = layer_values(states, self.head.layer), slot.prompt.ids
+        values, ids = state.values(self.head.layer), slot.prompt.ids
         self.own = self.own.expanded(values.device)
         self.prompt = self.head.prompt.source(values[: len(ids) - 1], torch.tensor(ids[1:], device=values.device))
         return self.head.mix(logits[None], values[-1:], prompts=[self.prompt], own=[self.own])[0]
@@ -132,19 +133,19 @@ class ContinuousBatch:
         active, states = self._active()
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)
-            for slot, own_states, own_logits in zip(group, group_states, logits.float(), strict=True):
+            for slot, state, own_logits in zip(group, group_states, logits.float(), strict=True):
                 is_greedy = bool(slot.choices) and not slot.config.do_sample
                 if slot.needs_scores or (is_greedy and any(len(choice) > 1 for choice in slot.choices)):
-                    slot.scores = self._scores(slot, own_states, own_logits)
+                    slot.scores = self._scores(slot, state, own_logits)
                 # Token-by-token decoding could miss the most likely choice.
                 if is_greedy and slot.scores:
                     slot.choose(max(range(len(slot.scores)), key=slot.scores.__getitem__))
                 else:
-                    mixed = own_logits if slot.copying is None else slot.copying.start(slot, own_states, own_logits)
+                    mixed = own_logits if slot.copying is None else slot.copying.start(slot, state, own_logits)
                     self._append_next([slot], mixed[None])
                 if slot.ended is None:
                     active.append(slot)
-                    states.append(own_states)
+                    states.append(state)
         self._set(active, states)
 
     @torch.no_grad()
@@ -188,37 +189,36 @@ class ContinuousBatch:
                 own=[one.own for one in copying],
             )
 
-    def _scores(self, slot: Slot, states: Tensor, first: Tensor) -> list[float]:
-        """Return the log-probability of each choice with its bias, given a slot's states and last logits (V,)."""
+    def _scores(self, slot: Slot, state: PromptState, first: Tensor) -> list[float]:
+        """Return the log-probability of each choice with its bias, given a slot's state and last logits (V,)."""
         scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]]
         if any(len(choice) > 1 for choice in slot.choices):
-            lengths = torch.tensor([states.shape[2]], device=self.llm.device)
-            scores = scores + self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
+            states = StateBatch.stack([state], device=self.llm.device)
+            scores = scores + self.llm.cached_prefix.scores_after_first(states, slot.choices)[0]
         if slot.label_bias is not None:
             scores = scores + slot.label_bias[0].to(scores)
         return scores.float().tolist()
 
-    def _active(self) -> tuple[list[Slot], list[Tensor]]:
-        """Return the active slots, and the keys and values of each, (2 · layers, heads, n, head width)."""
+    def _active(self) -> tuple[list[Slot], list[PromptState]]:
+        """Return the active slots and the state of each."""
         if self._prefix is None:
             return [], []
-        states = self._prefix.all_states()
-        starts = (self._prefix.states.shape[3] - self._prefix.lengths).tolist()
+        states = self._prefix.all_states().rows()
         active = [index for index, slot in enumerate(self._slots) if slot.ended is None]
-        return [self._slots[index] for index in active], [states[:, index, :, starts[index] :] for index in active]
+        return [self._slots[index] for index in active], [states[index] for index in active]
 
-    def _set(self, slots: list[Slot], states: list[Tensor]) -> None:
+    def _set(self, slots: list[Slot], states: list[PromptState]) -> None:
         self._slots = slots
-        self._prefix = CachedPrefix(*pad_states(states, device=self.llm.device)) if states else None
+        self._prefix = CachedPrefix(StateBatch.stack(states, device=self.llm.device)) if states else None
 
-    def _prefill(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
+    def _prefill(self, slots: Sequence[Slot]) -> tuple[list[PromptState], Tensor]:
         """Run prompts whose soft tokens have one shape; return their states and last logits."""
         places: dict[tuple[int, int], int] = {}  # several answers to one request share the objects and the pass
         rows = [places.setdefault((id(slot.prompt), id(slot.soft)), len(places)) for slot in slots]
         states, logits = self._prefill_distinct([slots[rows.index(row)] for row in places.values()])
         return [states[row] for row in rows], logits[rows]
 
-    def _prefill_distinct(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
+    def _prefill_distinct(self, slots: Sequence[Slot]) -> tuple[list[PromptState], Tensor]:
         llm = self.llm
         ids, mask = pad_with_mask([slot.prompt.ids for slot in slots], side="left", device=llm.device)
         at = torch.tensor([slot.prompt.soft_position for slot in slots])

@@ -14,7 +14,6 @@ from personaplug.llm.base import LanguageModel
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.padding import group_by_length
-from personaplug.llm.prefix_attention import layer_values
 from personaplug.llm.prompt_tokenizer import Ids
 
 MAX_ANSWERS = 32
@@ -64,8 +63,8 @@ def read_answers(llm: CausalLM, texts: Sequence[str], *, layer: int) -> list[Rea
     read: dict[Ids, ReadAnswer] = {}
     for group in group_by_length(list(dict.fromkeys(answers)), len):
         # The last token predicts nothing, so it is left out.
-        for ids, states in zip(group, llm.compute_prompt_states([head + ids[:-1] for ids in group]), strict=True):
-            values = layer_values(states, layer)[len(head) - 1 :].clone()
+        for ids, state in zip(group, llm.compute_prompt_states([head + ids[:-1] for ids in group]), strict=True):
+            values = state.values(layer)[len(head) - 1 :].clone()
             read[ids] = ReadAnswer(torch.tensor(ids, device=values.device), values)
     return [read[ids] for ids in answers]
 

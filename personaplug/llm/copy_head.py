@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.infra.tensor_files import load_tensors, save_tensors, shapes_of
-from personaplug.llm.prompt_cache import Layout
+from personaplug.llm.prompt_state import Layout
 
 KEY_WIDTH = 64
 _WEIGHTS = "copy_head.safetensors"
@@ -35,7 +35,7 @@ _INITIAL_COPY_LOGIT = -2.0  # a copied token has about a tenth of the model's pr
 
 
 def copy_layer(layers: int) -> int:
-    """Return the index of the attention layer whose values are the states, for a model with this many layers."""
+    """Return which attention layer's values are the states, for a model with this many attention layers."""
     return min(layers - 1, round(_DEPTH * layers))
 
 
@@ -137,7 +137,8 @@ class CopyHead(nn.Module):
         """Return an untrained head for a model whose cached states have this layout."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(layout.heads * layout.width, layer=copy_layer(layout.parts // 2))
+            part = layout.values[copy_layer(len(layout.values))]
+            return cls(math.prod(layout.blocks[part.block].shape), layer=part.layer)
 
     def save(self, folder: Path) -> None:
         """Write the weights; raise StorageError if the disk is full."""

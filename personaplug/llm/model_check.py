@@ -22,7 +22,7 @@ from personaplug.errors import UnsupportedModel, first_line
 from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.check_results import ModelCheck, find_result, keep_result, result_key
 from personaplug.llm.chunked_cross_entropy import token_loss
-from personaplug.llm.prompt_cache import Layout
+from personaplug.llm.prompt_state import Layout
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 
@@ -190,9 +190,7 @@ class Probe:
             reason = _reason(lambda: self._check_cached_prefix(runner, whole))
             if reason:
                 return None, reason
-        states = self.llm.compute_prompt_states(self.prompt_ids[:1])[0]
-        parts, heads, _, width = states.shape
-        return Layout(parts, heads, width, states.dtype), ""
+        return self.llm.compute_prompt_states(self.prompt_ids[:1])[0].layout, ""
 
     def _check_cached_prefix(self, runner: Runner, whole: Runner) -> None:
         problem = "answers after a cached prompt differ from one pass"

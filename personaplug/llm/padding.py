@@ -26,21 +26,6 @@ def pad_with_mask(rows: Sequence[Sequence[int]], *, side: str, device: torch.dev
     return pad(rows, fill=0, side=side).to(device), mask.to(device)
 
 
-def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack B states (parts, heads, n, width) with left padding.
-
-    Returns the states, (parts, B, heads, T, width), and their lengths n, (B,).
-    """
-    lengths = [prompt_states.shape[2] for prompt_states in states]
-    parts, heads, _, width = states[0].shape
-    stacked = states[0].new_empty(parts, len(states), heads, max(lengths), width, device=device)
-    for index, prompt_states in enumerate(states):
-        start = max(lengths) - lengths[index]
-        stacked[:, index, :, :start] = 0  # masked, but 0 times an uninitialized NaN would still be NaN
-        stacked[:, index, :, start:] = prompt_states
-    return stacked, torch.tensor(lengths, device=device)
-
-
 def common_prefix(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the longest prefix of all rows that leaves at least one token of each row."""
     first, last = min(rows), max(rows)  # in lexical order, so all rows between them share their prefix

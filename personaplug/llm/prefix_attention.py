@@ -18,60 +18,89 @@ from transformers.masking_utils import eager_mask
 
 from personaplug.llm.model_cache import cache_argument
 from personaplug.llm.padding import left_padding_mask
+from personaplug.llm.prompt_state import StateBatch, join_heads, layer_tensors
 
 _ATTENTION_NAME = "personaplug_prefix"
 _PREFIX = "personaplug_prefix"  # keyword argument that carries the CachedPrefix through a model to `attend`
-_UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
+_UNSUPPORTED_OPTIONS = ("position_bias", "alibi", "indexer")
 
 
 class CachedPrefix(Cache):
-    """Keys and values of P prompts for forward passes of R live rows that follow them; R is a multiple of P.
+    """States of P prompts for forward passes of R live rows that follow them; R is a multiple of P.
 
-    The model sees a cache of T + L tokens. Prompt and live tokens are never concatenated; `attend` combines them.
+    The model sees a cache of T + L tokens. Keys and values of the prompts and of the live tokens are never
+    concatenated; `attend` combines them. Recurrent states are copied for each row.
 
     Args:
-        states: (2 · layers, P, heads, T, head width), keys and values alternating, padded on the left.
-        lengths: (P,) real tokens of each prompt.
+        batch: the states of the prompts.
     """
 
-    def __init__(self, states: Tensor, lengths: Tensor) -> None:
-        super().__init__(layers=[_PrefixLayer(*states[index : index + 2]) for index in range(0, len(states), 2)])
-        self.states, self.lengths = states, lengths
-        self._mask = left_padding_mask(lengths, states.shape[3]).long()
+    def __init__(self, batch: StateBatch) -> None:
+        super().__init__(layers=_prefix_layers(batch))
+        self.batch = batch
+        self._mask = left_padding_mask(batch.lengths, batch.width).long()
+        self._live = 0  # tokens per row so far
 
     def mask_and_positions(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
-        """Return the attention mask (R, T + L + live) and the positions (R, live) of `live` further tokens."""
-        earlier, rows_per_prompt = self.get_seq_length() - self.states.shape[3], rows // len(self.lengths)
-        lengths = self.lengths.repeat_interleave(rows_per_prompt)
+        """Prepare a pass over `live` further tokens of R rows.
+
+        Returns the attention mask (R, T + L + live), and the positions (R, live).
+        """
+        rows_per_prompt = rows // len(self.batch.lengths)
+        lengths = self.batch.lengths.repeat_interleave(rows_per_prompt)
         mask = self._mask.repeat_interleave(rows_per_prompt, dim=0)
-        mask = torch.cat([mask, mask.new_ones(rows, earlier + live)], dim=1)
-        positions = lengths[:, None] + torch.arange(earlier, earlier + live, device=lengths.device)
+        mask = torch.cat([mask, mask.new_ones(rows, self._live + live)], dim=1)
+        positions = lengths[:, None] + torch.arange(self._live, self._live + live, device=lengths.device)
+        for layer in self.layers:
+            if hasattr(layer, "copy_for"):
+                layer.copy_for(rows)
+        self._live += live
         return mask, positions
 
-    def all_states(self) -> Tensor:
-        """Return the states of prompts and live tokens, (2 · layers, P, heads, T + L, head width); needs R = P."""
-        live = self.live_states()
-        return torch.cat([self.states, live], dim=3) if len(live) else self.states
+    def all_states(self) -> StateBatch:
+        """Return the states of prompts and live tokens together; needs R = P."""
+        layout, live = self.batch.layout, self.live_blocks()
+        if not live:
+            return self.batch
+        blocks = [
+            torch.cat([own, further], dim=3) if block.grows else further
+            for block, own, further in zip(layout.blocks, self.batch.blocks, live, strict=True)
+        ]
+        return StateBatch(layout, tuple(blocks), self.batch.lengths + self._live, self.batch.width + self._live)
 
-    def live_states(self) -> Tensor:
-        """Return the states of the live tokens, (2 · layers, R, heads, L, head width), or an empty tensor."""
-        live = [layer.live for layer in self.layers if isinstance(layer, _PrefixLayer)]
-        parts = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
-        return torch.stack(parts) if parts else self.states[:0]
+    def live_blocks(self) -> list[Tensor]:
+        """Return the blocks after the live tokens: (parts, R, heads, L, width), or (parts, R, …) of recurrent states.
 
-    def prompt_values(self, layer: int) -> Tensor:
-        """Return the values of a layer for the prompts' tokens, (P, T, heads · width)."""
-        return layer_values(self.states, layer)
+        The list is empty before the first pass.
+        """
+        if not self._live:
+            return []
+        blocks: list[list[Tensor]] = [[] for _ in self.batch.layout.blocks]
+        for part in self.batch.layout.parts:
+            layer: Any = self.layers[part.layer]
+            source = layer.live if part.name in ("keys", "values") else layer
+            blocks[part.block].append(next(tensor for name, tensor, _ in layer_tensors(source) if name == part.name))
+        return [torch.stack(parts) for parts in blocks]
 
     def live_values(self, layer: int) -> Tensor:
         """Return the values of a layer for the live tokens, (R, L, heads · width)."""
         cached: Any = self.layers[layer]
-        return _join_heads(cached.live.values)
+        return join_heads(cached.live.values)
+
+    def layer_of(self, keys: Tensor, *, index: int) -> PrefixLayer:
+        """Return the layer with these live keys: the one at an index, unless layers share keys (Gemma 4)."""
+        layers = [self.layers[index]] if index < len(self.layers) else []
+        for layer in (*layers, *self.layers):
+            if isinstance(layer, PrefixLayer) and layer.live.keys is keys:
+                return layer
+        raise NotImplementedError("a layer changes its keys after they are cached")
 
 
-class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of P prompts, each (P, heads, T, width), and apart from them those of live tokens."""
+
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
         self.keys, self.values, self.is_initialized = keys, values, True
         self.live = DynamicLayer()  # type: ignore[no-untyped-call]
 
@@ -86,14 +115,15 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return super().get_seq_length() + self.live.get_seq_length()
 
 
-def layer_values(states: Tensor, layer: int) -> Tensor:
-    """Return the values of a layer, (…, T, heads · width), of states (2 · layers, …, heads, T, width)."""
-    return _join_heads(states[2 * layer + 1])
+def _prefix_layers(batch: StateBatch) -> list[Any]:
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for part in batch.layout.parts:
+        tensors.setdefault(part.layer, {})[part.name] = batch.part(part)
+    if not batch.layout.recurrent_bytes:
+        return [PrefixLayer(parts["keys"], parts["values"]) for parts in tensors.values()]
+    from personaplug.llm.recurrent_layers import prefix_layer  # older versions of transformers have no such layers
 
-
-def _join_heads(values: Tensor) -> Tensor:
-    """Turn values of a layer, (…, heads, T, width), into one vector for each token, (…, T, heads · width)."""
-    return values.transpose(-3, -2).flatten(-2)
+    return [prefix_layer(tensors.get(index, {})) for index in range(1 + max(tensors))]
 
 
 @contextmanager
@@ -117,6 +147,7 @@ def attend(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute softmax attention over cached and live tokens, (R, Q, H, d). Transformers calls this function.
@@ -127,11 +158,12 @@ def attend(
         attention_mask: (R, 1, Q, T + L), added to the scores.
         scaling: 1/√d by default.
         softcap: limits scores to ± this value (Gemma 2).
+        s_aux: (H,) scores of attention sinks, which take weight from the tokens (GPT-OSS).
     """
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]
     if unsupported or _PREFIX not in options:
         raise NotImplementedError(", ".join(unsupported) or "the model passes no keyword arguments to attention")
-    prefix = options[_PREFIX].layers[module.layer_idx]
+    prefix = options[_PREFIX].layer_of(key, index=module.layer_idx)
     rows, heads, queries, width = query.shape
     (_, groups, live, _), past = key.shape, prefix.keys.shape[-2]
     query = query * (width**-0.5 if scaling is None else scaling)
@@ -142,12 +174,20 @@ def attend(
     scores = torch.cat([past_scores, live_scores], dim=-1).view(rows, heads, queries, past + live)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax((scores + attention_mask).float(), dim=-1).to(value.dtype)
-    weights = weights.view(*grouped.shape[:2], past + live)
+    weights = _softmax((scores + attention_mask).float(), sinks=s_aux).to(value.dtype)
+    weights = weights.reshape(*grouped.shape[:2], past + live)
     mixed = _multiply_shared(weights[..., :past], prefix.values) + torch.bmm(
         weights[..., past:], value.reshape(-1, live, value.shape[-1])
     )
     return mixed.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
+
+
+def _softmax(scores: Tensor, *, sinks: Tensor | None) -> Tensor:
+    """Return the weights of the last axis of (R, H, Q, n) scores; a sink per head, (H,), takes a share."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    columns = sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, columns], dim=-1), dim=-1)[..., :-1]
 
 
 def _multiply_shared(rows: Tensor, shared: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cache of prompt states: keys and values, or the output of an encoder.
+"""Cache of prompt states: keys and values, recurrent states, or the output of an encoder.
 
 With the placement `suffix`, prompt states do not depend on the soft tokens, so they are the same in every epoch and for
 every user. They are cached on the GPU, in memory or memory-mapped on disk. Prompts beyond the limit are recomputed.
@@ -23,25 +23,12 @@ from personaplug.infra.atomic_io import storage_errors
 from personaplug.infra.memory import free_memory
 from personaplug.infra.progress import Progress
 from personaplug.llm.padding import group_by_length
+from personaplug.llm.prompt_state import Layout, PromptState
 from personaplug.llm.prompt_tokenizer import Ids
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape of the states of one prompt: (parts, heads, tokens, width)."""
-
-    parts: int  # 2 · layers for keys and values, 1 for an encoder's output
-    heads: int  # key-value heads, or 1
-    width: int  # values per token and head
-    dtype: torch.dtype
-
-    @property
-    def token_bytes(self) -> int:
-        return self.parts * self.heads * self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -84,31 +71,40 @@ def _gigabytes(size: int) -> str:
 
 
 class PromptCache:
-    """States of prompts, (parts, heads, n, width), as views of one buffer. The location `gpu` uses `device`."""
+    """States of prompts, as views of one buffer. The location `gpu` uses `device`."""
 
     def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
         self.layout, self.plan = layout, plan
-        self.states: dict[Ids, Tensor] = {}
-        self._free = self._allocate(plan.bytes // layout.dtype.itemsize, device if plan.location == "gpu" else _CPU)
+        self.states: dict[Ids, PromptState] = {}
+        self._free = self._allocate(plan.bytes, device if plan.location == "gpu" else _CPU)  # (n,) bytes
 
     def fits(self, tokens: int) -> bool:
         """Return True if a prompt of this length still fits."""
-        return tokens * self.layout.token_bytes <= self._free.nbytes
+        return self.layout.nbytes(tokens) <= len(self._free)
 
-    def put(self, ids: Ids, states: Tensor) -> None:
-        """Store the states of a prompt that fits."""
-        self.states[ids] = self._free[: states.numel()].view(states.shape).copy_(states)
-        self._free = self._free[states.numel() :]
+    def put(self, ids: Ids, state: PromptState) -> None:
+        """Store the state of a prompt that fits."""
+        blocks = [
+            self._store(tensor, block.nbytes(state.tokens))
+            for tensor, block in zip(state.blocks, self.layout.blocks, strict=True)
+        ]
+        self.states[ids] = PromptState(self.layout, tuple(blocks), state.tokens)
 
-    def _allocate(self, count: int, device: torch.device) -> Tensor:
-        if self.plan.location != "disk" or not count:
-            return torch.empty(count, dtype=self.layout.dtype, device=device)
+    def _store(self, tensor: Tensor, size: int) -> Tensor:
+        """Copy a tensor into the next `size` bytes, which include the alignment of the one after it."""
+        stored = self._free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self._free = self._free[size:]
+        return stored
+
+    def _allocate(self, size: int, device: torch.device) -> Tensor:
+        if self.plan.location != "disk" or not size:
+            return torch.empty(size, dtype=torch.uint8, device=device)
         # The file is deleted while it is mapped, so the system frees the disk space even if this process is killed.
         with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storage_errors(Path(folder)):
             path = Path(folder) / "states"
             with path.open("wb") as file:
-                _reserve(file, count * self.layout.dtype.itemsize)
-            return torch.from_file(str(path), shared=True, size=count, dtype=self.layout.dtype)
+                _reserve(file, size)
+            return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
@@ -122,20 +118,20 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 class PromptStates:
-    """States of prompts, each (parts, heads, n, width), from the cache or computed when needed, without gradients.
+    """States of prompts, from the cache or computed when needed, without gradients.
 
     `location` and `limit` are as in `plan_cache`; processes on one machine share the limit.
     """
 
     def __init__(
-        self, compute: Callable[[Sequence[Ids]], list[Tensor]], *, device: torch.device, location: str, limit: int
+        self, compute: Callable[[Sequence[Ids]], list[PromptState]], *, device: torch.device, location: str, limit: int
     ) -> None:
         self.compute, self.device, self.location, self.limit = compute, device, location, limit
         self.cache: PromptCache | None = None
         self._prompts: frozenset[Ids] = frozenset()  # all prompts of the last `fill`, cached or not
 
-    def plan(self, tokens: int, layout: Layout | None) -> CachePlan:
-        """Return where prompts with this total number of tokens would be cached; see `LanguageModel.prompt_layout`."""
+    def plan(self, lengths: Sequence[int], layout: Layout | None) -> CachePlan:
+        """Return where prompts with these numbers of tokens would be cached; see `LanguageModel.prompt_layout`."""
         if layout is None:
             return CachePlan("nowhere", 0, "not cached: the model's own cache does not support it")
         shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
@@ -143,7 +139,8 @@ class PromptStates:
         if self.device.type == "cuda":
             free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
         limit = self.limit // processes.local_world_size()
-        return plan_cache(tokens * layout.token_bytes, location=self.location, limit=limit, free=free)
+        needed = sum(map(layout.nbytes, lengths))
+        return plan_cache(needed, location=self.location, limit=limit, free=free)
 
     def fill(self, prompts: Sequence[Ids], layout: Layout | None) -> None:
         """Compute and cache these prompts and drop earlier ones. Do nothing if the last call included them all."""
@@ -152,7 +149,7 @@ class PromptStates:
             return
         self.clear()
         self._prompts = frozenset(prompts)
-        plan = self.plan(sum(map(len, prompts)), layout)
+        plan = self.plan([len(ids) for ids in prompts], layout)
         logger.info("%d prompts: %s", len(prompts), plan.reason)
         if layout is None or plan.location == "nowhere":
             return
@@ -172,8 +169,8 @@ class PromptStates:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def get(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the states of each prompt, from the cache or computed now."""
+    def get(self, prompts: Sequence[Ids]) -> list[PromptState]:
+        """Return the state of each prompt, from the cache or computed now."""
         cached = {} if self.cache is None else self.cache.states
         states = {ids: cached[ids] for ids in prompts if ids in cached}
         for group in group_by_length([ids for ids in dict.fromkeys(prompts) if ids not in states], len):

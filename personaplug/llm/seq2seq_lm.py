@@ -19,7 +19,8 @@ from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
 from personaplug.llm.model_cache import cache_argument
 from personaplug.llm.model_check import check_model
-from personaplug.llm.padding import left_padding_mask, pad, pad_states, pad_with_mask
+from personaplug.llm.padding import left_padding_mask, pad, pad_with_mask
+from personaplug.llm.prompt_state import Layout, PromptState, StateBatch
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.row_by_row import RowByRowRunner
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
@@ -85,11 +86,14 @@ class Seq2SeqLM(LanguageModel, Runner):
         return vectors if factor == 1 else vectors * factor
 
     @torch.no_grad()
-    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
-        """Return the encoder's output for each prompt, (1, 1, n, D)."""
+    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[PromptState]:
+        """Return the encoder's output for each prompt, one block (1, 1, n, D)."""
         ids, mask = pad_with_mask(prompts, side="right", device=self.device)
         states = self._encode(self.embed(ids), mask)
-        return [states[index, : len(row)][None, None] for index, row in enumerate(prompts)]
+        layout = Layout.of_encoder(states.shape[2], states.dtype)
+        return [
+            PromptState(layout, (states[index, : len(row)][None, None],), len(row)) for index, row in enumerate(prompts)
+        ]
 
     def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
         states: Tensor = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
@@ -169,8 +173,9 @@ class Seq2SeqLM(LanguageModel, Runner):
             spliced = self.splice_prompts(batch)
             return self._encode(spliced.embeds, spliced.mask), spliced.mask, None
         prompts = [prompt.ids for prompt in self.prompt_tokenizer.encode_prompts(batch.prompts)]
-        states, lengths = pad_states(self.prompt_states.get(prompts), device=self.device)
-        return states[0, :, 0], left_padding_mask(lengths, states.shape[3]).long(), batch.soft
+        states = StateBatch.stack(self.prompt_states.get(prompts), device=self.device)
+        mask = left_padding_mask(states.lengths, states.width).long()
+        return states.blocks[0][0, :, 0], mask, batch.soft
 
     def _soft_cache(self, states: Tensor, mask: Tensor, soft: SoftPrompt, *, beams: int) -> EncoderDecoderCache:
         """Return the decoder's cache after the soft tokens, repeated for each beam."""

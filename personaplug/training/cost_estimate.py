@@ -137,7 +137,7 @@ def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan
         return CachePlan("nowhere", 0, ""), 0.0
     prompts = list(dict.fromkeys(sample.full_prompt for sample in data.drawn))
     tokens = sum(measure.tokens for measure in models.llm.measure(prompts)) / len(prompts)
-    plan = models.llm.plan_prompt_cache(int(tokens * data.samples))
+    plan = models.llm.plan_prompt_cache([round(tokens)] * data.samples)
     started = time.monotonic()
     models.llm.cache_prompts(prompts)
     return plan, 0.0 if plan.location == "nowhere" else (time.monotonic() - started) / len(prompts)

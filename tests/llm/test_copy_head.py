@@ -102,7 +102,7 @@ def test_copy_layer_is_at_two_thirds_of_the_depth(layers: int, layer: int) -> No
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_states_are_the_values_of_the_whole_text(kind: str) -> None:
     llm: Any = small_llm(kind)
-    soft, layer = _soft(llm), copy_layer(llm.prompt_layout.parts // 2)
+    soft, layer = _soft(llm), copy_layer(len(llm.prompt_layout.values))
     targets = llm.prompt_tokenizer.encode_targets(ANSWERS)
     rows = llm.cached_prefix.copy_inputs(PromptBatch(PROMPTS, soft), targets, layer=layer)
     for index, (inputs, ids) in enumerate(zip(rows, targets, strict=True)):

@@ -178,7 +178,7 @@ def test_family_with_wrong_cached_states_has_no_prompt_cache(monkeypatch: pytest
     def forget_first_layer(embeds: torch.Tensor, mask: torch.Tensor) -> object:
         states, logits = prefill(embeds, mask)
         for own in states:
-            own[:2] = 0
+            own.blocks[0][:2] = 0
         return states, logits
 
     monkeypatch.setattr(llm, "prefill", forget_first_layer)

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from personaplug.llm.padding import group_by_length, left_padding_mask, pad_states, pad_with_mask
+from personaplug.llm.padding import group_by_length, pad_with_mask
 
 CPU = torch.device("cpu")
-
-
-def test_pad_states_aligns_ends() -> None:
-    states = [torch.randn(4, 2, 2, 3), torch.randn(4, 2, 5, 3)]
-    padded, lengths = pad_states(states, device=CPU)
-    assert padded.shape == (4, 2, 2, 5, 3)
-    assert lengths.tolist() == [2, 5]
-    assert torch.equal(padded[:, 0, :, 3:], states[0])
-    assert not padded[:, 0, :, :3].any()
-    assert torch.equal(padded[:, 1], states[1])
-    assert left_padding_mask(lengths, 5).tolist() == [[False] * 3 + [True] * 2, [True] * 5]
 
 
 def test_pad_with_mask_marks_real_tokens() -> None:

@@ -306,9 +306,10 @@ def test_states_of_prompts_with_a_common_prefix_equal_those_of_each_prompt(
     monkeypatch.setattr(llm, "compute_whole_prompts", recording)
     states = llm.compute_prompt_states(prompts)
     assert rows == [1]
-    for ids, own, full in zip(prompts, states, expected, strict=True):
+    for ids, own_state, full_state in zip(prompts, states, expected, strict=True):
+        own, full = own_state.blocks[0], full_state.blocks[0]
         assert own.shape == full.shape
-        assert full.shape[2] == len(ids)
+        assert full.shape[2] == len(ids) == own_state.tokens
         assert float((own - full).norm() / full.norm()) < 1e-5
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from personaplug.errors import StorageError
-from personaplug.llm.prompt_cache import Layout, PromptCache, plan_cache
+from personaplug.llm.prompt_cache import PromptCache, plan_cache
+from personaplug.llm.prompt_state import Block, Layout, Part, PromptState
 
 GIGA = 10**9
-LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
+LAYOUT = Layout((Block(4, (2, 3), torch.float32),), ())
+# Attention with two head sizes, and the states of a recurrent layer.
+MIXED = Layout(
+    (
+        Block(2, (2, 3), torch.float32),
+        Block(2, (1, 5), torch.float32),
+        Block(3, (7, 2), torch.bfloat16, grows=False),
+    ),
+    (),
+)
 
 
 @pytest.mark.parametrize(
@@ -45,17 +56,38 @@ def test_plan_cache_chooses_first_location_with_enough_space(
     assert reason in plan.reason
 
 
+def _state(layout: Layout, tokens: int) -> PromptState:
+    blocks = [torch.randn(block.parts, *block.part_shape(tokens)).to(block.dtype) for block in layout.blocks]
+    return PromptState(layout, tuple(blocks), tokens)
+
+
 @pytest.mark.parametrize("location", ["memory", "disk"])
-def test_prompt_cache_returns_stored_states(location: str) -> None:
-    plan = plan_cache(8 * LAYOUT.token_bytes, location=location, limit=0, free={"memory": GIGA, "disk": GIGA})
-    cache = PromptCache(LAYOUT, plan=plan)
-    first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 5, 3)
-    cache.put((1, 2, 3), first)
-    cache.put((1, 2, 3, 4, 5), second)
+@pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["attention", "mixed"])
+def test_prompt_cache_returns_stored_states(location: str, layout: Layout) -> None:
+    size = layout.nbytes(3) + layout.nbytes(5)
+    plan = plan_cache(size, location=location, limit=0, free={"memory": GIGA, "disk": GIGA})
+    cache = PromptCache(layout, plan=plan)
+    states = {(1, 2, 3): _state(layout, 3), (1, 2, 3, 4, 5): _state(layout, 5)}
+    for ids, state in states.items():
+        assert cache.fits(len(ids))
+        cache.put(ids, state)
     assert not cache.fits(1)
-    assert list(cache.states) == [(1, 2, 3), (1, 2, 3, 4, 5)]
-    assert torch.equal(cache.states[1, 2, 3], first)
-    assert torch.equal(cache.states[1, 2, 3, 4, 5], second)
+    for ids, state in states.items():
+        for stored, block in zip(cache.states[ids].blocks, state.blocks, strict=True):
+            assert torch.equal(stored, block)
+
+
+def test_bytes_of_a_prompt_are_those_of_its_tensors_and_their_alignment() -> None:
+    assert LAYOUT.token_bytes == 4 * 2 * 3 * 4
+    assert (LAYOUT.nbytes(5), LAYOUT.recurrent_bytes) == (5 * LAYOUT.token_bytes, 0)
+    assert MIXED.recurrent_bytes == 96  # 3 parts of 14 values of 2 bytes, up to a multiple of 16
+    assert MIXED.nbytes(1) == 48 + 48 + 96
+
+
+def test_layout_survives_json() -> None:
+    parts = (Part(0, "keys", 0, 0), Part(0, "values", 0, 1), Part(1, "conv.0", 2, 0))
+    layout = Layout(MIXED.blocks, parts)
+    assert Layout.from_json(json.loads(json.dumps(layout.as_json()))) == layout
 
 
 def test_prompt_cache_on_full_disk_raises_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

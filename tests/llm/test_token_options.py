@@ -187,7 +187,7 @@ def _mixed_log_probs(toy: CausalLM, head: CopyHead, slot: Slot) -> list[float]:
     assert slot.soft is not None
     embeds = torch.cat([toy.embed(torch.tensor(slot.prompt.ids)), slot.soft.vectors[0]])[None]
     states, logits = toy.prefill(embeds, torch.ones(1, embeds.shape[1], dtype=torch.int64))
-    values = states[0][2 * head.layer + 1].transpose(0, 1).flatten(1)
+    values = states[0].blocks[0][2 * head.layer + 1].transpose(0, 1).flatten(1)
     tokens = torch.tensor(slot.prompt.ids[1:])
     prompt = head.prompt.source(values[: len(tokens)], tokens)
     own = copy_source(toy, head, ["Why Music, Part 2"])

@@ -23,6 +23,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, RunConflict, StorageError, TrainingDiverged
 from personaplug.infra import tensor_files
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.prompt_state import PromptState
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Run, open_models
 from personaplug.training.batching import user_split
@@ -211,7 +212,7 @@ def test_prompts_are_computed_once_for_plug_control_and_seeds(
     computed: list[tuple[int, ...]] = []
     real = CausalLM.compute_prompt_states
 
-    def recording(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    def recording(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[PromptState]:
         computed.extend(rows)
         return real(llm, rows)
 

@@ -68,6 +68,12 @@ _LAYERS = (
 _KEY_HEADS = "num_key_value_heads num_kv_heads n_head_kv"
 _PER_TOKEN = "num_experts_per_tok moe_k top_k_experts moe_top_k"
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
+_SHARED_KEYS = {  # the last two layers read the keys of the first two
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+}
 # Values that cannot be derived from names: sizes that depend on each other, or periods of layers.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -75,7 +81,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _SHARED_KEYS,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"n_groups": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
 }
 

@@ -8,8 +8,8 @@ them right before the answer, so the prompt's states depend on neither plug nor 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from personaplug.llm.prompt_cache import CachePlan, PromptStates
 from personaplug.llm.prompt_state import Layout, PromptState
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
 from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
-from personaplug.llm.token_embedding import TokenEmbedding, find_factor
+from personaplug.llm.token_embedding import TokenEmbedding, find_factor, find_per_layer
 
 if TYPE_CHECKING:
     from personaplug.llm.check_results import ModelCheck
@@ -156,6 +156,8 @@ class LanguageModel(ABC):
         end_ids: tokens that end a response.
         check: result of the model check.
         ways: runners that take soft tokens at any position or none, by name, fastest first.
+        prefix_ways: runners of `suffix` soft tokens after cached prompts, by name, fastest first; empty if those in
+            `ways` use the prompt cache themselves.
         whole: the first runner in `ways` that passed the model check.
         prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot be cached.
     """
@@ -163,6 +165,7 @@ class LanguageModel(ABC):
     is_encoder_decoder: bool
     check: ModelCheck
     ways: dict[str, Runner]
+    prefix_ways: Mapping[str, Runner]
     whole: Runner
     prompt_layout: Layout | None
 
@@ -191,16 +194,22 @@ class LanguageModel(ABC):
         )
         self.end_ids = list(dict.fromkeys(end for end in [self.prompt_tokenizer.end_id, *eos_ids] if end is not None))
         self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
-        self.embed = TokenEmbedding(model.get_input_embeddings())
-        self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        text_config = model.config.get_text_config()
+        self.embed = TokenEmbedding(
+            model.get_input_embeddings(),
+            per_layer=find_per_layer(model),
+            pad_id=getattr(text_config, "pad_token_id", None) or 0,
+        )
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         width, day = int(self.embed.weight.shape[1]), self.prompt_tokenizer.chat_date
         self.identity = LLMIdentity(name, revision, fingerprint(model), width, day)
-        self.embed.factor = find_factor(
-            model,
-            self.embed.layer,
-            read_ids=lambda ids: self.read(input_ids=ids),
-            read_embeds=lambda embeds: self.read(inputs_embeds=embeds),
-        )
+        if self.embed.per_layer is None:
+            self.embed.factor = find_factor(
+                model,
+                self.embed.layer,
+                read_ids=lambda ids: self.read(input_ids=ids),
+                read_embeds=lambda embeds: self.read(inputs_embeds=embeds),
+            )
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
         # Drop penalties, minimum lengths and forced tokens of the checkpoint; `decode_tokens` does not apply them.
@@ -216,14 +225,13 @@ class LanguageModel(ABC):
         return torch.device(self.embed.weight.device)
 
     @property
-    def prefix_runner(self) -> Runner | None:
-        """Runner for `suffix` soft tokens after cached prompts; None if `whole` uses the prompt cache itself."""
-        return None
-
-    @property
     def supports_prompt_cache(self) -> bool:
         """True if the states of prompts before `suffix` soft tokens can be cached."""
         return self.prompt_layout is not None
+
+    def use(self, check: ModelCheck) -> None:
+        """Run the model as its check says."""
+        self.check, self.whole, self.prompt_layout = check, self.ways[check.way], check.layout
 
     @abstractmethod
     def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[PromptState]:
@@ -272,7 +280,7 @@ class LanguageModel(ABC):
         """Return the embeddings of the tokens of all texts, concatenated: (n, D)."""
         ids = [token for row in self.prompt_tokenizer.encode_targets(texts) for token in row]
         content_ids = [token for token in ids if token not in self.end_ids]
-        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))
+        return self.embed.vectors(torch.tensor(content_ids, dtype=torch.int64, device=self.device))
 
     def cache_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Cache the states of prompts before `suffix` soft tokens and drop earlier ones. Only the speed changes."""
@@ -341,7 +349,11 @@ class LanguageModel(ABC):
             rows = [row + ids for row, ids in zip(rows, target_ids, strict=True)]
         side = "right" if self.is_encoder_decoder else "left"
         ids, mask = pad_with_mask(rows, side=side, device=self.device)
-        return splice(self.embed(ids), mask, soft=batch.soft, at=at)
+        return splice(self.embed(ids), mask, soft=self.complete(batch.soft), at=at)
+
+    def complete(self, soft: SoftPrompt | None) -> SoftPrompt | None:
+        """Return soft tokens as the model reads them; see `TokenEmbedding.complete`."""
+        return None if soft is None else replace(soft, vectors=self.embed.complete(soft.vectors))
 
     @abstractmethod
     def spell(self, ids: Ids) -> Tensor:
@@ -355,7 +367,7 @@ class LanguageModel(ABC):
     def _measure_scale(self) -> float:
         # Measure the layer's output, because in some families it is a scaled row of the table.
         ids = torch.linspace(0, self.embed.num_embeddings - 1, steps=min(4096, self.embed.num_embeddings))
-        return float(self.embed(ids.long().to(self.device)).float().pow(2).mean().sqrt())
+        return float(self.embed.vectors(ids.long().to(self.device)).float().pow(2).mean().sqrt())
 
 
 def plain_generation_config(config: Any) -> Any:

@@ -28,13 +28,20 @@ _LABEL_STATES = 2**28  # bytes of recurrent states of labels per pass
 
 
 class CachedPrefixRunner(Runner):
-    """Runs only soft tokens and answers. The prompts' keys and values come from the cache, without gradients.
+    """Runs only soft tokens and answers. The prompts' states come from the cache, without gradients.
 
     R rows share the states of P prompts. The rows of a prompt are adjacent, and R is a multiple of P.
+
+    Args:
+        joins: see `CachedPrefix`; True is slower and suits more families.
     """
 
-    def __init__(self, llm: CausalLM) -> None:
-        self.llm = llm
+    def __init__(self, llm: CausalLM, *, joins: bool = False) -> None:
+        self.llm, self.joins = llm, joins
+
+    def start(self, states: Sequence[PromptState]) -> CachedPrefix:
+        """Return a cache that continues prompts."""
+        return CachedPrefix(StateBatch.stack(states, device=self.llm.device), joins=self.joins)
 
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         assert batch.soft is not None
@@ -149,7 +156,7 @@ class CachedPrefixRunner(Runner):
         """Return the log-probability of the labels' tokens after the first, given P cached prompts, (P, n labels)."""
         rows = list(label_ids) * len(states.lengths)
         ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)
-        prefix = CachedPrefix(states)
+        prefix = CachedPrefix(states, joins=self.joins)
         logits = self.logits(self.llm.embed(ids), prefix, columns=torch.arange(ids.shape[1]))
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
@@ -162,7 +169,7 @@ class CachedPrefixRunner(Runner):
             shared: the state of the tokens with which all prompts begin; each prompt has further tokens.
         """
         suffixes = [ids[shared.tokens :] for ids in prompts]
-        prefix = CachedPrefix(StateBatch.stack([shared], device=self.llm.device))
+        prefix = self.start([shared])
         # Padding comes after all tokens of a row, so it needs no mask.
         embeds = self.llm.embed(pad(suffixes, fill=0, side="right").to(self.llm.device))
         self.logits(embeds, prefix, columns=torch.tensor([0]))  # logits of one column, because a model returns some
@@ -178,7 +185,7 @@ class CachedPrefixRunner(Runner):
         groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]
         if share and len({size for _, size in groups}) == 1:
             rows = [ids for ids, _ in groups]
-        return CachedPrefix(StateBatch.stack(self.llm.prompt_states.get(rows), device=self.llm.device))
+        return self.start(self.llm.prompt_states.get(rows))
 
     def _cast(self, soft: SoftPrompt) -> Tensor:
-        return soft.vectors.to(self.llm.device, self.llm.model.dtype)
+        return self.llm.embed.complete(soft.vectors.to(self.llm.device, self.llm.model.dtype))

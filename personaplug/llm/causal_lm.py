@@ -14,6 +14,7 @@ from torch import Tensor
 from personaplug.errors import ConfigError
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.cached_prefix import CachedPrefixRunner
+from personaplug.llm.check_results import ModelCheck
 from personaplug.llm.chunked_cross_entropy import log_softmax
 from personaplug.llm.copy_head import CopyHead
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
@@ -33,6 +34,7 @@ class CausalLM(LanguageModel):
     """A frozen decoder-only model."""
 
     is_encoder_decoder = False
+    prefix_ways: dict[str, CachedPrefixRunner]
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -40,7 +42,8 @@ class CausalLM(LanguageModel):
         self._ropes = [module for module in model.modules() if is_switching_rope(module)]
         self.rope_switch = min((_rope_limit(rope.config) for rope in self._ropes), default=None)
         super().__init__(model, tokenizer, **settings)
-        self.cached_prefix = CachedPrefixRunner(self)
+        self.prefix_ways = {"apart": CachedPrefixRunner(self), "joined": CachedPrefixRunner(self, joins=True)}
+        self.cached_prefix = self.prefix_ways["apart"]
         self.row_by_row = RowByRowRunner(UncachedRunner(self))
         self.ways = {
             "batched": SplicedRunner(self),
@@ -50,9 +53,9 @@ class CausalLM(LanguageModel):
         }
         check_model(self)
 
-    @property
-    def prefix_runner(self) -> Runner:
-        return self.cached_prefix
+    def use(self, check: ModelCheck) -> None:
+        super().use(check)
+        self.cached_prefix = self.prefix_ways[check.prefix_way or "apart"]
 
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
         """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out.
@@ -127,7 +130,7 @@ class CausalLM(LanguageModel):
         if "position_ids" in self.accepted:
             options["position_ids"] = positions
         options |= self.only_columns(columns)
-        output = self.model(inputs_embeds=embeds, attention_mask=mask, **options)
+        output = self.model(**self.embed.model_inputs(embeds), attention_mask=mask, **options)
         logits: Tensor = output.logits
         return logits if "logits_to_keep" in self.accepted else logits[:, columns.to(logits.device)], output
 
@@ -211,7 +214,7 @@ class SplicedRunner(Runner):
         if decoding is not None:
             return decode_tokens(self.llm, config, batch, decoding=decoding)
         spliced = self.llm.splice_prompts(batch)
-        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
+        inputs = {**self.llm.embed.model_inputs(spliced.embeds), "attention_mask": spliced.mask}
         return generate_with_transformers(self.llm, config, batch, **inputs)
 
     def _forward(self, spliced: Spliced, *, columns: Tensor, use_cache: bool) -> tuple[Tensor, Any]:

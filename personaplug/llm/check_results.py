@@ -35,6 +35,7 @@ class ModelCheck:
     why_not_faster: str = ""  # why faster runners failed, or why the model is refused
     layout: Layout | None = None  # of cached prompt states
     why_no_prompt_cache: str = ""
+    prefix_way: str = ""  # a key of `LanguageModel.prefix_ways`
 
 
 def result_key(llm: LanguageModel, texts: list[Any]) -> str:

@@ -209,7 +209,7 @@ class ContinuousBatch:
 
     def _set(self, slots: list[Slot], states: list[PromptState]) -> None:
         self._slots = slots
-        self._prefix = CachedPrefix(StateBatch.stack(states, device=self.llm.device)) if states else None
+        self._prefix = self.llm.cached_prefix.start(states) if states else None
 
     def _prefill(self, slots: Sequence[Slot]) -> tuple[list[PromptState], Tensor]:
         """Run prompts whose soft tokens have one shape; return their states and last logits."""
@@ -226,7 +226,7 @@ class ContinuousBatch:
         soft = SoftPrompt.cat(soft_prompts) if soft_prompts else None
         if soft is not None and soft.placement == "suffix":
             at = mask.sum(dim=1)
-        spliced = splice(llm.embed(ids), mask, soft=soft, at=at)
+        spliced = splice(llm.embed(ids), mask, soft=llm.complete(soft), at=at)
         return llm.prefill(spliced.embeds, spliced.mask)
 
 

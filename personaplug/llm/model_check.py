@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,11 +57,11 @@ class Tolerance:
 
 
 def check_model(llm: LanguageModel) -> None:
-    """Set a model's `whole` runner and `prompt_layout`, or raise UnsupportedModel if no runner passes the check."""
+    """Let a model run as its check says, or raise UnsupportedModel if no runner passes the check."""
     result, name = _find_or_run(llm), llm.identity.name
     if not result.way:
         raise UnsupportedModel(name, result.why_not_faster)
-    llm.check, llm.whole, llm.prompt_layout = result, llm.ways[result.way], result.layout
+    llm.use(result)
     if result.why_not_faster:
         logger.warning("%s runs %s: %s", name, result.way, result.why_not_faster)
     if result.why_no_prompt_cache:
@@ -89,8 +89,7 @@ def run_check(llm: LanguageModel) -> ModelCheck:
     for way, runner in llm.ways.items():
         reason = _reason(partial(probe.check_runner, runner))
         if not reason:
-            layout, why_no_cache = probe.check_prompt_cache(runner)
-            return ModelCheck(way, "; ".join(dict.fromkeys(reasons)), layout, why_no_cache)
+            return probe.check_prompt_cache(runner, ModelCheck(way, "; ".join(dict.fromkeys(reasons))))
         reasons.append(reason)
     return ModelCheck("", reasons[-1])
 
@@ -184,13 +183,20 @@ class Probe:
         if not float(distance[targets != IGNORED].max()) <= self.tolerance.logit:
             raise Mismatch("generated tokens are not the most likely ones")
 
-    def check_prompt_cache(self, whole: Runner) -> tuple[Layout | None, str]:
-        """Return the layout of cached prompt states, or None and the reason; `whole` has passed the check."""
-        if (runner := self.llm.prefix_runner) is not None:
-            reason = _reason(lambda: self._check_cached_prefix(runner, whole))
-            if reason:
-                return None, reason
-        return self.llm.compute_prompt_states(self.prompt_ids[:1])[0].layout, ""
+    def check_prompt_cache(self, whole: Runner, check: ModelCheck) -> ModelCheck:
+        """Add to a result how prompts can be cached, or why they cannot; `whole` has passed the check."""
+        reasons = list[str]()
+        for way, runner in self.llm.prefix_ways.items():
+            reason = _reason(partial(self._check_cached_prefix, runner, whole))
+            if not reason:
+                return replace(check, layout=self._layout(), prefix_way=way)
+            reasons.append(reason)
+        if reasons:
+            return replace(check, why_no_prompt_cache=reasons[-1])
+        return replace(check, layout=self._layout())
+
+    def _layout(self) -> Layout:
+        return self.llm.compute_prompt_states(self.prompt_ids[:1])[0].layout
 
     def _check_cached_prefix(self, runner: Runner, whole: Runner) -> None:
         problem = "answers after a cached prompt differ from one pass"

@@ -28,16 +28,17 @@ _UNSUPPORTED_OPTIONS = ("position_bias", "alibi", "indexer")
 class CachedPrefix(Cache):
     """States of P prompts for forward passes of R live rows that follow them; R is a multiple of P.
 
-    The model sees a cache of T + L tokens. Keys and values of the prompts and of the live tokens are never
-    concatenated; `attend` combines them. Recurrent states are copied for each row.
+    The model sees a cache of T + L tokens. Recurrent states are copied for each row.
 
     Args:
         batch: the states of the prompts.
+        joins: True = concatenate keys and values of prompts and live tokens, for the model's own attention. False =
+            never concatenate them, because `attend` combines them.
     """
 
-    def __init__(self, batch: StateBatch) -> None:
-        super().__init__(layers=_prefix_layers(batch))
-        self.batch = batch
+    def __init__(self, batch: StateBatch, *, joins: bool = False) -> None:
+        super().__init__(layers=_prefix_layers(batch, joins=joins))
+        self.batch, self.joins = batch, joins
         self._mask = left_padding_mask(batch.lengths, batch.width).long()
         self._live = 0  # tokens per row so far
 
@@ -52,7 +53,7 @@ class CachedPrefix(Cache):
         mask = torch.cat([mask, mask.new_ones(rows, self._live + live)], dim=1)
         positions = lengths[:, None] + torch.arange(self._live, self._live + live, device=lengths.device)
         for layer in self.layers:
-            if hasattr(layer, "copy_for"):
+            if hasattr(layer, "copy_for"):  # not a layer without a cache
                 layer.copy_for(rows)
         self._live += live
         return mask, positions
@@ -99,42 +100,55 @@ class CachedPrefix(Cache):
 class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of P prompts, each (P, heads, T, width), and apart from them those of live tokens."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, *, joins: bool) -> None:
         DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.is_initialized = keys, values, True
+        self.prompt, self.joins = (keys, values), joins
         self.live = DynamicLayer()  # type: ignore[no-untyped-call]
 
+    def copy_for(self, rows: int) -> None:
+        """Copy the prompts' keys and values for R rows, if they are joined with those of live tokens."""
+        if self.joins and len(self.prompt[0]) != rows:
+            keys, values = (part.repeat_interleave(rows // len(part), dim=0) for part in self.prompt)
+            self.prompt = keys, values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of live tokens; return the keys and values of all live tokens."""
+        """Append keys and values of live tokens; return those of all live tokens, after the prompt's if joined."""
         if not self.live.is_initialized:  # avoids a copy by concatenation with an empty tensor
             self.live.keys, self.live.values, self.live.is_initialized = key_states, value_states, True
+        else:
+            key_states, value_states = self.live.update(key_states, value_states)
+        if not self.joins:
             return key_states, value_states
-        return self.live.update(key_states, value_states)
+        return torch.cat([self.prompt[0], key_states], dim=2), torch.cat([self.prompt[1], value_states], dim=2)
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + self.live.get_seq_length()
+        return self.prompt[0].shape[2] + self.live.get_seq_length()
 
 
-def _prefix_layers(batch: StateBatch) -> list[Any]:
+def _prefix_layers(batch: StateBatch, *, joins: bool) -> list[Any]:
     tensors: dict[int, dict[str, Tensor]] = {}
     for part in batch.layout.parts:
         tensors.setdefault(part.layer, {})[part.name] = batch.part(part)
     if not batch.layout.recurrent_bytes:
-        return [PrefixLayer(parts["keys"], parts["values"]) for parts in tensors.values()]
+        return [PrefixLayer(**parts, joins=joins) for parts in tensors.values()]
     from personaplug.llm.recurrent_layers import prefix_layer  # older versions of transformers have no such layers
 
-    return [prefix_layer(tensors.get(index, {})) for index in range(1 + max(tensors))]
+    return [prefix_layer(tensors.get(index, {}), joins=joins) for index in range(1 + max(tensors))]
 
 
 @contextmanager
 def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
-    """Switch a model to `attend` and yield the keyword arguments for its forward pass."""
+    """Yield the keyword arguments for a model's forward pass; switch it to `attend` unless the prefix joins."""
+    arguments = {cache_argument(model): prefix, "use_cache": True}
+    if prefix.joins:
+        yield arguments
+        return
     # In a composite model, the layers read the config of the text model.
     config = model.config.get_text_config()
     previous = config._attn_implementation
     config._attn_implementation = _ATTENTION_NAME
     try:
-        yield {cache_argument(model): prefix, "use_cache": True, _PREFIX: prefix}
+        yield {**arguments, _PREFIX: prefix}
     finally:
         config._attn_implementation = previous
 
@@ -165,18 +179,19 @@ def attend(
         raise NotImplementedError(", ".join(unsupported) or "the model passes no keyword arguments to attention")
     prefix = options[_PREFIX].layer_of(key, index=module.layer_idx)
     rows, heads, queries, width = query.shape
-    (_, groups, live, _), past = key.shape, prefix.keys.shape[-2]
+    (past_keys, past_values), (_, groups, live, _) = prefix.prompt, key.shape
+    past = past_keys.shape[2]
     query = query * (width**-0.5 if scaling is None else scaling)
     # Query heads that share keys become rows of one matrix: (R · G, H/G · Q, d).
     grouped = query.reshape(rows * groups, -1, width)
-    past_scores = _multiply_shared(grouped, prefix.keys.transpose(-1, -2))
+    past_scores = _multiply_shared(grouped, past_keys.transpose(-1, -2))
     live_scores = torch.bmm(grouped, key.reshape(-1, live, width).transpose(1, 2))
     scores = torch.cat([past_scores, live_scores], dim=-1).view(rows, heads, queries, past + live)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     weights = _softmax((scores + attention_mask).float(), sinks=s_aux).to(value.dtype)
     weights = weights.reshape(*grouped.shape[:2], past + live)
-    mixed = _multiply_shared(weights[..., :past], prefix.values) + torch.bmm(
+    mixed = _multiply_shared(weights[..., :past], past_values) + torch.bmm(
         weights[..., past:], value.reshape(-1, live, value.shape[-1])
     )
     return mixed.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None

@@ -65,20 +65,24 @@ class RecurrentLayer(LinearAttentionLayer):
 class HybridLayer(RecurrentLayer, PrefixLayer):  # type: ignore[misc, no-untyped-call, override]
     """A layer with recurrent states beside keys and values (Falcon-H1)."""
 
-    def __init__(self, states: Mapping[str, Tensor], *, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, states: Mapping[str, Tensor], *, keys: Tensor, values: Tensor, joins: bool) -> None:
         RecurrentLayer.__init__(self, states)
-        PrefixLayer.__init__(self, keys, values)
+        PrefixLayer.__init__(self, keys, values, joins=joins)
+
+    def copy_for(self, rows: int) -> None:
+        RecurrentLayer.copy_for(self, rows)
+        PrefixLayer.copy_for(self, rows)
 
 
-def prefix_layer(tensors: Mapping[str, Tensor]) -> Any:
+def prefix_layer(tensors: Mapping[str, Tensor], *, joins: bool) -> Any:
     """Return a layer that continues P prompts; `tensors` are its parts by name, each (P, …)."""
     states = {name: tensor for name, tensor in tensors.items() if "." in name}
     if not tensors:
         return DummyLayer()  # type: ignore[no-untyped-call]
     if not states:
-        return PrefixLayer(tensors["keys"], tensors["values"])
+        return PrefixLayer(tensors["keys"], tensors["values"], joins=joins)
     if "keys" in tensors:
-        return HybridLayer(states, keys=tensors["keys"], values=tensors["values"])
+        return HybridLayer(states, keys=tensors["keys"], values=tensors["values"], joins=joins)
     return RecurrentLayer(states)
 
 

@@ -70,5 +70,5 @@ class UncachedRunner(Runner):
     def _logits(self, embeds: Tensor) -> Tensor:
         self.llm.reset_ropes()
         options = {"use_cache": False} if "use_cache" in self.llm.accepted else {}
-        logits: Tensor = self.llm.model(inputs_embeds=embeds, **options).logits
+        logits: Tensor = self.llm.model(**self.llm.embed.model_inputs(embeds), **options).logits
         return logits

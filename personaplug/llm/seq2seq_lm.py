@@ -6,7 +6,7 @@ decoder: [I; P; start; y]. The decoder inputs are built here, because families s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Seq2SeqLM(LanguageModel, Runner):
     """A frozen encoder-decoder model, and its own runner for both placements."""
 
     is_encoder_decoder = True
+    prefix_ways: Mapping[str, Runner] = {}
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
         self.start_ids = find_start_ids(model, name=settings["name"])

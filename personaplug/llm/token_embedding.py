@@ -1,7 +1,13 @@
-"""Token embeddings of a model, with the factor that some families apply outside of the embedding layer."""
+"""Token embeddings of a model, as it reads them in place of ids.
+
+Some families multiply the embeddings of ids by a factor outside of the embedding layer. Others (Gemma 3n, Gemma 4 E)
+also look up a vector per token for each layer. An embedding here has both: D values, then those of all layers. A soft
+token has no id, so it gets the vectors of the padding token, as pictures do in these families.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +18,41 @@ Reader = Callable[[Tensor], Tensor]
 
 
 class TokenEmbedding:
-    """Maps token ids (…) to the embeddings (…, D) that have the same effect on the model.
+    """Maps token ids (…) to the embeddings (…, D + E) that have the same effect on the model.
 
     Attributes:
         layer: the model's input embeddings.
         factor: factor that the model applies to the layer's output for ids, but not to embeddings; see `find_factor`.
+        per_layer: maps ids (…) to per-layer vectors (…, layers, e), layers · e = E; None = E is 0.
+        pad_id: token whose per-layer vectors soft tokens get.
     """
 
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.factor = layer, 1.0
+    def __init__(self, layer: Any, *, per_layer: Reader | None = None, pad_id: int = 0) -> None:
+        self.layer, self.factor, self.per_layer, self.pad_id = layer, 1.0, per_layer, pad_id
 
     def __call__(self, ids: Tensor) -> Tensor:
+        embeds = self.vectors(ids)
+        return embeds if self.per_layer is None else torch.cat([embeds, self.per_layer(ids).flatten(-2)], dim=-1)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Return the embeddings without per-layer vectors, (…, D)."""
         embeds: Tensor = self.layer(ids)
         return embeds if self.factor == 1 else embeds * self.factor
+
+    def complete(self, vectors: Tensor) -> Tensor:
+        """Return soft tokens (…, D) with per-layer vectors, (…, D + E); keep those that have them."""
+        if self.per_layer is None or vectors.shape[-1] != self.weight.shape[1]:
+            return vectors
+        pad = self.per_layer(torch.tensor(self.pad_id, device=self.weight.device)).flatten()
+        return torch.cat([vectors, pad.to(vectors).expand(*vectors.shape[:-1], -1)], dim=-1)
+
+    def model_inputs(self, embeds: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of a model's forward pass for embeddings (B, T, D + E)."""
+        if self.per_layer is None:
+            return {"inputs_embeds": embeds}
+        layers = self.per_layer(torch.tensor(self.pad_id, device=self.weight.device)).shape[0]
+        vectors, per_layer = embeds.tensor_split([self.weight.shape[1]], dim=-1)
+        return {"inputs_embeds": vectors, "per_layer_inputs": per_layer.reshape(*per_layer.shape[:-1], layers, -1)}
 
     @property
     def weight(self) -> Tensor:
@@ -35,6 +63,14 @@ class TokenEmbedding:
     @property
     def num_embeddings(self) -> int:
         return int(self.weight.shape[0])
+
+
+def find_per_layer(model: Any) -> Reader | None:
+    """Return the function that looks up a model's per-layer vectors, or None if it has none."""
+    if "per_layer_inputs" not in inspect.signature(model.forward).parameters:
+        return None
+    owners = (module for module in model.modules() if getattr(module, "hidden_size_per_layer_input", 0))
+    return next((owner.get_per_layer_inputs for owner in owners if hasattr(owner, "get_per_layer_inputs")), None)
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_states_are_the_values_of_the_whole_text(kind: str) -> None:
         prompt = llm.prompt_tokenizer.encode_prompt(PROMPTS[index]).ids
         embeds = torch.cat([llm.spell(prompt), soft.row(index).vectors, llm.spell(ids)], dim=1)
         states, _ = llm.prefill(embeds, torch.ones(embeds.shape[:2], dtype=torch.int64))
-        values = states[0][2 * layer + 1].transpose(0, 1).flatten(1)
+        values = states[0].blocks[0][2 * layer + 1].transpose(0, 1).flatten(1)
         start = len(prompt) + soft.tokens - 1
         torch.testing.assert_close(inputs.states, values[start : start + len(ids)], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(inputs.prompt_states, values[: len(prompt) - 1], atol=1e-4, rtol=1e-4)
@@ -125,7 +125,7 @@ def test_read_answer_has_the_state_before_each_token() -> None:
     first, second, again = read_answers(llm, ["Why Music, Part 2", "On tea", "Why Music, Part 2"], layer=layer)
     ids = llm.prompt_tokenizer.encode_target("On tea")
     assert second.tokens.tolist() == list(ids)
-    states = llm.compute_whole_prompts([head + ids])[0][2 * layer + 1].transpose(0, 1).flatten(1)
+    states = llm.compute_whole_prompts([head + ids])[0].blocks[0][2 * layer + 1].transpose(0, 1).flatten(1)
     torch.testing.assert_close(second.states, states[len(head) - 1 : -1], atol=1e-4, rtol=1e-4)
     assert torch.equal(first.states, again.states)
 

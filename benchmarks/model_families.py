@@ -66,7 +66,7 @@ _LAYERS = (
     "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers"
 )
 _KEY_HEADS = "num_key_value_heads num_kv_heads n_head_kv"
-_PER_TOKEN = "num_experts_per_tok moe_k top_k_experts moe_top_k"
+_PER_TOKEN = "num_experts_per_tok num_experts_per_token moe_k top_k_experts moe_top_k"
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
 _SHARED_KEYS = {  # the last two layers read the keys of the first two
     "num_hidden_layers": 4,
@@ -81,6 +81,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": _SHARED_KEYS,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},

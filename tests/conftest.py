@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Each httpx call creates a client that loads all CA certificates, which takes most of the time of a local call.
 vars(ssl)["create_default_context"] = lru_cache(ssl.create_default_context)
+# On a busy machine, a reply can take longer than httpx's 5 seconds.
+vars(DEFAULT_TIMEOUT_CONFIG).update(dict.fromkeys(("connect", "read", "write", "pool"), 60.0))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

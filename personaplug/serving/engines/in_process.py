@@ -77,9 +77,10 @@ class InProcessEngine(Engine):
 
     def __init__(self, llm: LanguageModel, *, name: str, max_rows: int = 16, max_new_tokens: int = 512) -> None:
         if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
+            reason = llm.check.why_no_prompt_cache or "it is an encoder-decoder"
             raise ConfigError(
-                f"{llm.identity.name} cannot serve concurrent requests. Use a decoder-only model with a key-value "
-                f"cache per token."
+                f"{llm.identity.name} cannot serve concurrent requests: {reason}. Use another model; docs/families.md "
+                f"lists those with cached prompts."
             )
         self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -18,14 +19,18 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import CONFIG, ENCODER, TASK, free_port, served
+from live_server import CONFIG, ENCODER, TASK, engine_request, free_port, served
 
+from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, MissingModel
 from personaplug.infra.model_hub import LLMIdentity, find_model
+from personaplug.llm.base import PromptBatch
+from personaplug.llm.loading import open_llm
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
+from personaplug.serving.engines.base import EngineRequest
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 from personaplug.serving.persona_cache import Persona, PersonaCache, store_settings
@@ -166,6 +171,28 @@ def test_answer_on_task_is_one_of_the_labels(folder: Path, address: str, tmp_pat
         raw = _client(url).chat.completions.with_raw_response.create(model="small", messages=turns, user="ann")
         assert raw.parse().choices[0].message.content in TASK.labels
         assert raw.headers["x-personaplug-items"] == "3"
+
+
+def test_probabilities_of_labels_are_those_of_the_embedded_engine(folder: Path, address: str) -> None:
+    labels, prompt = ("war", "science fiction", "romantic comedy", "comedy"), "Which tag fits this film? A love at sea."
+    llm = open_llm(ModelConfig(llm=MODEL, dtype="float32"))
+    soft = SoftPrompt(llm.embed(torch.tensor([llm.prompt_tokenizer.texts.encode(" I like")])).float(), "suffix")
+    expected = torch.softmax(llm.score(PromptBatch([prompt], soft), labels)[0], dim=0)
+    engine = VLLMEngine(address, table=EmbeddingTable.of_folder(folder), width=WIDTH, placement="suffix")
+    fields = {"messages": [{"role": "user", "content": prompt}], "personaplug": {"probabilities": True}}
+    body = engine_request("chat", fields, soft).body
+
+    async def respond() -> Any:
+        await engine.start()
+        try:
+            return (await engine.respond(EngineRequest(body, soft, choices=labels, id="1"))).body
+        finally:
+            await engine.close()
+
+    found = json.loads(asyncio.run(respond()))
+    probabilities = [found["personaplug"]["probabilities"][label] for label in labels]
+    assert probabilities == pytest.approx(expected.tolist(), abs=0.05)  # vLLM runs in bfloat16
+    assert found["choices"][0]["message"]["content"] == labels[int(expected.argmax())]
 
 
 def test_label_prior_decides_the_answer(folder: Path, address: str, tmp_path: Path) -> None:

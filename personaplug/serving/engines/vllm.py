@@ -6,7 +6,9 @@ At start, it checks which model the server runs, and that soft tokens have the s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +21,13 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest, EventStream, LoadPlug, too_long
 from personaplug.serving.engines.vllm_checks import StartChecks
+from personaplug.serving.engines.vllm_labels import (
+    LabelReply,
+    LabelTree,
+    build_query,
+    check_label_request,
+    wants_probabilities,
+)
 from personaplug.serving.engines.vllm_replies import (
     CONNECTION_ERRORS,
     check_is_stream,
@@ -28,7 +37,7 @@ from personaplug.serving.engines.vllm_replies import (
     read_bounded,
 )
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, build_body, cache_salt, check_body
-from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Kind
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Kind, ReplyFormatter
 
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 _CALLER_STATUSES = (400, 413, 422, 429)  # these errors are about the request, so the caller gets them
@@ -123,34 +132,66 @@ class VLLMEngine(Engine):
 
     async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> bool:
         self.check_length(body.characters)
-        table, max_tokens = self.table, self.max_model_len
-        await asyncio.to_thread(check_body, body, choices=choices, table=table, max_tokens=max_tokens)
+        await asyncio.to_thread(check_body, body, table=self.table, max_tokens=self.max_model_len)
+        if wants_probabilities(body, choices=choices):
+            check_label_request(body, choices=choices, placement=self.placement)
+            await asyncio.to_thread(LabelTree.of, choices, self.table)
         return True  # tells `respond` that the request is checked
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Forward a request. The caller gets vLLM's refusals with their message and status."""
         if not request.prepared:
             await self.prepare(request.body, choices=request.choices)
+        if wants_probabilities(request.body, choices=request.choices):
+            return await self._respond_with_probabilities(request)
         content = await asyncio.to_thread(self._body, request)  # embedding a long prompt takes long
-        streams, is_chat = bool(request.body.stream), request.body.kind == "chat"
+        if not request.body.stream:
+            return EngineReply(*await self._ask(content, request))
+        with _answering():
+            async with asyncio.timeout(self.timeout_s):
+                response = await self._post(content, request)
+                if response.status == 200:
+                    return EngineReply(self._stream(response, is_chat=request.body.kind == "chat"))
+                async with response:
+                    refusal = await read_bounded(response)
+        self._check(refusal, response.status, request=request)
+        return EngineReply(refusal, response.status)
+
+    async def _ask(self, content: bytes, request: EngineRequest) -> tuple[bytes, int]:
+        """Send a request and return the whole reply and its status: 200, or that of a refusal."""
+        with _answering():
+            async with asyncio.timeout(self.answer_s), await self._post(content, request) as response:
+                reply = await read_bounded(response)
+        self._check(reply, response.status, request=request)
+        return reply, response.status
+
+    async def _post(self, content: bytes, request: EngineRequest) -> aiohttp.ClientResponse:
         url = self.url + _ROUTES[request.body.kind]
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
-        try:
-            async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
-                response = await self._session.post(url, data=content, headers=headers, allow_redirects=False)
-                if streams and response.status == 200:
-                    return EngineReply(self._stream(response, is_chat=is_chat))
-                async with response:
-                    reply = await read_bounded(response)
-        except CONNECTION_ERRORS as error:
-            raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}). Try again later.") from None
-        if response.status == 200:
-            check_reply(reply, is_chat=is_chat)
-        elif response.status in _CALLER_STATUSES:
-            check_refusal(reply, response.status)
+        return await self._session.post(url, data=content, headers=headers, allow_redirects=False)
+
+    def _check(self, reply: bytes, status: int, *, request: EngineRequest) -> None:
+        if status == 200:
+            check_reply(reply, is_chat=request.body.kind == "chat")
+        elif status in _CALLER_STATUSES:
+            check_refusal(reply, status)
         else:
-            raise self._failure(response.status)
-        return EngineReply(reply, response.status)
+            raise self._failure(status)
+
+    async def _respond_with_probabilities(self, request: EngineRequest) -> EngineReply:
+        """Ask for the probabilities of the labels' tokens side by side, and choose the likeliest label."""
+        tree, salt = LabelTree.of(request.choices, self.table), cache_salt(request, of_persona=self.salts_personas)
+        build = partial(build_query, request, model=self._served_name, table=self.table, salt=salt)
+        bodies = await asyncio.to_thread(lambda: [build(query) for query in tree.queries])
+        replies = await asyncio.gather(*(self._ask(body, request) for body in bodies))
+        refused = next((reply for reply in replies if reply[1] != 200), None)
+        if refused is not None:
+            return EngineReply(*refused)
+        answer = LabelReply(request, tree, [reply for reply, _ in replies])
+        formatter = ReplyFormatter(request.body.kind, model=self._served_name, request_id=request.id)
+        if request.body.stream:
+            return EngineReply(EventStream(answer.events(formatter), on_close=lambda: None))
+        return EngineReply(answer.whole(formatter))
 
     def _body(self, request: EngineRequest) -> bytes:
         salt = cache_salt(request, of_persona=self.salts_personas)
@@ -198,6 +239,15 @@ class VLLMEngine(Engine):
                 return response.status, reply.decode("utf-8", errors="replace")
         except (*CONNECTION_ERRORS, ValueError) as error:  # ValueError: the key or address cannot be sent
             raise EngineFailure(f"Cannot reach a vLLM server at {self.url} ({type(error).__name__}).") from None
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Report a broken connection or a timeout as a failure of the engine."""
+    try:
+        yield
+    except CONNECTION_ERRORS as error:
+        raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}). Try again later.") from None
 
 
 def _checked_url(url: str) -> str:

@@ -122,15 +122,10 @@ class EmbeddingTable:
         return self.texts.control[min(control_ids)] if control_ids else None
 
 
-def check_body(
-    request: ChatRequest | CompletionRequest, *, choices: Sequence[str], table: EmbeddingTable, max_tokens: int | None
-) -> None:
+def check_body(request: ChatRequest | CompletionRequest, *, table: EmbeddingTable, max_tokens: int | None) -> None:
     """Refuse fields that vLLM must not get or would ignore, and prompts that are too long, before tokenizing them."""
     body = request.to_openai()
-    _check_fields(body, choices=choices)
-    if request.personaplug.probabilities:
-        message = "vLLM does not report the probability of each label. Use the embedded engine."
-        raise RequestError(message, code="unsupported")
+    _check_fields(body)
     _check_placeholder(body)
     _check_length(body, table.longest_token, max_tokens=max_tokens)
     if request.kind == "chat":
@@ -146,7 +141,7 @@ def build_body(
     body, soft = passed | {"model": model, "cache_salt": salt}, request.soft
     if request.body.kind == "completion" and soft is None and table.find_control(body["prompt"]):
         body["prompt"] = table.ids(body["prompt"])  # vLLM would parse control tokens in the text
-    if request.choices and not _has_own_form(body):
+    if request.choices and not has_own_form(body):
         body = {name: value for name, value in body.items() if name not in _OF_FREE_TEXT}
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(request.choices)}}
         if soft is not None and soft.label_bias is not None and not body.get("logit_bias"):
@@ -195,12 +190,12 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     return {**body, "messages": messages}
 
 
-def _has_own_form(body: dict[str, Any]) -> bool:
+def has_own_form(body: dict[str, Any]) -> bool:
     """True if a request sets its own output format, which replaces the task's closed set."""
     return any(body.get(name) for name in ("structured_outputs", "response_format", "tools"))
 
 
-def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
+def _check_fields(body: dict[str, Any]) -> None:
     """Refuse the fields that corrupt vLLM's answers, end its process or have no effect."""
     # vLLM treats a part as embeds because of its type or, if it has a `uuid`, because of a field's name.
     if EMBEDS in body or any(part.get("type") == EMBEDS or EMBEDS in part for part in _parts(body)):
@@ -215,9 +210,6 @@ def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
         if unknown:
             message = f"A message may not have {shown_field(unknown[0])}. Remove it."
             raise RequestError(message, code="unsupported")
-    if choices and not _has_own_form(body) and (body.get("logprobs") or body.get("logprob_token_ids")):
-        message = "vLLM reports no log-probabilities of labels. Use the embedded engine."
-        raise RequestError(message, code="unsupported")
 
 
 def _check_placeholder(body: dict[str, Any]) -> None:

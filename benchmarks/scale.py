@@ -40,7 +40,7 @@ from personaplug.plug.personalizer import Personalizer
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.store.backup import back_up, verify
 from personaplug.store.database import Connection, execute, sa
-from personaplug.store.history_store import HistoryStore, Retention
+from personaplug.store.history_store import EncodedItems, HistoryStore, Retention
 from personaplug.store.schema import Shard
 from personaplug.store.tickets import chunks
 from personaplug.store.user_list import list_users
@@ -79,20 +79,21 @@ def name_of(user: int) -> str:
 
 def check_same(store: HistoryStore, user: str, each: int) -> None:
     """Check that a filled user equals one whom `add` has written, in what is read and in what a repeated `add` sees."""
-    expected = batch([user], ITEMS, seed=0)
-    expected = replace(expected, items=expected.items[:each], users=[user] * each, vectors=expected.vectors[:each])
-    expected = replace(expected, label_ids=expected.label_ids[:each], style=expected.style[:each])  # type: ignore[index]
-    reference = replace(expected, users=[f"added like {user}"] * each)
-    add(store, reference)
-    ours, theirs = (store.load_history(TENANT, name) for name in (user, reference.users[0]))
-    for name in ("vectors", "label_ids", "style", "kind_ids"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-    listed = [
-        [(item.id, item.date, item.label_id, item.kind) for item in store.list_items(TENANT, name)]
-        for name in (user, reference.users[0])
-    ]
-    assert listed[0] == listed[1]
-    assert store.add_encoded(store.admit(TENANT, user), expected) == (0, 0, each)
+    items, other = generated(user, each), f"added like {user}"
+    add(store, replace(items, users=[other] * each))
+    ours, theirs = (store.load_history(TENANT, name) for name in (user, other))
+    for column in ("vectors", "label_ids", "style", "kind_ids"):
+        np.testing.assert_array_equal(getattr(ours, column), getattr(theirs, column))
+    listed = ([(i.id, i.date, i.label_id, i.kind) for i in store.list_items(TENANT, name)] for name in (user, other))
+    assert next(listed) == next(listed)
+    assert store.add_encoded(store.admit(TENANT, user), items) == (0, 0, each)
+
+
+def generated(user: str, each: int) -> EncodedItems:
+    """Return the first of the ITEMS items that every user has."""
+    whole = batch([user], ITEMS, seed=0)
+    names = ("users", "items", "vectors", "label_ids", "style")
+    return replace(whole, **{name: getattr(whole, name)[:each] for name in names})
 
 
 def bytes_of(store: HistoryStore) -> dict[str, float]:
@@ -206,7 +207,7 @@ def measure(where: str, sizes: Sequence[int], *, full_users: int, calls: int) ->
     """Grow a new store, and measure it at each size."""
     settings, serial = store_settings(plug_of(DEFAULT)), count()
     with closing(HistoryStore.open(where, HashEncoder(WIDTH), settings=settings, secret=SECRET)) as store:
-        items = store.pack(batch(["any"], ITEMS, seed=0))
+        items = store.pack(generated("any", ITEMS))
         for first, users in pairwise((0, *sizes)):
             full = min(users, full_users)
             fill(store, range(first, full), items)

@@ -37,7 +37,9 @@ ITEMS = 3
 USERS_AT_ONCE = 10_000
 REQUESTS = 2_000
 QUERY = "what is asked"
-DEFAULT = replace(PlugConfig(), answer_channel="style", options="ignore", instruction_start="random")
+DEFAULT = replace(
+    PlugConfig(), answer_channel="style", label_prior="none", options="ignore", instruction_start="random"
+)
 PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, state_tokens=4)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from personaplug.store.database import Connection, Database, execute, for_update, lock_table
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import rewrite_shard
@@ -10,24 +12,33 @@ from personaplug.store.writes import USER_COLUMNS, UserRow, delete_user, mark_fo
 _USERS_PER_TRANSACTION = 200
 
 
-def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
-    """Remove the items before `first_day` of some users of a shard; return False if there are no such items.
+def remove_expired(database: Database, shard: Shard, *, first_day: int) -> Iterator[None]:
+    """Remove the items before `first_day` of a shard, of some users at a time; yield after each transaction.
 
     A user without other items is removed too. `finish_rewrites` removes the bytes from the files.
     """
-    sql = f"SELECT DISTINCT user_no FROM {shard.items} WHERE day < :first_day ORDER BY user_no LIMIT :limit"
-    parameters = {"first_day": first_day, "limit": _USERS_PER_TRANSACTION}
+    # Only each user's oldest item is looked up, in an index. A search by day alone would read all items.
+    oldest = f"SELECT day FROM {shard.items} WHERE user_no = u.no ORDER BY day LIMIT 1"
+    sql = f"SELECT no FROM {shard.users} u WHERE no > :last AND ({oldest}) < :first_day ORDER BY no LIMIT :limit"
+    parameters = {"last": 0, "first_day": first_day, "limit": _USERS_PER_TRANSACTION}
+    while numbers := _numbers(database, sql, parameters):
+        _remove_from_users(database, shard, numbers, first_day=first_day)
+        parameters["last"] = numbers[-1]
+        yield
+
+
+def _numbers(database: Database, sql: str, parameters: dict[str, int]) -> Sequence[int]:
     with database.read_transaction() as connection:
-        numbers = execute(connection, sql, parameters).scalars().all()
-    if not numbers:
-        return False
+        return execute(connection, sql, parameters).scalars().all()
+
+
+def _remove_from_users(database: Database, shard: Shard, numbers: Sequence[int], *, first_day: int) -> None:
     with database.write_transaction() as connection:
         lock_table(connection, shard.users)
         select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no IN :numbers ORDER BY no{for_update(connection)}"
         for row in execute(connection, select, {"numbers": numbers}, expand="numbers").all():
             _remove_from(connection, shard, UserRow.of(row, tenant=row.tenant, user=row.user_id), first_day=first_day)
         mark_for_rewrite(connection, shard)
-    return True
 
 
 def finish_rewrites(database: Database) -> None:

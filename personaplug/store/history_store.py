@@ -330,8 +330,9 @@ class HistoryStore:
     def remove_expired(self, *, seconds: float) -> None:
         """Remove expired items, for about `seconds` at most; the next call continues."""
         deadline, first_day = time.monotonic() + seconds, self.retention.first_day()
-        for shard in map(Shard, range(self.settings.shards)) if self._swept_day != first_day else ():
-            while expiry.remove_expired(self.database, shard, first_day=first_day):
+        is_swept = self.retention.max_days is None or self._swept_day == first_day
+        for shard in map(Shard, range(0 if is_swept else self.settings.shards)):
+            for _ in expiry.remove_expired(self.database, shard, first_day=first_day):
                 if time.monotonic() > deadline:
                     return
             expiry.finish_rewrites(self.database)

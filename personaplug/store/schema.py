@@ -48,6 +48,9 @@ _STORE = (
     "CREATE TABLE history_erasures (number {counter}, tenant TEXT NOT NULL, hashed_user TEXT NOT NULL, "
     "items INTEGER NOT NULL, erased_at TEXT NOT NULL, shard INTEGER NOT NULL, wiped TEXT)",
     "CREATE INDEX history_erasures_by_user ON history_erasures (hashed_user)",
+    # Most erasures are finished, and stay for good. These indexes find the few others.
+    "CREATE INDEX history_erasures_unfinished ON history_erasures (number) WHERE wiped IS NULL",
+    "CREATE INDEX history_erasures_of_nobody ON history_erasures (erased_at) WHERE wiped = ''",
     # A row per shard whose files may still contain bytes of expired items.
     "CREATE TABLE history_rewrites (shard INTEGER PRIMARY KEY, removed_at BIGINT NOT NULL)",
 )

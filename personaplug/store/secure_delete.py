@@ -53,15 +53,20 @@ def last_erasure(connection: Connection, hashed_user: str) -> str:
 
 
 def finish_erasure(database: Database, number: int) -> Receipt:
-    """Rewrite the shard unless another process has done so, and return the receipt without a signature."""
+    """Rewrite the shard unless another call has done so, and return the receipt without a signature.
+
+    The rewriting finishes all erasures of the shard whose rows were deleted before it.
+    """
     with database.read_transaction() as connection:
         row = execute(connection, "SELECT * FROM history_erasures WHERE number = :number", {"number": number}).one()
+        sql = "SELECT number FROM history_erasures WHERE wiped IS NULL AND shard = :shard"
+        numbers = execute(connection, sql, {"shard": row.shard}).scalars().all()
     wiped = row.wiped
     if wiped is None:
         wiped = " ".join(rewrite_shard(database, Shard(row.shard)))
-        sql = "UPDATE history_erasures SET wiped = :wiped WHERE number = :number"
+        sql = "UPDATE history_erasures SET wiped = :wiped WHERE number = :number AND wiped IS NULL"
         with database.write_transaction() as connection:
-            execute(connection, sql, {"wiped": wiped, "number": number})
+            execute(connection, sql, [{"wiped": wiped, "number": finished} for finished in numbers])
     return Receipt(row.tenant, row.hashed_user, row.items, row.erased_at, wiped=tuple(wiped.split()))
 
 

@@ -14,11 +14,10 @@ import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
 from personaplug.cli.data_commands import import_command, simulate, synthesize
+from personaplug.cli.inference_commands import encode, generate
 from personaplug.cli.run_commands import (
-    encode,
     estimate,
     evaluate,
-    generate,
     predict,
     quickstart,
     schema,
@@ -55,7 +54,7 @@ _RESUME_POINTS = {
     "train": "the last checkpoint",
     "quickstart": "this point",
     "bench": "the first unfinished trial",
-    "encode": "the first text without a vector",
+    "encode": "the first unfinished part",
     "evaluate": "the first unfinished row",
     "predict": "the first unfinished row",
     "load": "the first item that is not stored",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from personaplug.config import Config
-from personaplug.config_parsing import changed_settings, describe
+from personaplug.config_parsing import changed_settings, describe, load_config
 from personaplug.errors import ConfigError, MissingData, UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ def device_of(config: Config) -> str:
     from personaplug.llm.loading import choose_device
 
     return choose_device(config.model.device)
+
+
+def config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
+    """Return a run's config, overridden by `base` and then by the command's settings."""
+    config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
+    run.check_unchanged(config)
+    return config
 
 
 def show(config: Config, *sections: str) -> None:

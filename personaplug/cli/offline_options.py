@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from personaplug.cli.options import FILE, FOLDER, secret_option, show
+from personaplug.cli.options import FILE, FOLDER, RESUME_POINT, secret_option, show
 from personaplug.config import Config
 from personaplug.errors import ConfigError
 
@@ -101,6 +101,7 @@ def run_offline(
         store=None if options.store is None else StorePlace(_absolute(options.store), options.tenant, secret),
         shard_rows=options.shard_rows,
     )
+    click.get_current_context().meta[RESUME_POINT] = "the first unfinished shard"
     manifest = run_job(job, ray=None if options.ray is None else RayPlace(options.ray, options.workers))
     _tell(manifest, options.output)
 

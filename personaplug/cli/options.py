@@ -25,6 +25,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
 FILE, FOLDER = click.Path(path_type=Path), click.Path(file_okay=False, path_type=Path)
+RESUME_POINT = "personaplug.resume_point"
+"""Key in click's `meta` of the point from which the command would resume after Ctrl-C."""
+
 FEW_USERS = 100
 """Training with fewer users prints a warning."""
 

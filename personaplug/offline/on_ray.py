@@ -150,10 +150,11 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     try:
         _check_port(address)
         ray.init(address=address, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # Ray raises a plain Exception if it starts too slowly
+        problem = "Ray did not start" if address == "local" else f"No Ray cluster answers at {address!r}"
         raise ConfigError(
-            f"No Ray cluster answers at {address!r} ({first_line(error)}). Give `local` to start Ray on this machine, "
-            f"`auto` for a cluster that this machine belongs to, HOST:PORT or ray://HOST:PORT."
+            f"{problem} ({first_line(error)}). Give `local` to start Ray on this machine, `auto` for a cluster that "
+            f"this machine belongs to, HOST:PORT or ray://HOST:PORT."
         ) from error
     try:
         yield

@@ -136,10 +136,7 @@ class PersonaWriter:
         results: list[Result] = []
         for start in range(0, len(rows), self._batch_size):
             soft, items = self._personas.soft_prompts(rows[start : start + self._batch_size])
-            columns: dict[str, Sequence[Any]] = {
-                "items": items,
-                "soft_tokens": soft.vectors.float().flatten(1).tolist(),
-            }
+            columns: dict[str, Any] = {"items": items, "soft_tokens": soft.vectors.float().flatten(1).cpu().numpy()}
             if soft.label_bias is not None:
                 columns["label_bias"] = soft.label_bias.float().tolist()
             results += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -15,7 +15,7 @@ from personaplug.llm.loading import choose_device, choose_dtype
 from personaplug.offline.answers import AnswerWriter
 from personaplug.offline.input_files import USER
 from personaplug.offline.job import Job, Shard, plug_fingerprint
-from personaplug.offline.output_folder import ShardFacts, write_shard
+from personaplug.offline.output_folder import JOB, ShardFacts, write_shard
 from personaplug.offline.personas import Histories, ItemHistories, Personas, PersonaWriter, Result, StoredHistories
 from personaplug.offline.row_reader import RowReader
 from personaplug.offline.rows import Row
@@ -91,6 +91,8 @@ class Worker:
     def _run(self) -> Run:
         """The run, with the settings of the job."""
         job = self._job
+        if not (job.output / JOB).is_file():
+            raise RunConflict(f"A worker sees another folder {job.output} than the command. Give a shared folder.")
         run = replace(Run.open(job.run_folder), config=job.config)
         if run.id != job.run_id or (job.plug and plug_fingerprint(run, seed=job.seed) != job.plug):
             raise RunConflict(

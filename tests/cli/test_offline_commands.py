@@ -31,6 +31,19 @@ def test_generate_and_encode_write_folders_and_report_invalid_rows(tmp_path: Pat
     assert len(read_output(tmp_path / "personas")) == 5
 
 
+def test_interrupted_job_tells_where_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run, rows = trained_run(tmp_path)
+    source = write_parquet(tmp_path / "in.parquet", rows)
+    monkeypatch.setattr("personaplug.offline.worker.Worker.run", interrupted)
+    for command in ("generate", "encode"):
+        done = _call(command, "--run", run.folder, "--input", source, "--output", tmp_path / command)
+        assert done.exit_code == 130
+        assert "run the same command again to resume from the first unfinished shard" in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

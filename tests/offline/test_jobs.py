@@ -254,6 +254,12 @@ def test_unexpected_error_of_a_worker_does_not_quote_the_user(
     assert SECRET not in caplog.text
 
 
+def test_worker_that_does_not_see_the_output_folder_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
+    job = planned(run, source, tmp_path / "out")
+    with pytest.raises(RunConflict, match="A worker sees another folder"):
+        worker.Worker(job).run(job.shards[0])
+
+
 def test_worker_with_another_plug_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
     job = replace(planned(run, source, tmp_path / "out"), plug="0123456789abcdef")
     with pytest.raises(RunConflict, match="holds another run or plug than at the start of the job"):

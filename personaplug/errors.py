@@ -4,7 +4,7 @@ PersonaPlugError
 ├── UserError: the caller can fix it; the CLI prints it without a traceback
 │   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
 │   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
-└── EngineFailure, TrainingDiverged, StorageError
+└── EngineFailure, TrainingDiverged, StorageError, WorkerFailure
 """
 
 from __future__ import annotations
@@ -166,6 +166,16 @@ class StorageError(PersonaPlugError):
     """The disk is full or not writable. Complete files are unchanged."""
 
     http_status, code = 503, "store"
+
+
+class WorkerFailure(PersonaPlugError):
+    """A worker of an offline job failed. Finished shards are kept."""
+
+    def __init__(self, work: str, cause: str) -> None:
+        super().__init__(
+            f"{work} could not be computed ({cause}). Finished shards are kept: remove the cause, then run the same "
+            f"command again."
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -145,7 +145,7 @@ def respond(
         answers = past_answers(items, latest=MAX_ANSWERS)
         copying = Copying(copy_head, [copy_source(check_model(models.llm), copy_head, answers)])
         config = replace(config, num_beams=1)
-    generated = models.llm.generate(PromptBatch([prompt], soft, copying=copying), _generation_config(task, config))
+    generated = models.llm.generate(PromptBatch([prompt], soft, copying=copying), generation_config(task, config))
     return Answer(generated[0].text)
 
 
@@ -242,7 +242,8 @@ def _is_item_of(task: Task, item: HistoryItem) -> bool:
     return has_fields and item.kind in ITEM_KINDS and all(isinstance(text, str) for _, text in item.fields)
 
 
-def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:
+def generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:
+    """Return the generation settings for a task; raise ConfigError if sampling and beam search are combined."""
     do_sample = config.sample_temperature > 0
     if do_sample and config.num_beams > 1:
         raise ConfigError(f"sample_temperature above 0 needs num_beams=1; found num_beams={config.num_beams}.")
@@ -255,14 +256,19 @@ def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig
     )
 
 
-def _query(run: Run, prompt: str) -> TaskQuery:
-    task, query = run.task, TaskPrompts(run.task).parse(prompt)
+def query_on_task(task: Task, prompt: str) -> TaskQuery:
+    """Return the query of a prompt; raise ConfigError if the prompt lacks the wording that marks the query."""
+    query = TaskPrompts(task).parse(prompt)
     if not query.is_on_task:
         wording = f"contain {task.query_after!r}, then the query" if task.query_after else "not be blank"
         if task.query_pattern:
             wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
         raise ConfigError(f"A prompt of task {task.name} must {wording}; this prompt does not.")
-    trained = TaskPrompts(task, run.wordings)
+    return query
+
+
+def _query(run: Run, prompt: str) -> TaskQuery:
+    query, trained = query_on_task(run.task, prompt), TaskPrompts(run.task, run.wordings)
     if not trained.parse(prompt).is_on_task:
         wordings = " or ".join(map(repr, trained.describe()["wordings"]))
         logger.warning("The prompt differs from the training prompts, which had the wording: %s", wordings)

@@ -14,11 +14,11 @@ import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
 from personaplug.cli.data_commands import import_command, simulate, synthesize
+from personaplug.cli.inference_commands import encode, generate
+from personaplug.cli.options import RESUME_POINT
 from personaplug.cli.run_commands import (
-    encode,
     estimate,
     evaluate,
-    generate,
     predict,
     quickstart,
     schema,
@@ -61,7 +61,7 @@ _RESUME_POINTS = {
     "load": "the first item that is not stored",
     "refill-store": "the first user that is not copied",
 }
-"""Where a command resumes when the user repeats it after Ctrl-C."""
+"""Where a command resumes when the user repeats it after Ctrl-C. A command may replace it in `RESUME_POINT`."""
 
 
 class _Group(click.Group):
@@ -83,7 +83,7 @@ class _Group(click.Group):
             sys.exit(1)
         except KeyboardInterrupt:
             if is_main():
-                point = _RESUME_POINTS.get(ctx.invoked_subcommand or "")
+                point = ctx.meta.get(RESUME_POINT) or _RESUME_POINTS.get(ctx.invoked_subcommand or "")
                 advice = f"; run the same command again to resume from {point}" if point else ""
                 click.echo(f"\nstopped{advice}", err=True)
             sys.exit(130)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from personaplug.config import Config
-from personaplug.config_parsing import changed_settings, describe
+from personaplug.config_parsing import changed_settings, describe, load_config
 from personaplug.errors import ConfigError, MissingData, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
 FILE, FOLDER = click.Path(path_type=Path), click.Path(file_okay=False, path_type=Path)
+RESUME_POINT = "personaplug.resume_point"
+"""Key in click's `meta` of the point from which the command would resume after Ctrl-C."""
+
 FEW_USERS = 100
 """Training with fewer users prints a warning."""
 
@@ -75,6 +78,13 @@ def device_of(config: Config) -> str:
     from personaplug.llm.loading import choose_device
 
     return choose_device(config.model.device)
+
+
+def config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
+    """Return a run's config, overridden by `base` and then by the command's settings."""
+    config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
+    run.check_unchanged(config)
+    return config
 
 
 def show(config: Config, *sections: str) -> None:

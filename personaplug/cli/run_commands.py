@@ -1,4 +1,4 @@
-"""Commands that encode, train, evaluate and generate; also `quickstart`, `estimate` and `schema`.
+"""Commands that train, evaluate and predict; also `quickstart`, `estimate` and `schema`.
 
 A command parses its arguments, calls one function and prints. It imports modules when it runs, so `--help` is fast.
 """
@@ -17,12 +17,12 @@ from personaplug.cli.options import (
     FILE,
     FOLDER,
     check_same_task,
+    config_of,
     data_option,
     default_methods,
     device_of,
     methods_option,
     run_option,
-    seed_option,
     show,
     skip_bad_option,
     task_option,
@@ -57,14 +57,7 @@ def _open_run(
     from personaplug.shared_run import SharedRun, holds_shared_run
 
     run = SharedRun.open(folder).find(load_task(data).name) if holds_shared_run(folder) else Run.open(folder)
-    return run, _config_of(run, config_file, settings, base=base)
-
-
-def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
-    """Return a run's config, overridden by `base` and then by the command's settings."""
-    config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
-    run.check_unchanged(config)
-    return config
+    return run, config_of(run, config_file, settings, base=base)
 
 
 def _open_splits(
@@ -105,52 +98,6 @@ def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings:
 
     out = out or Path("runs", "quickstart-chat" if chat else "quickstart")
     run_quickstart(out, demo=CHATS if chat else RATINGS, config_file=config_file, settings=settings)
-
-
-@click.command()
-@data_option
-@click.option("--vectors", required=True, type=FILE, help="Folder for the item vectors.")
-@click.option(
-    "--split",
-    "splits",
-    multiple=True,
-    default=("train", "dev"),
-    show_default=True,
-    help="Split to encode; may be repeated.",
-)
-@task_option
-@skip_bad_option
-@with_settings("model", "plug")
-def encode(
-    data: Path,
-    vectors: Path,
-    splits: tuple[str, ...],
-    task: str | None,
-    skip_bad: int,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-) -> None:
-    """Encode the items of all histories ahead of time. `train` and `evaluate` otherwise encode missing items."""
-    from personaplug.config_resolution import resolved
-    from personaplug.data import load_task, open_dataset
-    from personaplug.encoders import open_encoder
-    from personaplug.encoders.embedding_store import EmbeddingStore
-    from personaplug.encoders.encoded_sample import encoded
-
-    config = load_config(config_file, overrides=settings)
-    show(config, "model", "plug")
-    declared = load_task(data, task=task)
-    readers = {
-        split: open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
-        for split in splits
-    }
-    encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
-    table = EmbeddingStore.open(vectors, encoder)
-    for split, reader in readers.items():
-        old_count = len(table)
-        encoded(reader, table, plug=resolved(config, declared).plug)
-        tell_read(reader, split)
-        click.echo(f"{split}: {len(table) - old_count:,} new vectors, {len(table):,} in {vectors}")
 
 
 @click.command()
@@ -347,67 +294,6 @@ def predict(
     paths = predict_run(run, reader, split=split, methods=rows, config=config.evaluation, models=models, train=train)
     for path in paths:
         click.echo(str(path))
-
-
-@click.command()
-@run_option
-@click.option("--prompt", required=True, help="Prompt in the wording of the run's task.")
-@click.option(
-    "--history",
-    type=FILE,
-    help="File of the user's items: a JSON object per line, with the fields of the run's task.  [default: a new user]",
-)
-@seed_option
-@click.option("--plain", is_flag=True, help="Answer without the plug, for comparison.")
-@click.option(
-    "--copy-head",
-    is_flag=True,
-    help="Copy tokens of the prompt and of the user's past answers (a trained plug+copy-head); not with --plain.",
-)
-@click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
-@with_settings("evaluation")
-def generate(
-    run_folder: Path,
-    prompt: str,
-    history: Path | None,
-    seed: int | None,
-    plain: bool,
-    copy_head: bool,
-    probabilities: bool,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-) -> None:
-    """Answer one prompt for a user with the given history."""
-    from personaplug import inference
-    from personaplug.llm.copied_answers import check_answers
-    from personaplug.run import COPY_HEAD, open_models
-    from personaplug.shared_run import open_runs
-
-    run = inference.run_for(prompt, open_runs(run_folder))
-    config = _config_of(run, config_file, settings)
-    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
-    models, head = None, None
-    if copy_head:
-        check_answers(run.task)
-        seed = run.config.training.seed_or_first(seed)
-        run.check_trained(COPY_HEAD, seed=seed)  # before the models are loaded
-        models = open_models(run.config)
-        head = run.load_copy_head(models.llm, seed=seed)
-    response = inference.generate(
-        run,
-        prompt,
-        history=history or (),
-        models=models,
-        seed=seed,
-        plain=plain,
-        copy_head=head,
-        config=config.evaluation,
-    )
-    if probabilities and response.distribution is not None:
-        click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))
-    else:
-        click.echo(response)
 
 
 @click.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -134,7 +135,8 @@ def storage_errors(target: Path) -> Iterator[None]:
 @contextmanager
 def _attempt(target: Path) -> Iterator[Path]:
     """Yield a temporary path next to `target`; remove the file or folder there after an error."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Random, because containers that share a folder may have equal process ids.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with storage_errors(target):
         try:
             yield temporary

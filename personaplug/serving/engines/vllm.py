@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from opentelemetry import propagate
 
 from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, EngineFailure
@@ -135,6 +136,7 @@ class VLLMEngine(Engine):
         streams, is_chat = bool(request.body.stream), request.body.kind == "chat"
         url = self.url + _ROUTES[request.body.kind]
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
+        propagate.inject(headers)  # so that vLLM continues the trace
         try:
             async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
                 response = await self._session.post(url, data=content, headers=headers, allow_redirects=False)

@@ -26,7 +26,10 @@ from personaplug.errors import ConfigError, MissingData
 from personaplug.inference import generate
 from personaplug.plug.attribution import item_weights
 from personaplug.run import Models, Run, open_models
+from personaplug.serving import engines
 from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines import register_engine
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.service import Service
 from personaplug.serving.setup import open_service
 from personaplug.training.copy_head_part import COPY_HEAD as COPY_HEAD_PART
@@ -259,6 +262,27 @@ def test_plugs_of_other_models_or_without_a_copy_head_are_refused(
     with pytest.raises(MissingData, match=r"chats/plug.copy-head/seed-0 contains no finished training"):
         _open(runs, tmp_path, "chats", copy_head=True)
     assert not (tmp_path / "histories.db").exists()
+
+
+class _RemoteEngine(Engine):
+    """An engine that checks the model and the placement of soft tokens when it starts, as vLLM's does."""
+
+    models = ("old",)
+    is_remote = True
+
+    async def respond(self, request: EngineRequest) -> EngineReply:
+        raise NotImplementedError
+
+
+def test_remote_engine_needs_plugs_of_one_placement(
+    runs: dict[str, Run], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_ENGINES", dict(engines._ENGINES))
+    register_engine("remote", lambda model, config, load_plug: (_RemoteEngine(), load_plug(None)))
+    other = _train(tmp_path / "prefix", folder / "style", "placement=prefix")
+    with pytest.raises(ConfigError, match="--run-for prefix: with vLLM, its plug needs the same placement"):
+        _open(runs | {"prefix": other}, tmp_path, "prefix", engine="remote")
+    assert _open(runs, tmp_path, "new", engine="remote").models == ("old", "new")
 
 
 def test_serve_opens_the_named_runs_and_refuses_bad_names(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,8 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from live_server import open_service, running
+from fastapi import FastAPI
+from live_server import open_service, running, served
 from postgres_server import PostgresServer
 from stores import ENCODER, SECRET, item
 from vllm_stand_in import StandIn
@@ -35,7 +37,7 @@ pytest.importorskip("opentelemetry.instrumentation.sqlalchemy", reason="needs th
 
 from opentelemetry import trace
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.util._once import Once
@@ -89,6 +91,7 @@ def no_provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def _traced(service: Service) -> Iterator[Traced]:
+    """Serve with traces. All spans have ended after the block, but perhaps not when the client has the reply."""
     exported, raw = InMemorySpanExporter(), InMemorySpanExporter()
     provider = provider_for(SimpleSpanProcessor(PrivateExporter(exported)), SimpleSpanProcessor(raw))
     trace.set_tracer_provider(provider)
@@ -100,15 +103,17 @@ def _traced(service: Service) -> Iterator[Traced]:
 
 
 @pytest.fixture
-def traced(toy: CausalLM, tmp_path: Path, no_provider: None) -> Iterator[Traced]:
-    with _traced(open_service(toy, tmp_path)) as server:
-        yield server
+def service(toy: CausalLM, tmp_path: Path, no_provider: None) -> Service:
+    return open_service(toy, tmp_path)
 
 
-def test_a_request_is_one_trace_with_its_persona_answer_and_statements(traced: Traced) -> None:
-    caller = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
-    body = {"messages": [{"role": "user", "content": PROMPT}], "user": USER, "personaplug": {"free": True}}
-    httpx.post(f"{traced.url}/v1/chat/completions", json=body | {"max_tokens": 4}, headers=caller).raise_for_status()
+def test_a_request_is_one_trace_with_its_persona_answer_and_statements(service: Service) -> None:
+    with _traced(service) as traced:
+        caller = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+        body = {"messages": [{"role": "user", "content": PROMPT}], "user": USER, "personaplug": {"free": True}}
+        httpx.post(
+            f"{traced.url}/v1/chat/completions", json=body | {"max_tokens": 4}, headers=caller
+        ).raise_for_status()
     request, persona, answer = map(traced.named, ("POST /v1/chat/completions", "persona", "chat toy"))
     assert request.context.trace_id == int("ab" * 16, 16)
     assert {span.context.trace_id for span in traced.spans()} == {request.context.trace_id}
@@ -126,11 +131,12 @@ def test_a_request_is_one_trace_with_its_persona_answer_and_statements(traced: T
     assert any(statement.startswith("SELECT") and "user_id" in statement for statement in statements)
 
 
-def test_a_stream_has_its_first_token_and_a_cached_persona_says_so(traced: Traced) -> None:
-    item = {"id": "1", "text": TEXT, "score": "4"}
-    httpx.post(f"{traced.url}/v1/users/{quote(USER, safe='')}/history", json={"items": [item]}).raise_for_status()
-    options = {"stream": True, "personaplug": {"free": True}}
-    assert traced.ask(**options).status_code == traced.ask(**options).status_code == 200
+def test_a_stream_has_its_first_token_and_a_cached_persona_says_so(service: Service) -> None:
+    with _traced(service) as traced:
+        item = {"id": "1", "text": TEXT, "score": "4"}
+        httpx.post(f"{traced.url}/v1/users/{quote(USER, safe='')}/history", json={"items": [item]}).raise_for_status()
+        options = {"stream": True, "personaplug": {"free": True}}
+        assert traced.ask(**options).status_code == traced.ask(**options).status_code == 200
     personas = [span for span in traced.spans() if span.name == "persona"]
     assert [dict(span.attributes or {})["personaplug.cached"] for span in personas] == [False, True]
     answers = [span for span in traced.spans() if span.name == "chat toy"]
@@ -143,15 +149,30 @@ def test_a_stream_has_its_first_token_and_a_cached_persona_says_so(traced: Trace
     assert len(answers) == 2
 
 
-def test_checks_and_metrics_are_not_traced(traced: Traced) -> None:
-    for path in ("health", "ready", "metrics", "metrics?of=all"):
-        httpx.get(f"{traced.url}/{path}").raise_for_status()
-    traced.service.store.maintain()  # its statements belong to no request
+def test_checks_and_metrics_are_not_traced(service: Service) -> None:
+    with _traced(service) as traced:
+        for path in ("health", "ready", "metrics", "metrics?of=all"):
+            httpx.get(f"{traced.url}/{path}").raise_for_status()
+        traced.service.store.maintain()  # its statements belong to no request
     assert traced.spans() == []
     assert traced.raw.get_finished_spans() != ()
 
 
-def test_no_span_holds_a_user_or_a_text(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_span_holds_a_user_or_a_text(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _traced(service) as traced:
+        _write_everywhere(traced, monkeypatch)
+    names = {span.name for span in traced.spans()}
+    assert {"GET /v1/users/{user}/history", "DELETE /v1/users/{user}", "POST /v1/chat/completions"} <= names
+    raw, exported = _texts(traced.raw), _texts(traced.exported)
+    for written in WRITTEN:
+        assert written not in exported
+    assert quote(USER) in raw or USER in raw, "the standard instrumentation records ids, so the test can fail"
+    assert TEXT in raw
+    assert "of-a-secret-name" in raw
+
+
+def _write_everywhere(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send the user and the text in each place of a request."""
     url, user = traced.url, f"{traced.url}/v1/users/{quote(USER, safe='')}"
     item = {"id": USER, "text": TEXT, "score": "4", "date": "2026-01-01"}
     named = {"X-Personaplug-User": quote(USER, safe=""), "User-Agent": "of-a-secret-name", "baggage": f"user={TEXT}"}
@@ -182,14 +203,6 @@ def test_no_span_holds_a_user_or_a_text(traced: Traced, monkeypatch: pytest.Monk
     _fail(traced.service, monkeypatch)
     assert traced.ask().status_code == 500
     httpx.get(f"{user}/history", headers={"Host": f"{TEXT}.example.org"})
-    names = {span.name for span in traced.spans()}
-    assert {"GET /v1/users/{user}/history", "DELETE /v1/users/{user}", "POST /v1/chat/completions"} <= names
-    raw, exported = _texts(traced.raw), _texts(traced.exported)
-    for written in WRITTEN:
-        assert written not in exported
-    assert quote(USER) in raw or USER in raw, "the standard instrumentation records ids, so the test can fail"
-    assert TEXT in raw
-    assert "of-a-secret-name" in raw
 
 
 def _fail(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +216,6 @@ def test_a_failed_statement_tells_no_values(postgres: PostgresServer, no_provide
     exported, raw = InMemorySpanExporter(), InMemorySpanExporter()
     provider = provider_for(SimpleSpanProcessor(PrivateExporter(exported)), SimpleSpanProcessor(raw))
     store = HistoryStore.open(postgres.cleaned_database(), ENCODER, secret=SECRET)
-    from fastapi import FastAPI
-
     instrument(FastAPI(), store, provider=provider)
     with provider.get_tracer("test").start_as_current_span("request"):
         store.add(store.admit("shop", USER), [item("1", TEXT)])
@@ -217,6 +228,18 @@ def test_a_failed_statement_tells_no_values(postgres: PostgresServer, no_provide
     assert any(not span.status.is_ok for span in exported.get_finished_spans())
 
 
+def test_provider_of_another_program_gets_no_span_with_a_user(toy: CausalLM, tmp_path: Path, no_provider: None) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    with served(open_service(toy, tmp_path)) as url:
+        httpx.get(f"{url}/v1/users/{quote(USER, safe='')}/history?latest=5").raise_for_status()
+        body = {"messages": [{"role": "user", "content": PROMPT}], "user": USER}
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    assert {span.name for span in exporter.get_finished_spans()} == {"persona", "chat toy"}  # none by FastAPI itself
+    assert not any(written in _texts(exporter) for written in WRITTEN)
+
+
 def test_vllm_continues_the_trace_of_the_answer(
     stand_in: StandIn, address: str, toy: CausalLM, tmp_path: Path, no_provider: None
 ) -> None:
@@ -227,7 +250,7 @@ def test_vllm_continues_the_trace_of_the_answer(
         turns = [{"role": "user", "content": "review: x"}]
         body = {"messages": turns, "personaplug": {"free": True}}
         httpx.post(f"{traced.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
-        (answer,) = [span for span in traced.spans() if span.name.startswith("chat ")]
+    (answer,) = [span for span in traced.spans() if span.name.startswith("chat ")]
     sent = stand_in.headers[-1]["traceparent"]
     assert sent.split("-")[1:3] == [f"{answer.context.trace_id:032x}", f"{answer.context.span_id:016x}"]
 
@@ -284,8 +307,8 @@ def test_unknown_exporter_is_refused(
 def test_server_without_the_extra_warns_and_serves(
     toy: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.resources", None)
-    monkeypatch.delitem(__import__("sys").modules, "personaplug.serving.traces")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    monkeypatch.delitem(sys.modules, "personaplug.serving.traces")
     service = open_service(toy, tmp_path)
     with caplog.at_level(logging.WARNING):
         _trace(create_app(service), service)

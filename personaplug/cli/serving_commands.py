@@ -13,6 +13,7 @@ import click
 
 from personaplug.cli.histories import histories_to_serve, load_into
 from personaplug.cli.options import FILE, run_option, secret_option, seed_option
+from personaplug.cli.run_names import named_runs
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
 
@@ -34,6 +35,16 @@ class _NumberRange(click.FloatRange):
 
 @click.command(context_settings={"show_default": True})
 @run_option
+@click.option(
+    "--run-for",
+    "further_runs",
+    metavar="NAME=RUN",
+    multiple=True,
+    callback=named_runs,
+    show_default=False,
+    help="Also serve the plug of RUN, to requests whose `model` is NAME; may be repeated. Both plugs need the same "
+    "language model and encoder. Requests without a `model` get the plug of --run.",
+)
 @click.option("--store", default="histories.db", help="Store of histories: a file or a postgresql:// URL.")
 @click.option(
     "--load",
@@ -105,6 +116,7 @@ class _NumberRange(click.FloatRange):
 )
 def serve(
     run_folder: Path,
+    further_runs: dict[str, Path],
     sources: tuple[Path, ...],
     host: str,
     port: int,
@@ -141,9 +153,10 @@ def serve(
             "leave --load out."
         )
     run, *others = open_runs(run_folder)
+    plugs = {name: open_runs(folder) for name, folder in further_runs.items()}
     with bind(host, port) as listener:  # fail on a used port before the log is read and the models are loaded
         histories = histories_to_serve(sources, run_folder) if sources else {}
-        service = open_service(run, config, others=others)
+        service = open_service(run, config, others=others, plugs=plugs)
         if histories:
             load_into(service.store, OPEN_TENANT, histories)
         serve_service(
@@ -297,5 +310,10 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
 
 def check_installed() -> None:
-    if not all(map(find_spec, ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client"))):
+    if not all(
+        map(
+            find_spec,
+            ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client", "opentelemetry"),
+        )
+    ):
         raise MissingExtra("This command", extra="serve")

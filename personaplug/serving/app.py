@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
 import socket
 import sys
@@ -18,6 +19,7 @@ import torch
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
+from personaplug.errors import MissingExtra
 from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.connections import ConnectionGuard, ConnectionLimits, guarded_protocol
 from personaplug.serving.error_responses import add_error_handlers
@@ -30,6 +32,7 @@ from personaplug.serving.readiness import Readiness
 from personaplug.serving.routes import admin, chat, history, pages, playground, preferences, task, users
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
+from personaplug.serving.spans import are_traces_wanted
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await service.engine.start()
+        await service.start()
         yield
         await service.close()
         parts.close()
@@ -93,11 +96,18 @@ def documented_app(*, routers: Sequence[APIRouter] = _ROUTERS, **settings: Any) 
         redirect_slashes=False,  # DELETE `history/` without an item id must not reach another route
         responses=_ERRORS,
         openapi_url=None,  # `routes/pages.py` serves it, and a documentation page without external resources
+        **_without_telemetry(),
         **settings,
     )
     for router in routers:
         app.include_router(router)
     return app
+
+
+def _without_telemetry() -> dict[str, Any]:
+    """Return the setting that turns off FastAPI's own telemetry, which newer versions have; it records user ids."""
+    off = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    return {"telemetry": off} if "telemetry" in inspect.signature(FastAPI).parameters else {}
 
 
 def server_config(app: FastAPI, *, connections: ConnectionLimits | None = None, **settings: Any) -> uvicorn.Config:
@@ -139,12 +149,15 @@ def serve(
         service, api_keys=api_keys, limits=limits, allow_origins=allow_origins, has_playground=has_playground
     )
     config = server_config(app, host=host, port=port, timeout_graceful_shutdown=30)
+    if are_traces_wanted():
+        _trace(app, service)
 
     async def run() -> None:
-        await service.engine.start()  # outside of uvicorn, so that its errors reach the caller
+        await service.start()  # outside of uvicorn, so that its errors reach the caller
         callers = "this machine only" if api_keys.is_open else "callers with an API key"
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
+        models = ", ".join(service.models)
+        logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", models, url, callers, url)
         if has_playground:
             logger.info("playground: open %s/ in a browser", url)
         if service.engine.is_remote:
@@ -156,3 +169,14 @@ def serve(
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(run())
+
+
+def _trace(app: FastAPI, service: Service) -> None:
+    """Export traces; if the extra is not installed, serve without them, because a platform may set the variables."""
+    try:
+        from personaplug.serving.traces import start_traces
+    except MissingExtra as missing:
+        logger.warning("no traces: %s", missing)
+    else:
+        start_traces(app, service.store)
+        logger.info("traces: spans of requests, without user ids and texts")

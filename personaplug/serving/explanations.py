@@ -20,13 +20,13 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
 from personaplug.plug.layers import ColdStart
 from personaplug.serving.openai_protocol import check_json
-from personaplug.serving.served_task import ServedTask
+from personaplug.serving.served_task import ServedPlug, ServedTask
 from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
 
 
 class Explainer:
-    """Explains the personas of one task, by default the service's first."""
+    """Explains the personas of one task, by default the first task of the service's first plug."""
 
     def __init__(self, service: Service, served: ServedTask | None = None) -> None:
         self.service, self.store, self.served = service, service.store, served or service.tasks[0]
@@ -42,15 +42,21 @@ class Explainer:
         answer: str | None,
         most: int,
         persona_scale: float | None = None,
+        plug: ServedPlug | None = None,
     ) -> dict[str, Any]:
         """Return the item weights of a user's persona for a prompt, and the items' effects on an answer, if given.
 
         List the `most` items with the largest effects or, without an answer, the largest weights. The effects depend on
-        `persona_scale`; None = the service's scale.
+        `persona_scale`; None = the service's scale. The prompt finds its task among those of `plug`; None = the first.
         """
         check_json([last_message(prompt), answer])
         self.service.engine.check_length(characters(prompt))  # before a regular expression reads it
-        served, query = await self.service.find_task(tenant, last_message(prompt), can_ask=_can_ask(prompt))
+        plug, find_task = plug or self.service.plugs[0], self.service.find_task
+        served, query = await find_task(plug, tenant, last_message(prompt), can_ask=_can_ask(prompt))
+        if not self.service.is_personal(query):
+            names = " or ".join(other.task.name for other in plug.tasks)
+            message = f"The prompt does not match {names}, so it gets no persona. GET /v1/task lists the wordings."
+            raise RequestError(message, code="not_the_task")
         explainer = Explainer(self.service, served)
         measure = partial(explainer._explain, tenant, user, prompt=prompt, query=query)
         return await measure(answer=answer, most=most, persona_scale=persona_scale)
@@ -70,10 +76,6 @@ class Explainer:
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
         choices = labels if answer in labels else ()
         await self.service.engine.check_texts(prompt, answer or "", choices=choices)
-        if not self.service.is_personal(query):
-            names = " or ".join(other.task.name for other in self.service.tasks)
-            message = f"The prompt does not match {names}, so it gets no persona. GET /v1/task lists the wordings."
-            raise RequestError(message, code="not_the_task")
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
         weights = await self.service.slow.run(tenant, user, self._weights, query, history)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class FairExecutor:
         share = self._tenants.setdefault(tenant, _Tenant(self._clock))
         tag = max(share.clock, share.last_tags.get(user, 0.0)) + cost
         share.note_tag(user, tag)
+        work = partial(contextvars.copy_context().run, work)  # so that its spans belong to the request
         job = _Job(tenant, user, cost, tag, work, asyncio.get_running_loop().create_future())
         share.waiting.append(job)
         self._start_jobs()

@@ -157,7 +157,7 @@ class _GenerationRequest(_OpenModel, ABC):
     kind: ClassVar[Kind]
 
     model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
-        None, description="A name that GET /v1/models lists. Optional if there is one model."
+        None, description="A name that GET /v1/models lists; by default the first."
     )
     user: Name | None = Field(None, description="The user whose persona to apply.")
     safety_identifier: Name | None = Field(None, description="The user whose persona to apply, like `user`.")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.serving.served_task import ServedPlug
 from personaplug.serving.service import Service
 from personaplug.store.user_list import list_users
 
@@ -71,10 +72,10 @@ def _scale(group: Features) -> float:
 
 
 class PersonaMap:
-    """Computes the map of a tenant's users, with the personas of the service's first task for an empty query."""
+    """Computes the map of a tenant's users, with the personas of a plug's first task for an empty query."""
 
-    def __init__(self, service: Service) -> None:
-        self.service, self.store, self.personas = service, service.store, service.tasks[0].personas
+    def __init__(self, service: Service, plug: ServedPlug) -> None:
+        self.service, self.store, self.personas = service, service.store, plug.personas
 
     async def describe(self, tenant: str, *, limit: int, trails_of: Sequence[str]) -> dict[str, Any]:
         """Return the points of at most `limit` users, and the paths of the personas of some users.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cachetools import TTLCache
 
+from personaplug.data.task import Task
 from personaplug.errors import RequestError
 from personaplug.store.tickets import Ticket
 
@@ -35,14 +36,14 @@ class RecentRequest:
     Attributes:
         query: empty for a request that matches no task and so cannot become an item.
         ticket: the request's ticket; the store refuses it if any process has erased the user since.
+        task: the task of the plug that answered the request.
         answer: the model's text; None while it streams, and if it was cut off, too long, or one of several.
-        task: the name of the task that answered the request.
     """
 
     query: str
     ticket: Ticket
+    task: Task
     answer: str | None = None
-    task: str = ""
 
     @property
     def bytes(self) -> int:
@@ -58,10 +59,10 @@ class RecentRequests:
         )  # by tenant, user and request id
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # `time.monotonic()` of the erasure
 
-    def add(self, ticket: Ticket, *, request_id: str, query: str, answer: str | None = None, task: str = "") -> None:
+    def add(self, ticket: Ticket, *, request_id: str, query: str, task: Task, answer: str | None = None) -> None:
         """Store a request, unless it is too large or its user was forgotten after the request arrived."""
         if self._erased.get((ticket.tenant, ticket.user), -1.0) < ticket.taken_at:
-            self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, answer, task))
+            self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, task, answer))
 
     def set_answer(self, ticket: Ticket, *, request_id: str, answer: str) -> None:
         """Store the answer to a request, if the request is still stored."""

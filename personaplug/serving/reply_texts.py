@@ -19,6 +19,12 @@ def text_of_reply(body: bytes) -> str | None:
     return _bounded(texts[0]) if texts and len(texts) == 1 else None
 
 
+def text_of_event(event: bytes) -> str:
+    """Return the text that an event adds to an answer; empty if it adds none."""
+    chunk = json_object(event.removeprefix(b"data: "))
+    return "".join(_texts(chunk, "delta") or ()) if chunk else ""
+
+
 class WatchedStream(EventStream):
     """Forwards events, and calls `on_text` with their text if they end as a complete answer with one choice."""
 

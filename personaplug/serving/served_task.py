@@ -1,4 +1,4 @@
-"""A task that a service answers: its prompts and the personas of its plug."""
+"""What a service answers: tasks with the personas of their plug, and plugs by the name of a model."""
 
 from __future__ import annotations
 
@@ -30,3 +30,26 @@ class ServedTask:
     def describe(self) -> dict[str, Any]:
         """Return the task, its wordings and the kinds of items that its plug reads, as JSON."""
         return self.prompts.describe() | {"item_kinds": self.personas.plug.known_kinds}
+
+
+@dataclass(frozen=True, eq=False)
+class ServedPlug:
+    """A plug that requests choose by the name of a model. All plugs of a service share one model and one store.
+
+    Attributes:
+        tasks: the tasks of the plug, in the order in which a prompt is matched against them. Each has its own personas.
+        name: the name of the model in requests; empty = the names of the engine's model.
+    """
+
+    tasks: tuple[ServedTask, ...]
+    name: str = ""
+
+    @property
+    def personas(self) -> PersonaCache:
+        """The personas of the first task."""
+        return self.tasks[0].personas
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Drop the cached personas of an erased user."""
+        for served in self.tasks:
+            served.personas.forget(tenant, user)

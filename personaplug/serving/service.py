@@ -13,7 +13,7 @@ from personaplug.data.parsing import record_of
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
-from personaplug.errors import RequestError, UserErased
+from personaplug.errors import ConfigError, RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
 from personaplug.serving.feedback import (
@@ -27,7 +27,8 @@ from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, Comple
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
 from personaplug.serving.reply_texts import WatchedStream, text_of_reply
-from personaplug.serving.served_task import ServedTask
+from personaplug.serving.served_task import ServedPlug, ServedTask
+from personaplug.serving.spans import AnswerSpan, PersonaSpan
 from personaplug.store.history_store import AddResult, ReplaceResult, StoredItem, Ticket
 from personaplug.store.maintenance import Maintenance
 from personaplug.store.receipts import Receipt
@@ -42,6 +43,7 @@ class ServiceReply:
     reply: EngineReply
     persona: Persona
     id: str
+    model: str  # the name of the model that answered
     reason: str = ""  # why the reply does not use the user's own persona
 
 
@@ -52,6 +54,7 @@ class Service:
         wordings: wordings of the task's prompts; if empty, any prompt with the task's marker is on task.
         apply_off_task: use personas also for prompts that match no task, although training had no such prompts.
         others: further tasks. Their plugs share the first plug's persona head, and their personas its store.
+        plugs: further plugs for the engine's model, with their names. Their personas share the first plug's store.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Service:
         wordings: Sequence[Wording] = (),
         apply_off_task: bool = False,
         others: Sequence[ServedTask] = (),
+        plugs: Sequence[ServedPlug] = (),
     ) -> None:
         self.tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
+        self.plugs = (ServedPlug(self.tasks), *plugs)
         self.personas, self.store, self.engine = personas, personas.store, engine
         self.apply_off_task = apply_off_task
         self._has_warned_of_no_user = False
@@ -78,6 +83,15 @@ class Service:
         self.reading_threads = FairExecutor(16, name="personaplug-reading")
         self._maintenance = Maintenance(self.store)
 
+    async def start(self) -> None:
+        """Start the engine. ConfigError if a plug has the name of another one."""
+        await self.engine.start()
+        if len(set(self.models)) < len(self.models):
+            raise ConfigError(
+                f"Each plug needs its own name in requests; found {', '.join(self.models)}. Choose other names in "
+                f"--model and --run-for."
+            )
+
     async def respond(
         self,
         request: ChatRequest | CompletionRequest,
@@ -87,13 +101,13 @@ class Service:
         key_user: str | None = None,
     ) -> ServiceReply:
         """Answer a request with its user's persona. `user_header` or `key_user` may name the user, like the body."""
-        self.check_model(request.model)
+        plug = self.find_plug(request.model)
         user, options = request.named_user(user_header, key_user=key_user), request.personaplug
         if user is None and options.persona_scale != 0:  # a request of the plain model needs no user
             self._warn_of_no_user()
         self.engine.check_length(request.characters)  # before a regular expression, a tokenizer or an encoder reads it
         ticket = await self.admit(tenant, user) if user is not None else None
-        served, query = await self.find_task(tenant, request.prompt_text, can_ask=request.can_ask)
+        served, query = await self.find_task(plug, tenant, request.prompt_text, can_ask=request.can_ask)
         choices = served.task.labels if query.is_on_task and not options.free else ()
         prepared = await self.engine.prepare(request, choices=choices)
         make_persona = partial(
@@ -106,15 +120,22 @@ class Service:
         threads = self.persona_threads if ticket is None else self.store_threads
         if ticket is not None and served.personas.reads_history(ticket):
             threads = self.reading_threads
-        persona = await threads.run(tenant, user or "", make_persona)
-        request_id = secrets.token_hex(12)
-        reply = await self.engine.respond(
-            EngineRequest(request, persona.soft, choices, request_id, persona.copying, tenant, prepared)
+        with PersonaSpan.open() as span:
+            persona = await threads.run(tenant, user or "", make_persona)
+            span.describe(persona)
+        request_id, copying = secrets.token_hex(12), persona.copying
+        reply = await self._answer(
+            EngineRequest(request, persona.soft, choices, request_id, copying, tenant, prepared, plug.name), plug
         )
         if ticket:
             await self._check_not_erased(ticket, reply)
             reply = self._remember(ticket, reply, request_id=request_id, query=query, task=served.task)
-        return ServiceReply(reply, persona, request_id, self._reason(persona, query, user=user))
+        return ServiceReply(reply, persona, request_id, self.name_of(plug), self._reason(persona, query, user=user))
+
+    async def _answer(self, request: EngineRequest, plug: ServedPlug) -> EngineReply:
+        span = AnswerSpan(request.body.kind, model=self.name_of(plug))
+        with span.current():
+            return span.end_with(await self.engine.respond(request))
 
     async def _check_not_erased(self, ticket: Ticket, reply: EngineReply) -> None:
         """Withhold a reply if its user has been erased meanwhile."""
@@ -129,8 +150,8 @@ class Service:
         self, ticket: Ticket, reply: EngineReply, *, request_id: str, query: TaskQuery, task: Task
     ) -> EngineReply:
         """Store a request for feedback, and its answer once it is complete; return the reply."""
-        fields = {"request_id": request_id, "query": query.item_text, "task": task.name}
-        body, add_request = reply.body, partial(self.recent_requests.add, ticket, **fields)
+        body = reply.body
+        add_request = partial(self.recent_requests.add, ticket, request_id=request_id, query=query.item_text, task=task)
         if isinstance(body, bytes):
             add_request(answer=text_of_reply(body))
             return reply
@@ -138,17 +159,19 @@ class Service:
         on_text = partial(self.recent_requests.set_answer, ticket, request_id=request_id)
         return replace(reply, body=WatchedStream(body, on_text=lambda text: on_text(answer=text)))
 
-    async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
-        """Add records with the task's fields to a user's history: all records or, after an error, none."""
+    async def add_records(
+        self, tenant: str, user: str, *, records: Sequence[dict[str, Any]], plug: ServedPlug | None = None
+    ) -> AddResult:
+        """Add records with the fields of a plug's tasks to a user's history: all records or, after an error, none."""
         ticket = await self.admit(tenant, user)
-        add = partial(self._add_records, ticket, records)
+        tasks = [served.task for served in (plug or self.plugs[0]).tasks]
+        add = partial(self._add_records, ticket, records, tasks=tasks)
         return await self.slow.run_weighted(tenant, user, add, cost=len(records))
 
     async def add_feedback(self, tenant: str, user: str, *, request_id: str, feedback: Feedback) -> ReplaceResult:
         """Add feedback on an earlier request to the user's history. It replaces earlier feedback on that request."""
         request = self.recent_requests.find(tenant, user, request_id=request_id)
-        task = next(served.task for served in self.tasks if served.task.name == request.task)
-        items = feedback_items(task, request_id, request=request, feedback=feedback)
+        items = feedback_items(request.task, request_id, request=request, feedback=feedback)
         replace_items = partial(self.store.replace_items, request.ticket, items, ids=feedback_ids(request_id))
         try:
             return await self.slow.run(tenant, user, replace_items)
@@ -167,8 +190,8 @@ class Service:
         try:
             return await self.store_threads.run(tenant, user, self.store.erase_user, tenant, user)
         finally:
-            for served in self.tasks:
-                served.personas.forget(tenant, user)
+            for plug in self.plugs:
+                plug.forget(tenant, user)
             self.recent_requests.forget(tenant, user)  # requests that arrived during the erasure
 
     async def admit(self, tenant: str, user: str) -> Ticket:
@@ -187,25 +210,38 @@ class Service:
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **fields}
 
     async def find_task(
-        self, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]
+        self, plug: ServedPlug, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]
     ) -> tuple[ServedTask, TaskQuery]:
         """Return the task of a prompt, and the parsed prompt; see `data.task_prompts.find_task`.
 
         A task's regular expression may take long, so it runs outside the event loop.
         """
-        work = partial(find_task, [served.prompts for served in self.tasks], prompt, can_ask=can_ask)
+        work = partial(find_task, [served.prompts for served in plug.tasks], prompt, can_ask=can_ask)
         index, query = await self.persona_threads.run(tenant, "", work)
-        return self.tasks[index], query
+        return plug.tasks[index], query
 
     def is_personal(self, query: TaskQuery) -> bool:
         return query.is_on_task or self.apply_off_task
 
-    def check_model(self, name: str | None) -> None:
-        """Check that the engine has a model with this name. None = the only model."""
-        models = self.engine.models
-        if name not in models and (name is not None or len(models) != 1):
-            message = f"There is no model with this name. Use one of {', '.join(models)}."
-            raise RequestError(message, http_status=404, code="model_not_found")
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names that requests may use: those of the engine's model, with the first plug, then one for each plug."""
+        return (*self.engine.models, *(plug.name for plug in self.plugs[1:]))
+
+    def name_of(self, plug: ServedPlug) -> str:
+        """Return the name of a plug in requests; empty if the engine has none until it starts."""
+        return plug.name or next(iter(self.engine.models), "")
+
+    def find_plug(self, model: str | None) -> ServedPlug:
+        """Return the plug with this name; RequestError if there is none. None = the first plug of an only model."""
+        first, *others = self.plugs
+        if model in self.engine.models or (model is None and len(self.engine.models) == 1):
+            return first
+        for plug in others:
+            if plug.name == model:
+                return plug
+        message = f"There is no model with this name. Use one of {', '.join(self.models)}."
+        raise RequestError(message, http_status=404, code="model_not_found")
 
     async def close(self) -> None:
         """Finish the running replies, then close the engine and the store."""
@@ -215,8 +251,7 @@ class Service:
         self._maintenance.stop()
         self.store.close()
 
-    def _add_records(self, ticket: Ticket, records: Sequence[dict[str, Any]]) -> AddResult:
-        tasks = [served.task for served in self.tasks]
+    def _add_records(self, ticket: Ticket, records: Sequence[dict[str, Any]], *, tasks: Sequence[Task]) -> AddResult:
         items = items_of_records(tasks, records, content_id=self.store.content_id)
         return self.store.add(ticket, items)
 

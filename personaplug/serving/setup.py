@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from personaplug.data.task_prompts import TaskPrompts
@@ -14,13 +16,14 @@ from personaplug.llm.copied_answers import check_answers
 from personaplug.llm.loading import choose_device
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
+from personaplug.plug.saving import PlugSpec, read_description
 from personaplug.run import COPY_HEAD, Run
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.copied_answers import AnswerReader
 from personaplug.serving.engines import RegisteredEngine, find_engine
 from personaplug.serving.engines.base import Engine, LoadPlug
 from personaplug.serving.persona_cache import PersonaCache, store_settings
-from personaplug.serving.served_task import ServedTask
+from personaplug.serving.served_task import ServedPlug, ServedTask
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
@@ -29,42 +32,100 @@ logger = logging.getLogger(__name__)
 _CACHE_BYTES = 256 * 2**20  # for the personas of all tasks
 
 
-def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ()) -> Service:
+def open_service(
+    run: Run,
+    config: ServingConfig,
+    *,
+    others: Sequence[Run] = (),
+    plugs: Mapping[str, Sequence[Run]] | None = None,
+) -> Service:
     """Load the models and open the store, but do not start the engine.
 
     Args:
         others: runs of further tasks that share a plug with the first run.
+        plugs: the runs of further plugs, by the name of a model in requests. They share the language model, the encoder
+            and the store of the first run.
     """
+    groups = {"": (run, *others), **(plugs or {})}
+    runs = [each for group in groups.values() for each in group]
     registered = find_engine(config.engine)
     if config.copy_head:
-        _check_copy_heads((run, *others), engine=registered, seed=config.seed)  # before the models are loaded
+        _check_copy_heads(runs, engine=registered, seed=config.seed)  # before the models are loaded
+    if plugs:
+        check_same_models(groups, seed=config.seed)
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)
     store = open_store(plug, encoder, config=config)
-    plugs = [plug, *(_load_other(plug, other, encoder=encoder, seed=config.seed) for other in others)]
-    first, *further = [
-        PersonaCache(
-            Personalizer(each_plug, persona_scale=config.persona_scale),
-            store,
-            fallback=config.fallback,
-            reader=_answer_reader(engine, each, config),
-            cache_bytes=_CACHE_BYTES // len(plugs),
-        )
-        for each, each_plug in zip((run, *others), plugs, strict=True)
-    ]
+    opener = _TaskOpener(engine, encoder, store, plug, config, cache_bytes=_CACHE_BYTES // len(runs))
+    first, *further = [opener.open_plug(name, group) for name, group in groups.items()]
     service = Service(
-        first,
+        first.personas,
         engine,
         task=run.task,
         wordings=run.wordings,
         apply_off_task=config.apply_off_task,
-        others=[
-            ServedTask.of(other.task, personas, wordings=other.wordings)
-            for other, personas in zip(others, further, strict=True)
-        ],
+        others=first.tasks[1:],
+        plugs=further,
     )
-    log_tasks([served.prompts for served in service.tasks])
+    for each in service.plugs:
+        log_tasks([served.prompts for served in each.tasks], model=each.name)
     return service
+
+
+@dataclass(frozen=True)
+class _TaskOpener:
+    """Opens the tasks of plugs that share an engine, an encoder and a store with the first plug."""
+
+    engine: Engine
+    encoder: Encoder
+    store: HistoryStore
+    first: PersonaPlug
+    config: ServingConfig
+    cache_bytes: int
+
+    def open_plug(self, name: str, runs: Sequence[Run]) -> ServedPlug:
+        """Open the tasks of a plug; an empty name stands for the first plug, which is already loaded."""
+        seed = self.config.seed
+        loaded = [] if name else [self.first]
+        plugs = loaded + [_load_other(self.first, run, encoder=self.encoder, seed=seed) for run in runs[len(loaded) :]]
+        if self.engine.is_remote and any(plug.config.placement != self.first.config.placement for plug in plugs):
+            raise ConfigError(f"--run-for {name}: with vLLM, its plug needs the same placement as the plug of --run.")
+        try:
+            return ServedPlug(tuple(map(self._open_task, runs, plugs)), name)
+        except StoreConflict as conflict:
+            raise StoreConflict(f"--run-for {name}: {conflict}" if name else str(conflict)) from None
+
+    def _open_task(self, run: Run, plug: PersonaPlug) -> ServedTask:
+        personas = PersonaCache(
+            Personalizer(plug, persona_scale=self.config.persona_scale),
+            self.store,
+            fallback=self.config.fallback,
+            reader=_answer_reader(self.engine, run, self.config),
+            cache_bytes=self.cache_bytes,
+        )
+        return ServedTask.of(run.task, personas, wordings=run.wordings)
+
+
+def check_same_models(groups: Mapping[str, Sequence[Run]], *, seed: int | None) -> None:
+    """Check that the plugs of all runs have the models of the first plug; ConfigError if they do not."""
+    (_, first), *others = [(name, _spec_of(run, seed=seed)) for name, runs in groups.items() for run in runs]
+    (llm, encoder), read_by_plug = (first.llm, first.encoder), attrgetter("fingerprint", "width", "chat_date")
+    for name, spec in others:
+        if read_by_plug(spec.llm) != read_by_plug(llm):
+            raise ConfigError(_other_model(name, "language model", llm.describe(), spec.llm.describe()))
+        if not encoder.same_items_as(spec.encoder):
+            raise ConfigError(_other_model(name, "encoder", encoder.describe(), spec.encoder.describe()))
+
+
+def _spec_of(run: Run, *, seed: int | None) -> PlugSpec:
+    return read_description(_plug_folder(run, seed=seed))[1]
+
+
+def _other_model(name: str, kind: str, expected: str, found: str) -> str:
+    return (
+        f"--run-for {name}: its plug was trained with another {kind} than the plug of --run, but one {kind} serves "
+        f"both. Expected {expected}; found {found}. Train it with this {kind}, or start another server for it."
+    )
 
 
 def _answer_reader(engine: Engine, run: Run, config: ServingConfig) -> AnswerReader | None:
@@ -81,8 +142,10 @@ def _check_copy_heads(runs: Sequence[Run], *, engine: RegisteredEngine, seed: in
         run.check_trained(COPY_HEAD, seed=run.config.training.seed_or_first(seed))
 
 
-def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
+def log_tasks(tasks: Sequence[TaskPrompts], *, model: str = "") -> None:
     """Log which prompts each task answers, and warn if a task answers none."""
+    if model:
+        logger.info("requests with the model %s:", model)
     chats = [prompts.task.name for prompts in tasks if prompts.task.kind == "chat"]
     for prompts in tasks:
         if prompts.task.name in chats[1:]:

@@ -13,19 +13,22 @@ class Telemetry:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "personaplug_requests", "Requests, by route and status.", ("route", "status"), registry=registry
+            "personaplug_requests",
+            "Requests, by route, status and, if a model answers them, the name of the model.",
+            ("route", "status", "model"),
+            registry=registry,
         )
         self.seconds = Histogram(
             "personaplug_request_seconds",
             "Seconds from a request's arrival to the first byte of the reply's body.",
-            ("route",),
+            ("route", "model"),
             buckets=_SECONDS,
             registry=registry,
         )
         self.personas = Counter(
             "personaplug_personas",
-            "Replies, by the persona applied (user, population, plain) and whether it was cached.",
-            ("applied", "cached"),
+            "Replies, by the persona applied (user, population, plain), whether it was cached, and the model's name.",
+            ("applied", "cached", "model"),
             registry=registry,
         )
         self.running = Gauge("personaplug_running_requests", "Running requests to /v1/.", registry=registry)
@@ -35,8 +38,12 @@ class Telemetry:
             ("reason",),
             registry=registry,
         )
-        self.cached_users = Gauge("personaplug_cached_users", "Users in the persona cache.", registry=registry)
-        self.cached_bytes = Gauge("personaplug_cached_bytes", "Bytes in the persona cache.", registry=registry)
+        self.cached_users = Gauge(
+            "personaplug_cached_users", "Users in the persona cache of a model.", ("model",), registry=registry
+        )
+        self.cached_bytes = Gauge(
+            "personaplug_cached_bytes", "Bytes in the persona cache of a model.", ("model",), registry=registry
+        )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

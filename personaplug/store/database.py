@@ -110,7 +110,7 @@ class Database:
 
     def close(self) -> None:
         """Close idle connections."""
-        self._current_engine().dispose()
+        self.engine().dispose()
 
     def __str__(self) -> str:
         return self.url.render_as_string(hide_password=True)
@@ -122,7 +122,7 @@ class Database:
         try:
             with (
                 self._file_errors(),
-                self._current_engine().connect() as connection,
+                self.engine().connect() as connection,
                 self._limited_waits(connection, is_patient=is_patient),
             ):
                 yield connection.execution_options(**options)
@@ -198,7 +198,7 @@ class Database:
             advice = "Free disk space, check the permissions or start the server; then try again"
         return StorageError(f"The store {self} failed ({name}). {advice}. The change was not written.")
 
-    def _current_engine(self) -> Engine:
+    def engine(self) -> Engine:
         """Return the engine of this process. A forked child must neither use nor close its parent's connections."""
         if self._pid != os.getpid():
             self._inherited.append(self._engine)

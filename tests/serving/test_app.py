@@ -480,9 +480,9 @@ def test_metrics_count_requests_and_personas(url: str) -> None:
     _chat(url, "ann")
     _chat(url, "ann")
     text = httpx.get(f"{url}/metrics").text
-    assert 'personaplug_requests_total{route="/v1/chat/completions",status="200"} 2.0' in text
-    assert 'personaplug_personas_total{applied="user",cached="true"} 1.0' in text
-    assert "personaplug_cached_users 1.0" in text
+    assert 'personaplug_requests_total{model="toy",route="/v1/chat/completions",status="200"} 2.0' in text
+    assert 'personaplug_personas_total{applied="user",cached="true",model="toy"} 1.0' in text
+    assert 'personaplug_cached_users{model="toy"} 1.0' in text
 
 
 def test_server_finishes_running_streams_before_it_stops(toy: CausalLM, service: Service) -> None:

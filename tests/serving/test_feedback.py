@@ -252,7 +252,7 @@ def test_recent_requests_are_limited_and_can_be_forgotten(monkeypatch: pytest.Mo
     monkeypatch.setattr(recent_requests, "_MAX_BYTES", 20_000)
     requests, ticket = RecentRequests(), Ticket("shop", {"ann": "hash"}, {})
     for number in range(10):
-        requests.add(ticket, request_id=str(number), query="q", answer="x" * 4_000)
+        requests.add(ticket, request_id=str(number), query="q", task=CHAT, answer="x" * 4_000)
     assert len(requests) == 4
     assert requests.find("shop", "ann", request_id="9").answer == "x" * 4_000
     with pytest.raises(RequestError, match="no recent request with this id"):
@@ -262,5 +262,5 @@ def test_recent_requests_are_limited_and_can_be_forgotten(monkeypatch: pytest.Mo
     requests.set_answer(ticket, request_id="0", answer="late")
     requests.forget("shop", "ann")
     requests.set_answer(ticket, request_id="9", answer="late")
-    requests.add(ticket, request_id="10", query="q", answer="of a request from before")
+    requests.add(ticket, request_id="10", query="q", task=CHAT, answer="of a request from before")
     assert len(requests) == 0

@@ -107,8 +107,8 @@ def test_metrics_count_responses_by_route_and_status() -> None:
     telemetry = Telemetry()
     assert _run(MetricsMiddleware(routed, telemetry=telemetry), _scope("/v1/things/7")) == [START, END]
     text = telemetry.text().decode()
-    assert 'personaplug_requests_total{route="/v1/things/{id}",status="200"} 1.0' in text
-    assert 'personaplug_request_seconds_count{route="/v1/things/{id}"} 1.0' in text
+    assert 'personaplug_requests_total{model="",route="/v1/things/{id}",status="200"} 1.0' in text
+    assert 'personaplug_request_seconds_count{model="",route="/v1/things/{id}"} 1.0' in text
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_erasure_drops_the_cached_personas_of_all_tasks(url: str, service: Servi
     for prompt in (FILM, "What is coffee?"):
         _ask(url, prompt)
     assert [task.personas.cached_users for task in service.tasks] == [1, 1]
-    assert "personaplug_cached_users 2.0" in httpx.get(f"{url}/metrics").text
+    assert 'personaplug_cached_users{model="toy"} 2.0' in httpx.get(f"{url}/metrics").text
     assert httpx.delete(f"{url}/v1/users/ann").status_code == 200
     assert [task.personas.cached_users for task in service.tasks] == [0, 0]
 

@@ -114,7 +114,7 @@ def test_load_history_uses_indexes(tmp_path: Path) -> None:
     def record(_: object, __: object, sql: str, parameters: Any, *___: object) -> None:
         statements.append((sql, parameters))
 
-    sa.event.listen(store.database._current_engine(), "before_cursor_execute", record)
+    sa.event.listen(store.database.engine(), "before_cursor_execute", record)
     store.load_history("t", "u")
     plans: list[str] = []
     with sqlite3.connect(place.where) as connection:

@@ -31,6 +31,7 @@ class EngineRequest:
     copying: Copying | None = None  # a copy head and the user's past answers, one row; for free text
     tenant: str = ""
     prepared: object = None  # what `Engine.prepare` returned
+    model: str = ""  # the name that the reply reports; empty = the engine's own
 
 
 class EventStream(AsyncIterator[bytes]):

@@ -149,7 +149,7 @@ class InProcessEngine(Engine):
             headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
         if row.copying is not None:
             headers["X-Personaplug-Copy-Head"] = "true"
-        reply = JobReply(jobs, ReplyFormatter(body.kind, model=self.models[0], request_id=request.id))
+        reply = JobReply(jobs, ReplyFormatter(body.kind, model=request.model or self.models[0], request_id=request.id))
         self._scheduler.submit(jobs)
         if body.stream:
             include_usage = bool(sampling.stream_options and sampling.stream_options.include_usage)

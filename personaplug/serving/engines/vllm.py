@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from opentelemetry import propagate
 
 from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, EngineFailure
@@ -168,6 +169,7 @@ class VLLMEngine(Engine):
     async def _post(self, content: bytes, request: EngineRequest) -> aiohttp.ClientResponse:
         url = self.url + _ROUTES[request.body.kind]
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
+        propagate.inject(headers)  # so that vLLM continues the trace
         return await self._session.post(url, data=content, headers=headers, allow_redirects=False)
 
     def _check(self, reply: bytes, status: int, *, request: EngineRequest) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
+from opentelemetry import trace
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import Message, Receive, Scope, Send
@@ -80,12 +81,13 @@ class RouteMiddleware(HttpMiddleware):
             await self.app(scope, receive, send)
 
     def _methods(self, scope: Scope) -> set[str]:
-        """Return the methods of a path, and store its route in the scope for the metrics."""
+        """Return the methods of a path, and store its route for the metrics and in the request's span."""
         methods: set[str] = set()
         for route in self.routes:
             if route.matches(scope)[0] is not Match.NONE:
                 scope["route"] = route
                 methods |= getattr(route, "methods", None) or set()
+                trace.get_current_span().set_attribute("http.route", getattr(route, "path", "other"))
         return methods | ({"HEAD"} if "GET" in methods else set())
 
 

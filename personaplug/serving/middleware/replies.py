@@ -27,7 +27,7 @@ _SERVER_MESSAGES = {
 
 @dataclass(eq=False)
 class MetricsMiddleware(HttpMiddleware):
-    """Counts responses by route and status, and measures the time to the first byte of the body."""
+    """Counts responses by route, status and model, and measures the time to the first byte of the body."""
 
     telemetry: Telemetry
 
@@ -37,11 +37,12 @@ class MetricsMiddleware(HttpMiddleware):
         async def count_and_send(message: Message) -> None:
             nonlocal is_timed
             route = getattr(scope.get("route"), "path", "other")  # set by the router
+            model = state_of(scope).get("model", "")  # set by the routes that generate text
             if message["type"] == "http.response.start":
-                self.telemetry.requests.labels(route, str(message["status"])).inc()
+                self.telemetry.requests.labels(route, str(message["status"]), model).inc()
             elif not is_timed and (message.get("body") or not message.get("more_body")):
                 is_timed = True
-                self.telemetry.seconds.labels(route).observe(time.perf_counter() - arrived)
+                self.telemetry.seconds.labels(route, model).observe(time.perf_counter() - arrived)
             await send(message)
 
         await self.app(scope, receive, count_and_send)

@@ -41,6 +41,11 @@ export function userPath(user, ...parts) {
   return ["v1", "users", user, ...parts].map(encodeURIComponent).join("/");
 }
 
+/** Return a path with the model whose plug the server is to use. */
+export function withModel(path, model) {
+  return `${path}${path.includes("?") ? "&" : "?"}model=${encodeURIComponent(model)}`;
+}
+
 /** Yield the JSON objects of a stream of server-sent events. */
 export async function* events(reply) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -13,14 +13,14 @@ export class UserColumn {
    * `getSettings` returns the model and the strength of the personas, `getQuestion` the last question of all columns.
    * `onChosen` runs after a choice of a user, `onChanged` after a change of a user's data.
    */
-  constructor({ id, title, tasks, getSettings, getQuestion, onChosen, onChanged, announce }) {
+  constructor({ id, title, tasks, model, getSettings, getQuestion, onChosen, onChanged, announce }) {
     Object.assign(this, { title, getSettings, getQuestion, onChosen, announce });
     this.user = "";
     this.asked = null;
     this.answer = new Answer();
     const getUser = () => this.user;
     const kinds = tasks.flatMap((task) => task.item_kinds);
-    this.history = new History({ id, tasks, getUser, onChange: onChanged });
+    this.history = new History({ id, tasks, model, getUser, onChange: onChanged });
     this.preferences = new Preferences({ id, getUser, onChange: onChanged, areUsed: kinds.includes("preference") });
     this.feedback = new Feedback({
       id,
@@ -31,6 +31,7 @@ export class UserColumn {
     });
     this.why = new Why(() => ({
       user: this.asked.user,
+      model: this.asked.settings.model,
       prompt: this.asked.question.text,
       answer: this.answer.answer,
       persona_scale: this.asked.settings.strength,

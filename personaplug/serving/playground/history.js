@@ -1,6 +1,6 @@
 // A user's history: list, add, delete and import items.
 
-import { call, userPath } from "./api.js";
+import { call, userPath, withModel } from "./api.js";
 import { busy, el, field, problemLine } from "./dom.js";
 import { parseRecords, textOf } from "./files.js";
 import { describeItem, itemForm } from "./items.js";
@@ -9,8 +9,9 @@ const LISTED = 100;
 const ITEMS_PER_REQUEST = 200;
 
 export class History {
-  /** `getUser` returns the column's user, and `onChange` runs after the history of this user has changed. */
-  constructor({ id, tasks, getUser, onChange }) {
+  /** `getUser` returns the column's user; `onChange` runs after a change of this user's history; `model` has the tasks. */
+  constructor({ id, tasks, model, getUser, onChange }) {
+    this.model = model;
     this.getUser = getUser;
     this.onChange = onChange;
     this.items = [];
@@ -96,7 +97,7 @@ export class History {
     let added = 0;
     try {
       while (added < records.length) {
-        await call("POST", userPath(user, "history"), { items: records.slice(added, added + ITEMS_PER_REQUEST) });
+        await call("POST", withModel(userPath(user, "history"), this.model), { items: records.slice(added, added + ITEMS_PER_REQUEST) });
         added = Math.min(added + ITEMS_PER_REQUEST, records.length);
         if (user === this.getUser()) this.note.textContent = `${added} of ${records.length} items are added.`;
       }

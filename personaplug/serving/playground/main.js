@@ -1,6 +1,6 @@
 // Start: read the task and the users, build the columns, and connect the parts.
 
-import { call, setKey, userPath } from "./api.js";
+import { call, setKey, userPath, withModel } from "./api.js";
 import { PlainColumn, UserColumn } from "./column.js";
 import { el } from "./dom.js";
 import { PersonaMap } from "./map.js";
@@ -20,9 +20,16 @@ start();
 async function start() {
   byId("notice").hidden = true;
   try {
-    const [models, described] = await Promise.all([call("GET", "v1/models"), call("GET", "v1/task")]);
+    const models = (await call("GET", "v1/models")).data.map(({ id }) => id);
     byId("key").hidden = true;
-    await build(models.data[0].id, described.tasks ?? [described]);
+    const wanted = new URLSearchParams(location.search).get("model");
+    const model = models.includes(wanted) ? wanted : models[0];
+    const choice = byId("served-model");
+    choice.replaceChildren(...models.map((id) => el("option", { value: id, textContent: id, selected: id === model })));
+    choice.onchange = () => (location.search = new URLSearchParams({ model: choice.value }));
+    byId("model-choice").hidden = models.length === 1;
+    const described = await call("GET", withModel("v1/task", model));
+    await build(model, described.tasks ?? [described]);
   } catch (error) {
     byId("ask").hidden = true;
     byId("key").hidden = error.status !== 401;
@@ -33,6 +40,7 @@ async function start() {
   }
 }
 
+/** Build the page for a model. Answers, reasons and the map are of this model's plug. */
 async function build(model, tasks) {
   byId("ask").hidden = false;
   byId("model").textContent = `Model: ${model}. Task: ${tasks.map((task) => task.name).join(", ")}.`;
@@ -50,7 +58,7 @@ async function build(model, tasks) {
 
   const strength = byId("strength");
   const getSettings = () => ({ model, strength: Number(strength.value) });
-  const shared = { tasks, getSettings, announce, getQuestion: () => question, onChosen: drawMap, onChanged: refresh };
+  const shared = { tasks, model, getSettings, announce, getQuestion: () => question, onChosen: drawMap, onChanged: refresh };
   const columns = [
     new UserColumn({ ...shared, id: "first", title: "First user" }),
     new UserColumn({ ...shared, id: "second", title: "Second user" }),
@@ -59,6 +67,7 @@ async function build(model, tasks) {
   const users = el("datalist", { id: "users" });
   byId("columns").replaceChildren(...columns.map(({ element }) => element), plain.element, users);
   const map = new PersonaMap({
+    model,
     section: byId("map"),
     hint: byId("map-hint"),
     place: byId("map-picture"),

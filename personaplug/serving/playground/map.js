@@ -1,6 +1,6 @@
 // The map: each user's persona as a point, and the path of the chosen users' personas over time.
 
-import { send } from "./api.js";
+import { send, withModel } from "./api.js";
 import { el, svg } from "./dom.js";
 
 const WIDTH = 800;
@@ -10,7 +10,9 @@ const MOST = 200;
 const NEAREST = 3;
 
 export class PersonaMap {
-  constructor({ section, hint, place, onChoose }) {
+  /** `model` names the plug whose personas the map shows. */
+  constructor({ model, section, hint, place, onChoose }) {
+    this.model = model;
     this.section = section;
     this.hint = hint;
     this.place = place;
@@ -28,7 +30,8 @@ export class PersonaMap {
     let found;
     try {
       const paths = entries.map(([, user]) => `&trail=${encodeURIComponent(user)}`);
-      found = await (await send("GET", `v1/personas?limit=${MOST}${paths.join("")}`, undefined, signal)).json();
+      const path = withModel(`v1/personas?limit=${MOST}${paths.join("")}`, this.model);
+      found = await (await send("GET", path, undefined, signal)).json();
     } catch (error) {
       if (signal.aborted) return;
       this.section.hidden = error.status === 403; // a key of one user may not see the others

@@ -1,6 +1,6 @@
 // Why: the weights of a user's items, and how much likelier each item makes the answer.
 
-import { call, userPath } from "./api.js";
+import { call, userPath, withModel } from "./api.js";
 import { bar, busy, el, problemLine, signedBar } from "./dom.js";
 import { describeItem } from "./items.js";
 
@@ -8,7 +8,7 @@ const MOST = 10;
 
 /** A button that explains the last answer. */
 export class Why {
-  /** `getAsked` returns the user, and the prompt, the answer and the persona scale to explain. */
+  /** `getAsked` returns the user and the model, and the prompt, the answer and the persona scale to explain. */
   constructor(getAsked) {
     this.place = el("div");
     this.problem = problemLine();
@@ -32,8 +32,8 @@ export class Why {
 
   async _explain(asked) {
     this.asked = asked;
-    const { user, ...question } = asked;
-    const found = await call("POST", userPath(user, "explain"), { ...question, most: MOST });
+    const { user, model, ...question } = asked;
+    const found = await call("POST", withModel(userPath(user, "explain"), model), { ...question, most: MOST });
     if (this.asked !== asked) return; // another answer stands here now
     const { with_persona: own, with_population: common } = found.log_likelihood;
     const largest = Math.max(...found.items.map((item) => Math.abs(item.effect)), 1e-12);

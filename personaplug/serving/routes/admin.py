@@ -15,13 +15,13 @@ router = APIRouter()
 
 @router.get("/v1/models", summary="List the served models")
 async def models(tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(name) for name in parts.service.engine.models]}
+    return {"object": "list", "data": [_model(name) for name in parts.service.models]}
 
 
 @router.get("/v1/models/{model:path}", summary="Get a model")
 async def model(model: str, tenant: Tenant, parts: Parts) -> dict[str, Any]:
     name = decode_segment(model)
-    parts.service.check_model(name)
+    parts.service.find_plug(name)
     return _model(name)
 
 
@@ -38,9 +38,11 @@ async def ready(parts: Parts) -> dict[str, str]:
 
 @router.get("/metrics", summary="Get Prometheus metrics", response_class=Response)
 async def metrics(parts: Parts) -> Response:
-    telemetry, caches = parts.telemetry, [served.personas for served in parts.service.tasks]
-    telemetry.cached_users.set(sum(personas.cached_users for personas in caches))
-    telemetry.cached_bytes.set(sum(personas.cached_bytes for personas in caches))
+    telemetry, service = parts.telemetry, parts.service
+    for plug in service.plugs:
+        name, caches = service.name_of(plug), [served.personas for served in plug.tasks]
+        telemetry.cached_users.labels(name).set(sum(personas.cached_users for personas in caches))
+        telemetry.cached_bytes.labels(name).set(sum(personas.cached_bytes for personas in caches))
     return Response(telemetry.text(), media_type="text/plain; version=0.0.4")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -34,31 +34,39 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     "/v1/chat/completions", summary="Create a chat completion with a persona", response_model=None, responses=_RESPONSES
 )
 async def chat(
-    request: ChatRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
+    http: Request, request: ChatRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
 ) -> Response:
-    return await _respond(request, tenant, parts=parts, user_header=user, key_user=key_user)
+    return await _respond(http, request, tenant=tenant, parts=parts, user_header=user, key_user=key_user)
 
 
 @router.post(
     "/v1/completions", summary="Create a text completion with a persona", response_model=None, responses=_RESPONSES
 )
 async def complete(
-    request: CompletionRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
+    http: Request,
+    request: CompletionRequest,
+    tenant: Tenant,
+    key_user: KeyUser,
+    parts: Parts,
+    user: UserHeader = None,
 ) -> Response:
-    return await _respond(request, tenant, parts=parts, user_header=user, key_user=key_user)
+    return await _respond(http, request, tenant=tenant, parts=parts, user_header=user, key_user=key_user)
 
 
 async def _respond(
+    http: Request,
     request: ChatRequest | CompletionRequest,
-    tenant: str,
     *,
+    tenant: str,
     parts: Parts,
     user_header: str | None,
     key_user: str | None,
 ) -> Response:
-    reply = await parts.service.respond(request, tenant=tenant, user_header=user_header, key_user=key_user)
+    service = parts.service
+    http.state.model = service.name_of(service.find_plug(request.model))  # for the metrics, also of refused requests
+    reply = await service.respond(request, tenant=tenant, user_header=user_header, key_user=key_user)
     persona, body, status = reply.persona, reply.reply.body, reply.reply.status
-    parts.telemetry.personas.labels(persona.applied, str(persona.cached).lower()).inc()
+    parts.telemetry.personas.labels(persona.applied, str(persona.cached).lower(), reply.model).inc()
     headers = {
         "X-Request-Id": reply.id,
         "X-Personaplug-Persona": persona.applied,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Header, Path, Request
+from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator
 
 from personaplug.serving.fair_executor import FairExecutor
@@ -14,6 +14,7 @@ from personaplug.serving.middleware.admission import Budget
 from personaplug.serving.middleware.paths import decode_segment
 from personaplug.serving.openai_protocol import Name
 from personaplug.serving.readiness import Readiness
+from personaplug.serving.served_task import ServedPlug
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
@@ -52,6 +53,18 @@ async def _tenant(request: Request, authorization: Annotated[str | None, Header(
 
 
 Parts = Annotated[ServerParts, Depends(_parts)]
+
+
+async def _plug(
+    parts: Parts,
+    model: Annotated[
+        str | None, Query(description="The plug to use, by a name that GET /v1/models lists; by default the first.")
+    ] = None,
+) -> ServedPlug:
+    return parts.service.plugs[0] if model is None else parts.service.find_plug(model)
+
+
+Plug = Annotated[ServedPlug, Depends(_plug)]
 Tenant = Annotated[str, Depends(_tenant)]
 KeyUser = Annotated[str | None, Depends(_key_user)]
 """The user that the caller's key belongs to; None for a key of a whole tenant."""

@@ -18,7 +18,7 @@ from personaplug.serving.feedback import Feedback, feedback_ids
 from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Messages, Name, Text
-from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, RequestId, Tenant, UserId
+from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, Plug, RequestId, Tenant, UserId
 from personaplug.serving.service import Service
 
 router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
@@ -105,7 +105,7 @@ class ExplainPost(BaseModel):
 
 
 @router.post("/history", summary="Add items or feedback to a history")
-async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
+async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts, plug: Plug) -> dict[str, int]:
     service, limit = parts.service, parts.limits.items
     if post.request_id is not None:
         feedback = post.feedback
@@ -113,7 +113,7 @@ async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> 
     if len(post.records) > limit:
         message = f"A request may add at most {limit} items; found {len(post.records)}. Send several requests."
         raise RequestError(message, code="too_many")
-    return (await service.add_records(tenant, user, records=post.records))._asdict()
+    return (await service.add_records(tenant, user, records=post.records, plug=plug))._asdict()
 
 
 @router.get("/history", summary="List a user's items, oldest first")
@@ -149,18 +149,23 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 
 
 @router.post("/explain", summary="List item weights and effects on an answer")
-async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
-    explainer = Explainer(parts.service)
-    explanation = await explainer.explain(
-        tenant, user, prompt=post.asked, answer=post.answer, most=post.most, persona_scale=post.persona_scale
+async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts, plug: Plug) -> Response:
+    explanation = await Explainer(parts.service).explain(
+        tenant,
+        user,
+        prompt=post.asked,
+        answer=post.answer,
+        most=post.most,
+        persona_scale=post.persona_scale,
+        plug=plug,
     )
     pages = json_pages(explanation, explanation.pop("items"))
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
 @router.get("/drift", summary="Measure how far a persona moved between two dates")
-async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return await Explainer(parts.service).drift(tenant, user, since=since, until=until)
+async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: Parts, plug: Plug) -> dict[str, Any]:
+    return await Explainer(parts.service, plug.tasks[0]).drift(tenant, user, since=since, until=until)
 
 
 def _history_pages(service: Service, tenant: str, user: str, *, latest: int) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Text
-from personaplug.serving.routes.dependencies import MAX_TEXT, Parts, Tenant, UserId
+from personaplug.serving.routes.dependencies import MAX_TEXT, Parts, Plug, Tenant, UserId
 from personaplug.serving.service import Service
 from personaplug.store.writes import MAX_PREFERENCES
 
@@ -33,10 +33,10 @@ class PreferencesPut(BaseModel):
 
 
 @router.put("", summary="Replace a user's preferences")
-async def put(user: UserId, body: PreferencesPut, tenant: Tenant, parts: Parts) -> dict[str, int | bool]:
+async def put(user: UserId, body: PreferencesPut, tenant: Tenant, parts: Parts, plug: Plug) -> dict[str, int | bool]:
     """`used` is true if the plug reads preferences, that is, if its training data had some."""
     result = await parts.service.state_preferences(tenant, user, preferences=body.preferences)
-    return {**result._asdict(), "used": "preference" in parts.service.personas.plug.known_kinds}
+    return {**result._asdict(), "used": "preference" in plug.personas.plug.known_kinds}
 
 
 @router.get("", summary="List a user's preferences, oldest first")

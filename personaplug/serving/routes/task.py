@@ -7,15 +7,15 @@ from typing import Any
 from fastapi import APIRouter
 
 from personaplug.errors import RequestError
-from personaplug.serving.routes.dependencies import Parts, Tenant
+from personaplug.serving.routes.dependencies import Plug, Tenant
 
 router = APIRouter()
 
 
 @router.get("/v1/task", summary="Describe the plug's task and the wording of its prompts")
-async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
+async def task(tenant: Tenant, plug: Plug) -> dict[str, Any]:
     """If the plug has several tasks, `tasks` lists them in the order in which a prompt is matched against them."""
-    described = [served.describe() for served in parts.service.tasks]
+    described = [served.describe() for served in plug.tasks]
     return described[0] if len(described) == 1 else {"tasks": described}
 
 

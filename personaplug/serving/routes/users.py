@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from personaplug.errors import RequestError
 from personaplug.serving.openai_protocol import Name
 from personaplug.serving.persona_map import PersonaMap
-from personaplug.serving.routes.dependencies import KeyUser, Parts, Tenant
+from personaplug.serving.routes.dependencies import KeyUser, Parts, Plug, Tenant
 from personaplug.store.user_list import list_users
 
 router = APIRouter(prefix="/v1")
@@ -36,6 +36,7 @@ async def personas(
     tenant: Tenant,
     key_user: KeyUser,
     parts: Parts,
+    plug: Plug,
     limit: Annotated[int, Query(ge=1, le=_MAX_ON_MAP)] = 200,
     trail: Annotated[
         tuple[Name, ...], Query(max_length=_MAX_TRAILS, description="Users whose personas to follow, item by item.")
@@ -44,4 +45,4 @@ async def personas(
     if key_user is not None:
         message = "This key belongs to one user. Use a key of the tenant, because the map shows all its users."
         raise RequestError(message, http_status=403, code="user")
-    return await PersonaMap(parts.service).describe(tenant, limit=limit, trails_of=trail)
+    return await PersonaMap(parts.service, plug).describe(tenant, limit=limit, trails_of=trail)

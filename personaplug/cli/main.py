@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
+from personaplug.cli.answer_command import generate
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
 from personaplug.cli.data_commands import import_command, simulate, synthesize
 from personaplug.cli.run_commands import (
     encode,
     estimate,
     evaluate,
-    generate,
     predict,
     quickstart,
     schema,

@@ -1,4 +1,4 @@
-"""Commands that encode, train, evaluate and generate; also `quickstart`, `estimate` and `schema`.
+"""Commands that encode, train, evaluate and predict; also `quickstart`, `estimate` and `schema`.
 
 A command parses its arguments, calls one function and prints. It imports modules when it runs, so `--help` is fast.
 """
@@ -22,7 +22,6 @@ from personaplug.cli.options import (
     device_of,
     methods_option,
     run_option,
-    seed_option,
     show,
     skip_bad_option,
     task_option,
@@ -57,10 +56,10 @@ def _open_run(
     from personaplug.shared_run import SharedRun, holds_shared_run
 
     run = SharedRun.open(folder).find(load_task(data).name) if holds_shared_run(folder) else Run.open(folder)
-    return run, _config_of(run, config_file, settings, base=base)
+    return run, config_of(run, config_file, settings, base=base)
 
 
-def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
+def config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
     """Return a run's config, overridden by `base` and then by the command's settings."""
     config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
     run.check_unchanged(config)
@@ -347,67 +346,6 @@ def predict(
     paths = predict_run(run, reader, split=split, methods=rows, config=config.evaluation, models=models, train=train)
     for path in paths:
         click.echo(str(path))
-
-
-@click.command()
-@run_option
-@click.option("--prompt", required=True, help="Prompt in the wording of the run's task.")
-@click.option(
-    "--history",
-    type=FILE,
-    help="File of the user's items: a JSON object per line, with the fields of the run's task.  [default: a new user]",
-)
-@seed_option
-@click.option("--plain", is_flag=True, help="Answer without the plug, for comparison.")
-@click.option(
-    "--copy-head",
-    is_flag=True,
-    help="Copy tokens of the prompt and of the user's past answers (a trained plug+copy-head); not with --plain.",
-)
-@click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
-@with_settings("evaluation")
-def generate(
-    run_folder: Path,
-    prompt: str,
-    history: Path | None,
-    seed: int | None,
-    plain: bool,
-    copy_head: bool,
-    probabilities: bool,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-) -> None:
-    """Answer one prompt for a user with the given history."""
-    from personaplug import inference
-    from personaplug.llm.copied_answers import check_answers
-    from personaplug.run import COPY_HEAD, open_models
-    from personaplug.shared_run import open_runs
-
-    run = inference.run_for(prompt, open_runs(run_folder))
-    config = _config_of(run, config_file, settings)
-    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
-    models, head = None, None
-    if copy_head:
-        check_answers(run.task)
-        seed = run.config.training.seed_or_first(seed)
-        run.check_trained(COPY_HEAD, seed=seed)  # before the models are loaded
-        models = open_models(run.config)
-        head = run.load_copy_head(models.llm, seed=seed)
-    response = inference.generate(
-        run,
-        prompt,
-        history=history or (),
-        models=models,
-        seed=seed,
-        plain=plain,
-        copy_head=head,
-        config=config.evaluation,
-    )
-    if probabilities and response.distribution is not None:
-        click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))
-    else:
-        click.echo(response)
 
 
 @click.command()

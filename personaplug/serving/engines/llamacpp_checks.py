@@ -122,18 +122,17 @@ class GGUFChecks:
         return factor
 
     def _compare_rows(self, embeddings: FileEmbeddings) -> float:
-        """Return how much larger the embeddings of the run's model are, after a check that they are the same."""
+        """Check that the run's model has the same embeddings; return the factor from the file's to the plug's."""
         table = read_embeddings(self.folder)
         ids = _spread(min(len(table), len(embeddings)), _SAMPLED_ROWS)
-        run_rows, rows = table[torch.from_numpy(ids)].float().numpy(), embeddings.rows(ids)
-        products, norms = (run_rows * rows).sum(axis=1), np.linalg.norm(rows, axis=1)
-        cosines = products / (norms * np.linalg.norm(run_rows, axis=1) + 1e-12)
-        if not np.median(cosines) >= _MIN_COSINE:
-            raise self._another_model(
-                f"its embeddings differ from the model's (median cosine {np.median(cosines):.2f})"
-            )
-        outer = self.spec.embedding_scale / float(table[_torch_spread(table)].float().pow(2).mean().sqrt())
-        return float(products.sum() / np.square(norms).sum()) * outer
+        own, rows = table[torch.from_numpy(ids)].float().numpy(), embeddings.rows(ids)
+        products, squares = (own * rows).sum(axis=1), np.square(rows).sum(axis=1)
+        cosine = float(np.median(products / np.sqrt(squares * np.square(own).sum(axis=1) + 1e-12)))
+        if not cosine >= _MIN_COSINE:
+            raise self._another_model(f"its embeddings differ from the model's (median cosine {cosine:.2f})")
+        # Some families apply a further factor outside of the embedding layer.
+        further = self.spec.embedding_scale / float(np.sqrt(np.square(own).mean()))
+        return further * float(products.sum() / squares.sum())
 
     def _llama_factor(self, embeddings: FileEmbeddings, factors: Sequence[float]) -> float:
         """Return the factor with which the file's embeddings have the same effect as their tokens."""
@@ -151,7 +150,7 @@ class GGUFChecks:
                 f"a text and the embeddings of the text get different answers ({difference}). This llama.cpp does not "
                 f"support soft tokens for this model family. Use --engine local",
             )
-        self._check_isolation(probes, middles)
+        self._check_isolation(probes, [rows * np.float32(best) for rows in middles])
         return best
 
     def _check_isolation(self, probes: Sequence[Ids], middles: Sequence[NDArray[np.float32]]) -> None:
@@ -186,10 +185,6 @@ def _third(row: int, ids: Ids, part: int) -> Span:
 
 def _spread(size: int, count: int) -> NDArray[np.int64]:
     return np.linspace(0, size - 1, min(count, size)).astype(np.int64)
-
-
-def _torch_spread(table: Tensor) -> Tensor:
-    return torch.linspace(0, len(table) - 1, steps=min(_SAMPLED_ROWS, len(table))).long()
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

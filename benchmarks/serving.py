@@ -89,13 +89,13 @@ async def load(requests: Sequence[ServerRequest], *, concurrency: int) -> tuple[
 
 
 @contextlib.contextmanager
-def our_server(run: Path, store: Path, engine: str) -> Iterator[str]:
-    """Run `personaplug serve` in a separate process; yield its address."""
+def our_server(run: Path, store: Path, engine: str, *options: str) -> Iterator[str]:
+    """Run `personaplug serve` in a separate process, with further options; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "personaplug", "--quiet", "serve", "--run", str(run), "--store", str(store)]
-    process = subprocess.Popen([*command, "--engine", engine, "--port", str(port)])
+    process = subprocess.Popen([*command, "--engine", engine, "--port", str(port), *options])
     url = f"http://127.0.0.1:{port}"
     try:
         while True:

@@ -17,6 +17,7 @@ from personaplug.data.parsing import Flaw, as_text
 from personaplug.data.records import ITEM_KINDS, PREFERENCE, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery, find_task
+from personaplug.encoders import Encoder
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig, PromptBatch
@@ -85,8 +86,7 @@ def generate(
     Raises:
         ConfigError: if the prompt lacks the wording that marks the query, or an item does not belong to the run's task.
     """
-    _check_texts(prompt)
-    items = _checked_items(history, run.task)
+    items = check_input(run, prompt, history)
     models, config = models or open_models(run.config), config or run.config.evaluation
     personalizer = None
     if not plain:
@@ -136,8 +136,7 @@ def respond(
     """
     task, soft, copying = run.task, None, None
     if personalizer is not None:
-        query, history = _query(run, last_message(prompt)), personalizer.encode(items, encoder=models.encoder)
-        soft = personalizer.persona(query.text, history, options=query.options)
+        soft = persona_for(prompt, items, run=run, personalizer=personalizer, encoder=models.encoder)
     if task.labels and config.decoding != "generate":
         scores = models.llm.score(PromptBatch([prompt], soft), task.labels)
         return Answer(task.labels[int(scores[0].argmax())], label_distribution(task.labels, scores[0].tolist()))
@@ -147,6 +146,18 @@ def respond(
         config = replace(config, num_beams=1)
     generated = models.llm.generate(PromptBatch([prompt], soft, copying=copying), generation_config(task, config))
     return Answer(generated[0].text)
+
+
+def persona_for(
+    prompt: Prompt, items: Sequence[HistoryItem], *, run: Run, personalizer: Personalizer, encoder: Encoder
+) -> SoftPrompt | None:
+    """Return the soft tokens of a user with these items for a prompt.
+
+    Raises:
+        ConfigError: if the prompt lacks the wording that marks the query.
+    """
+    query, history = _query(run, last_message(prompt)), personalizer.encode(items, encoder=encoder)
+    return personalizer.persona(query.text, history, options=query.options)
 
 
 def explain(
@@ -168,8 +179,7 @@ def explain(
     Raises:
         ConfigError: as for `generate`, or if the answer is not a label of the task.
     """
-    _check_texts(prompt)
-    task, items = run.task, _checked_items(history, run.task)
+    task, items = run.task, check_input(run, prompt, history)
     if answer is not None and task.labels and answer not in task.labels:
         raise ConfigError(f"`answer` must be a label of {task.name}: {', '.join(task.labels)}. Found another text.")
     models = models or open_models(run.config)
@@ -201,7 +211,14 @@ def _log_likelihoods(
     return values
 
 
-def _checked_items(history: str | Path | Sequence[HistoryItem], task: Task) -> tuple[HistoryItem, ...]:
+def check_input(run: Run, prompt: Prompt, history: str | Path | Sequence[HistoryItem]) -> tuple[HistoryItem, ...]:
+    """Check a prompt and a history, which may be a file; return the items.
+
+    Raises:
+        ConfigError: if the prompt is not valid, or if an item does not belong to the run's task.
+    """
+    _check_texts(prompt)
+    task = run.task
     items = read_items(history, task=task) if isinstance(history, str | Path) else tuple(history)
     _check_items(items, task)
     return tuple(replace(item, answer_labels=task.labels) for item in items)

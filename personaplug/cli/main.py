@@ -12,9 +12,10 @@ from typing import Any
 
 import click
 
+from personaplug.cli.answer_command import generate
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
 from personaplug.cli.data_commands import import_command, simulate, synthesize
-from personaplug.cli.inference_commands import encode, generate
+from personaplug.cli.encode_command import encode
 from personaplug.cli.options import RESUME_POINT
 from personaplug.cli.run_commands import (
     estimate,

@@ -61,6 +61,15 @@ skip_bad_option = click.option(
 )
 run_option = click.option("--run", "run_folder", required=True, type=FILE, help="Folder of a run from `train`.")
 seed_option = click.option("--seed", type=int, help="Training seed of the run.  [default: the run's first seed]")
+engine_option = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    help="`local`, `llamacpp` (with --gguf), or the address of a vLLM server: http://…",
+)
+gguf_option = click.option(
+    "--gguf", default="", metavar="FILE", help="GGUF file of the engine llamacpp, or package:NAME.", show_default=False
+)
 secret_option = click.option(
     "--secret", type=FILE, help="File with the store's secret.  [default: next to the SQLite file]"
 )

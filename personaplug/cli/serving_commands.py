@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import click
 
 from personaplug.cli.histories import histories_to_serve, load_into
-from personaplug.cli.options import FILE, run_option, secret_option, seed_option
+from personaplug.cli.options import FILE, engine_option, gguf_option, run_option, secret_option, seed_option
 from personaplug.cli.run_names import named_runs
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
@@ -57,7 +57,8 @@ class _NumberRange(click.FloatRange):
     "several files, repeat it.",
 )
 @secret_option
-@click.option("--engine", default="local", help="`local`, or the address of a vLLM server: http://…")
+@engine_option
+@gguf_option
 @click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="API key for the vLLM server, if it requires one.")
 @click.option(
     "--model", default="", show_default=False, help="Name of the model in requests.  [default: the model's own name]"
@@ -108,8 +109,8 @@ class _NumberRange(click.FloatRange):
 )
 @click.option("--max-items", type=int, help="Keep only the latest items of each user. The store saves this limit.")
 @click.option("--max-days", type=int, help="Delete items older than this. The store saves this limit.")
-@click.option("--max-rows", default=16, type=_COUNT, help="Batch size of the local engine.")
-@click.option("--max-new-tokens", default=512, type=_COUNT, help="Maximum tokens of an answer of the local engine.")
+@click.option("--max-rows", default=16, type=_COUNT, help="Batch size of the engines local and llamacpp.")
+@click.option("--max-new-tokens", default=512, type=_COUNT, help="Maximum tokens of an answer of these engines.")
 @click.option("--max-requests", default=256, type=_COUNT, help="Maximum concurrent requests; further ones get a 429.")
 @click.option(
     "--max-body-mb", default=4.0, type=_NumberRange(0, 1024, min_open=True), help="Maximum size of a request body."

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from personaplug.errors import MissingExtra, MissingModel, StorageError, first_line
-from personaplug.infra.atomic_io import atomic_folder
+from personaplug.infra.atomic_io import atomic_folder, atomic_write
 from personaplug.infra.gguf_parts import file_name, join
 from personaplug.infra.progress import quiet_unless_terminal
 
@@ -47,6 +47,15 @@ def converted_gguf(*parts: Path) -> Path:
                 whole.unlink()
     except StorageError as error:
         raise StorageError(f"{error} Alternatively, set {CACHE_VARIABLE} to another folder.") from error
+    return target
+
+
+def joined_gguf(*parts: Path) -> Path:
+    """Return a cached GGUF file that is given in parts; join them on the first call."""
+    name = file_name(parts[0]).removesuffix(".gguf")
+    target = cache_folder() / "models" / f"{name}-{_fingerprint(parts)}.gguf"
+    if not target.is_file():
+        atomic_write(target, lambda temporary: join(parts, temporary))
     return target
 
 

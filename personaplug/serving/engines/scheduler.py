@@ -12,11 +12,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from personaplug.errors import EngineFailure
-from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch
+from personaplug.llm.continuous_batching import Slot
 from personaplug.serving.engines.job import Job
 
 logger = logging.getLogger(__name__)
@@ -26,20 +25,31 @@ _NOT_RUNNING = "The model is not running."
 _PREFILL_TOKENS = 2048  # prompt tokens to prefill between two decoding steps
 
 
+class SlotBatch(Protocol):
+    """Slots that decode together. Only the model's thread calls its methods."""
+
+    def add(self, slots: Sequence[Slot]) -> None:
+        """Run the prompts of slots and choose their first tokens; an error leaves the batch unchanged."""
+
+    def step(self) -> None:
+        """Choose the next token of each active slot."""
+
+
 class ModelScheduler:
     """Runs rows of a model concurrently. It belongs to the event loop that starts it.
 
     Args:
+        new_batch: returns an empty batch; called when no row runs, and after an error.
         max_rows: maximum number of concurrent rows.
         max_held: maximum tokens of all running rows, with padding. A single row may exceed it.
     """
 
-    def __init__(self, llm: CausalLM, *, max_rows: int, max_held: int) -> None:
-        self.llm, self.max_rows, self.max_held = llm, max_rows, max_held
+    def __init__(self, new_batch: Callable[[], SlotBatch], *, max_rows: int, max_held: int) -> None:
+        self.max_rows, self.max_held = max_rows, max_held
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._tenants: set[str] = set()  # that have submitted a job
-        self._batch = ContinuousBatch(llm)
+        self._new_batch, self._batch = new_batch, new_batch()
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-model")
         self._turn = threading.Lock()  # of the threads that wait for the model
         self._wake_up = asyncio.Event()
@@ -102,7 +112,7 @@ class ModelScheduler:
             self._waiting = [job for job in self._waiting if job not in admitted]
             self._running += admitted
             if not self._running:
-                self._batch = ContinuousBatch(self.llm)  # frees the cache of the last rows
+                self._batch = self._new_batch()  # frees the cache of the last rows
                 await self._wake_up.wait()
                 continue
             await loop.run_in_executor(self._model_thread, self._advance, admitted)
@@ -145,7 +155,7 @@ class ModelScheduler:
             self._batch.step()
         except Exception as error:  # report it to the callers, and serve later requests
             _fail(self._running, error)
-            self._batch = ContinuousBatch(self.llm)
+            self._batch = self._new_batch()
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

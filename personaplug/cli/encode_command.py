@@ -1,8 +1,7 @@
-"""Commands that use a trained run without a server: `generate` and `encode`, for one prompt or for Parquet files."""
+"""The command `encode`, which encodes items or, for Parquet files, users."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from personaplug.cli.options import (
     FILE,
     config_of,
     device_of,
-    run_option,
     seed_option,
     show,
     skip_bad_option,
@@ -107,84 +105,3 @@ def _encode_items(
         encoded(reader, table, plug=resolved(config, declared).plug)
         tell_read(reader, split)
         click.echo(f"{split}: {len(table) - old_count:,} new vectors, {len(table):,} in {vectors}")
-
-
-@click.command()
-@run_option
-@click.option("--prompt", help="Prompt in the wording of the run's task.")
-@click.option(
-    "--history",
-    type=FILE,
-    help="File of the user's items: a JSON object per line, with the fields of the run's task.  [default: a new user]",
-)
-@seed_option
-@click.option("--plain", is_flag=True, help="Answer without the plug, for comparison.")
-@click.option(
-    "--copy-head",
-    is_flag=True,
-    help="Copy tokens of the prompt and of the user's past answers (a trained plug+copy-head); not with --plain.",
-)
-@click.option("--probabilities", is_flag=True, help="Print the answer and the probability of each label as JSON.")
-@offline_options
-@with_settings("evaluation")
-def generate(
-    run_folder: Path,
-    prompt: str | None,
-    history: Path | None,
-    seed: int | None,
-    plain: bool,
-    copy_head: bool,
-    probabilities: bool,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-    **offline: Any,
-) -> None:
-    """Answer one prompt for a user with the given history, or all rows of Parquet files.
-
-    With --input and --output, each row has the columns prompt and history (or --store with user_id), and may have an
-    id. docs/offline.md describes input and output.
-    """
-    options = OfflineOptions(**offline)
-    if options.is_used:
-        if prompt is not None or history or copy_head or probabilities:
-            raise ConfigError(
-                "--input takes prompts and histories from Parquet files, and writes all probabilities. Remove "
-                "--prompt, --history, --copy-head and --probabilities."
-            )
-        from personaplug.run import Run
-
-        run = Run.open(run_folder)
-        run_offline("generate", run, config_of(run, config_file, settings), options, seed=seed, plain=plain)
-        return
-    if prompt is None:
-        raise ConfigError("Give --prompt for one answer, or --input and --output for the rows of Parquet files.")
-    from personaplug import inference
-    from personaplug.llm.copied_answers import check_answers
-    from personaplug.run import COPY_HEAD, open_models
-    from personaplug.shared_run import open_runs
-
-    run = inference.run_for(prompt, open_runs(run_folder))
-    config = config_of(run, config_file, settings)
-    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
-    models, head = None, None
-    if copy_head:
-        check_answers(run.task)
-        seed = run.config.training.seed_or_first(seed)
-        run.check_trained(COPY_HEAD, seed=seed)  # before the models are loaded
-        models = open_models(run.config)
-        head = run.load_copy_head(models.llm, seed=seed)
-    response = inference.generate(
-        run,
-        prompt,
-        history=history or (),
-        models=models,
-        seed=seed,
-        plain=plain,
-        copy_head=head,
-        config=config.evaluation,
-    )
-    if probabilities and response.distribution is not None:
-        click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))
-    else:
-        click.echo(response)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,20 @@ def open_service(
     personas = PersonaCache(Personalizer(plug), store, **settings)
     engine = engine or InProcessEngine(llm, name="toy", max_new_tokens=200)
     return Service(personas, engine, task=task, wordings=wordings)
+
+
+def run_engine(llm: CausalLM, scenario: Callable[[InProcessEngine], Awaitable[Any]], **settings: Any) -> Any:
+    """Start an engine, run a scenario with it, and close it."""
+
+    async def run() -> Any:
+        engine = InProcessEngine(llm, name="toy", **settings)
+        await engine.start()
+        try:
+            return await scenario(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
 
 
 def free_port() -> int:

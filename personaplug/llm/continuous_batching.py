@@ -13,7 +13,7 @@ from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.copy_head import CopyHead, CopySource
 from personaplug.llm.generation import sample_tokens
-from personaplug.llm.json_grammar import JsonGrammar
+from personaplug.llm.json_grammar import GrammarLimit, JsonGrammar
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.padding import group_by_length, pad_with_mask
 from personaplug.llm.prefix_attention import CachedPrefix
@@ -61,7 +61,7 @@ class Slot:
     scores: list[float] = field(default_factory=list)  # log-probability of each choice, label bias included
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each token, before any change of the logits
-    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no valid token
+    ended: str | None = None  # None = active; stop, length (at max_new_tokens), grammar (its limit) or failed
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)
@@ -93,6 +93,8 @@ class Slot:
         """Choose the next token from (V,) logits on the CPU; an error ends only this slot."""
         try:
             self._append_next(logits, end_ids=end_ids, logprobs=logprobs)
+        except GrammarLimit:
+            self.ended = "grammar"
         except (RuntimeError, ValueError):
             self.ended = "failed"
 

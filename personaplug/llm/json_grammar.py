@@ -32,6 +32,10 @@ class InvalidSchema(ValueError):
     """A schema that is invalid, that no answer can match, or that has a part without support; the text says why."""
 
 
+class GrammarLimit(ValueError):
+    """A grammar needs more memory than a limit allows, which may show only while an answer is written."""
+
+
 class JsonGrammar:
     """The state of one answer: the tokens that it may continue with."""
 
@@ -43,19 +47,19 @@ class JsonGrammar:
         return JsonGrammar(self._matcher.deep_copy())
 
     def masked(self, logits: Tensor) -> Tensor:
-        """Return logits (V,) on the CPU with −∞ at tokens that cannot come next; ValueError if this exceeds a limit."""
+        """Return logits (V,) on the CPU with −∞ at tokens that cannot come next; GrammarLimit if that is too much."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         if self._matcher.is_error():  # the mask would allow the end of the answer
-            raise ValueError("the grammar exceeds a limit")
+            raise GrammarLimit("the grammar exceeds a limit")
         allowed = torch.from_numpy(bits[: len(logits)]).bool()
         masked = torch.full_like(logits, -torch.inf)
         masked[: len(allowed)] = torch.where(allowed, logits[: len(allowed)], -torch.inf)
         return masked
 
     def accept(self, token: int) -> None:
-        """Append a token to the answer; ValueError if it cannot come next."""
+        """Append a token that can come next to the answer; GrammarLimit if that is too much."""
         if not self._matcher.consume_token(token):
-            raise ValueError("the grammar does not allow this token, or exceeds a limit")
+            raise GrammarLimit("the grammar exceeds a limit")
 
     @property
     def is_complete(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_server import engine_request
+from live_server import engine_request, run_engine
 
 from personaplug.errors import EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, PromptBatch
@@ -20,18 +20,6 @@ from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 
 Scenario = Callable[[InProcessEngine], Coroutine[Any, Any, Any]]
-
-
-def _run(toy: CausalLM, scenario: Scenario, **settings: Any) -> Any:
-    async def run() -> Any:
-        engine = InProcessEngine(toy, name="toy", **settings)
-        await engine.start()
-        try:
-            return await scenario(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run())
 
 
 def _soft(toy: CausalLM, seed: int) -> SoftPrompt:
@@ -68,7 +56,7 @@ def test_concurrent_requests_get_the_same_answers_as_single_ones(toy: CausalLM) 
     async def synchronized(engine: InProcessEngine) -> list[str]:
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, questions))]
 
-    answers = _run(toy, synchronized, max_rows=8)
+    answers = run_engine(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         config = GenerationConfig(max_new_tokens=(question.body.model_extra or {})["max_tokens"])
         expected = toy.generate(PromptBatch([f"question {number}"], question.soft), config)[0]
@@ -81,7 +69,7 @@ def test_stream_equals_the_whole_reply(toy: CausalLM) -> None:
         streamed = await engine.respond(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
         return _text(await engine.respond(question)), await _streamed(streamed)
 
-    whole, streamed = _run(toy, ask)
+    whole, streamed = run_engine(toy, ask)
     assert whole == streamed
     assert whole
 
@@ -93,7 +81,7 @@ def test_usage_and_finish_reason_are_reported(toy: CausalLM) -> None:
             await engine.respond(_chat("hey", _soft(toy, 1), **options))
         )
 
-    whole, events = _run(toy, ask)
+    whole, events = run_engine(toy, ask)
     body = json.loads(whole.body)
     prompt_tokens = len(toy.prompt_tokenizer.encode_prompt("hey").ids) + 2
     assert body["usage"] == {
@@ -115,7 +103,7 @@ def test_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
         streamed = await _streamed(await engine.respond(_chat("hello", max_tokens=30, stop=stop, stream=True)))
         return free[: free.index(stop)], whole, streamed
 
-    cut, whole, streamed = _run(toy, ask)
+    cut, whole, streamed = run_engine(toy, ask)
     assert whole == streamed == cut
 
 
@@ -124,7 +112,7 @@ def test_answer_is_one_of_the_choices(toy: CausalLM) -> None:
         requests = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
         return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))}
 
-    assert _run(toy, ask) <= {"1", "2", "10 stars"}
+    assert run_engine(toy, ask) <= {"1", "2", "10 stars"}
 
 
 def test_completion_does_not_use_the_chat_template(toy: CausalLM) -> None:
@@ -136,7 +124,7 @@ def test_completion_does_not_use_the_chat_template(toy: CausalLM) -> None:
         body: dict[str, Any] = json.loads(reply.body)
         return body
 
-    body = _run(toy, ask)
+    body = run_engine(toy, ask)
     assert body["object"] == "text_completion"
     assert body["usage"]["prompt_tokens"] == 3
     assert isinstance(body["choices"][0]["text"], str)
@@ -184,7 +172,7 @@ def test_unsupported_request_is_refused(toy: CausalLM, fields: dict[str, Any], c
             await engine.respond(_chat("hello", **fields))
         return refused.value
 
-    error = _run(toy, ask)
+    error = run_engine(toy, ask)
     assert (error.code, error.http_status) == (code, 400)
     assert "long long" not in str(error)
 
@@ -200,7 +188,7 @@ def test_neutral_fields_are_accepted(toy: CausalLM) -> None:
         }
         return _text(await engine.respond(_chat("hello", **fields)))
 
-    assert _run(toy, ask)
+    assert run_engine(toy, ask)
 
 
 @pytest.mark.parametrize("read", [0, 1, 3])
@@ -216,7 +204,7 @@ def test_closed_stream_frees_its_row(toy: CausalLM, read: int) -> None:
         # With a single row, this is answered in time only if the closed streams have freed it.
         return _text(await asyncio.wait_for(engine.respond(_chat("hello")), 5))
 
-    assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
+    assert run_engine(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
 def test_cancelled_request_frees_its_row(toy: CausalLM) -> None:
@@ -226,7 +214,7 @@ def test_cancelled_request_frees_its_row(toy: CausalLM) -> None:
                 await asyncio.wait_for(engine.respond(_chat("endless", max_tokens=4000)), 0.05)
         return _text(await asyncio.wait_for(engine.respond(_chat("hello")), 5))
 
-    assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
+    assert run_engine(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
 def test_stop_texts_do_not_affect_concurrent_requests(toy: CausalLM) -> None:
@@ -242,7 +230,7 @@ def test_stop_texts_do_not_affect_concurrent_requests(toy: CausalLM) -> None:
                 results[number].add((_text(reply), json.loads(reply.body)["usage"]["completion_tokens"]))
         return results
 
-    assert all(len(answers) == 1 for answers in _run(toy, ask))
+    assert all(len(answers) == 1 for answers in run_engine(toy, ask))
 
 
 @pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"top_p": 1e-50, "temperature": 1}, {"top_p": 0}])
@@ -251,7 +239,7 @@ def test_extreme_sampling_values_take_the_likeliest_token(toy: CausalLM, odd: di
         requests = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
-    greedy, extreme, _ = _run(toy, ask)
+    greedy, extreme, _ = run_engine(toy, ask)
     assert extreme == greedy
 
 
@@ -264,7 +252,7 @@ def test_persona_with_nan_is_refused_and_does_not_affect_other_requests(toy: Cau
             await engine.respond(_chat("hello", nan_soft))
         return _text(await engine.respond(_chat("hello", soft)))
 
-    assert _run(toy, ask)
+    assert run_engine(toy, ask)
 
 
 def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +281,7 @@ def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pyte
         are_submitted.set()
         await asyncio.gather(long, *shorts)
 
-    _run(toy, ask, max_rows=2)
+    run_engine(toy, ask, max_rows=2)
     order = "".join(calls)
     assert order.count("s") == 99
     assert order.count("p") > 30
@@ -311,7 +299,7 @@ def test_chosen_label_equals_that_of_an_evaluation(toy: CausalLM) -> None:
         ]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
-    for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
+    for number, (soft, answer) in enumerate(zip(softs, run_engine(toy, ask), strict=True)):
         scores = toy.score(PromptBatch([f"which {number}"], soft), labels)[0]
         assert answer == labels[int(scores.argmax())]
 
@@ -346,7 +334,7 @@ def test_model_failure_does_not_affect_later_requests(
             assert "secret" not in str(failed.value)
         return _text(await engine.respond(_chat("hello")))
 
-    assert _run(toy, ask)
+    assert run_engine(toy, ask)
     assert "secret" not in caplog.text
 
 
@@ -359,7 +347,7 @@ def test_log_likelihoods_equal_those_of_the_model(toy: CausalLM) -> None:
         )
         return values
 
-    values = _run(toy, ask)
+    values = run_engine(toy, ask)
     for soft, value in zip(softs[::7], values[::7], strict=True):
         assert value == pytest.approx(-float(toy.loss(PromptBatch(["hello"], soft), ["5"])[0]), abs=1e-4)
 
@@ -382,5 +370,5 @@ def test_rows_continue_while_threads_use_the_model(toy: CausalLM) -> None:
     async def ask_alone(engine: InProcessEngine) -> str:
         return _text(await engine.respond(_chat("hello", max_tokens=40)))
 
-    assert _run(toy, ask) == _run(toy, ask_alone)
+    assert run_engine(toy, ask) == run_engine(toy, ask_alone)
     assert len(set(lengths)) > 10, "the threads take turns with the rows"

@@ -14,9 +14,10 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import engine_request, open_service, served
+from live_server import engine_request, open_service, run_engine, served
 from pydantic import BaseModel, ConfigDict, Field
 
+from personaplug.llm import json_grammar
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.token_bytes import TokenBytes
 from personaplug.serving.engines.in_process import InProcessEngine
@@ -210,18 +211,6 @@ def test_labels_can_be_sampled_several_times(client: openai.OpenAI) -> None:
     assert [choice.logprobs.content[0].token for choice in reply.choices] == labels
 
 
-def _engine_run(toy: CausalLM, scenario: Any, **settings: Any) -> Any:
-    async def run() -> Any:
-        engine = InProcessEngine(toy, name="toy", **settings)
-        await engine.start()
-        try:
-            return await scenario(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run())
-
-
 def _request(**fields: Any) -> Any:
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0} | fields
     return engine_request("chat", body, None, id="r1")
@@ -242,7 +231,7 @@ def test_closed_stream_frees_all_its_rows(toy: CausalLM, read: int) -> None:
         assert len(asyncio.all_tasks()) == 2, "this one and the scheduler's"
         return answered.body
 
-    assert _engine_run(toy, ask, max_rows=3, max_new_tokens=4000)
+    assert run_engine(toy, ask, max_rows=3, max_new_tokens=4000)
 
 
 def test_more_answers_than_rows_are_made_in_turn(toy: CausalLM) -> None:
@@ -251,7 +240,7 @@ def test_more_answers_than_rows_are_made_in_turn(toy: CausalLM) -> None:
         assert isinstance(reply.body, bytes)
         return [choice["message"]["content"] for choice in json.loads(reply.body)["choices"]]
 
-    assert _engine_run(toy, ask, max_rows=3) == _engine_run(toy, ask, max_rows=16)
+    assert run_engine(toy, ask, max_rows=3) == run_engine(toy, ask, max_rows=16)
 
 
 # JSON
@@ -320,6 +309,24 @@ def test_schema_without_support_is_refused_with_a_reason(
     with pytest.raises(openai.BadRequestError, match=reason) as refused:
         _ask(client, response_format=form)
     assert refused.value.code == "response_format"
+
+
+_COMPLEX = "^[ab]{0,9}a[ab]{40}$"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_schema_that_proves_too_complex_in_an_answer_is_refused(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setitem(json_grammar._LIMITS, "max_lexer_states", 50)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "pattern": _COMPLEX}}}
+    with pytest.raises(openai.APIError, match="too complex") as refused:
+        list(_ask(client, response_format=form, max_tokens=90, stream=stream))
+    assert refused.value.code == "response_format"
+    if not stream:
+        assert isinstance(refused.value, openai.BadRequestError)
+    monkeypatch.undo()
+    assert _text(client)  # later answers are not affected
 
 
 def test_json_without_the_extra_is_refused_with_its_name(

@@ -12,6 +12,7 @@ import numpy as np
 from personaplug.analysis.point_estimates import label_distribution
 from personaplug.errors import EngineFailure
 from personaplug.llm.continuous_batching import Slot
+from personaplug.serving.engines.response_format import too_complex
 from personaplug.serving.logprobs import Position, ScoredToken
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -103,7 +104,10 @@ class Job:
             self._updates.put_nowait(update)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """Yield the text piece by piece, or a label in one piece; EngineFailure if the model fails."""
+        """Yield the text piece by piece, or a label in one piece.
+
+        EngineFailure if the model fails; RequestError if the schema of the answer proves too complex.
+        """
         if self.closed_set is not None:
             label = await self._label(self.closed_set)
             yield Piece(label, self.closed_set.positions(label, self.row.scores))
@@ -122,6 +126,8 @@ class Job:
         self.finish_reason = "stop" if stop is not None else str(update)
         if self.finish_reason == "failed":
             raise EngineFailure("The model failed on this request.")
+        if self.finish_reason == "grammar":
+            raise too_complex()
         rest, positions = text[sent:stop], self._positions(offsets, end=len(text) + 1 if stop is None else stop)
         if rest or positions or (positions is not None and not ids):
             yield Piece(rest, positions)

@@ -67,6 +67,13 @@ def build_grammar(grammars: JsonGrammars, schema: dict[str, Any]) -> JsonGrammar
         raise _refused(f"The schema cannot be used: {reason}. Change the schema.") from None
 
 
+def too_complex() -> RequestError:
+    """Return the error of a schema that proves too complex while an answer is written."""
+    return _refused(
+        "The schema proved too complex while the answer was written. Use a simpler one, above all in pattern."
+    )
+
+
 def _depth(value: object) -> int:
     """Return how deep lists and objects are nested; a request has a limited depth."""
     if not isinstance(value, dict | list):

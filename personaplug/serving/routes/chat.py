@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from personaplug.errors import EngineFailure
+from personaplug.errors import EngineFailure, RequestError
 from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
 from personaplug.serving.json_bodies import JsonRoute
@@ -100,5 +100,5 @@ async def _with_failure(events: EventStream) -> AsyncGenerator[bytes]:
     try:
         async for chunk in events:
             yield chunk
-    except EngineFailure as error:
+    except (EngineFailure, RequestError) as error:
         yield event(error_reply(str(error), code=error.code, status=error.http_status))

@@ -101,21 +101,24 @@ def _reference(run: Run, sample: Sample, models: Models, personalizer: Personali
     return Reference(dict(zip(run.task.labels, log_p, strict=True)), text)
 
 
-def agreement(url: str, samples: Sequence[Sample], expected: Sequence[Reference], *, has_probabilities: bool) -> Row:
+def agreement(url: str, samples: Sequence[Sample], expected: Sequence[Reference]) -> Row:
     """Compare the server's labels and free answers with the reference's."""
     labels, texts, of_answer, of_labels = list[bool](), list[bool](), list[float](), list[float]()
     for sample, reference in zip(samples, expected, strict=True):
-        reply = _post(url, sample, personaplug={"probabilities": True} if has_probabilities else {})
+        reply = _post(url, sample, personaplug={"probabilities": True})
         labels.append(_text(reply) == reference.label)
-        if has_probabilities:
-            found = {label: math.log(p) for label, p in reply["personaplug"]["probabilities"].items()}
-            of_answer.append(abs(found[reference.label] - reference.log_p[reference.label]))
-            of_labels.append(mean(abs(found[label] - reference.log_p[label]) for label in found))
+        found = {label: math.log(p) for label, p in reply["personaplug"]["probabilities"].items()}
+        of_answer.append(abs(found[reference.label] - reference.log_p[reference.label]))
+        of_labels.append(mean(abs(found[label] - reference.log_p[label]) for label in found))
         free = _post(url, sample, personaplug={"free": True}, max_tokens=FREE_TOKENS)
         texts.append(_text(free).strip() == reference.text)
-    row: Row = {"samples": len(samples), "labels_equal": mean(labels), "free_answers_equal": mean(texts)}
-    if has_probabilities:
-        row |= {"mean_abs_delta_log_p_of_answer": mean(of_answer), "mean_abs_delta_log_p_of_labels": mean(of_labels)}
+    row: Row = {
+        "samples": len(samples),
+        "labels_equal": mean(labels),
+        "free_answers_equal": mean(texts),
+        "mean_abs_delta_log_p_of_answer": mean(of_answer),
+        "mean_abs_delta_log_p_of_labels": mean(of_labels),
+    }
     return {name: round(value, 4) for name, value in row.items()}
 
 
@@ -172,8 +175,7 @@ def measure_server(run: Run, engine: str, samples: Sequence[Sample], expected: E
         fill(run, store, samples)
         with our_server(run.folder, store, engine, *arguments) as url:
             row: Row = {"model": httpx.get(f"{url}/v1/models").json()["data"][0]["id"], "soft_tokens": True}
-            has_probabilities = "://" not in engine
-            row["agreement"] = agreement(url, samples, expected.answers, has_probabilities=has_probabilities)
+            row["agreement"] = agreement(url, samples, expected.answers)
             row |= speed(url, samples, end_ids=expected.end_ids, requests=options.requests)
             (server,) = psutil.Process().children()
             return row | {"peak_memory_mb": _peak_memory_mb(server.pid)}

@@ -229,8 +229,8 @@ class LanguageModel(ABC):
         """True if the states of prompts before `suffix` soft tokens can be cached."""
         return self.prompt_layout is not None
 
-    def use(self, check: ModelCheck) -> None:
-        """Run the model as its check says."""
+    def apply_check(self, check: ModelCheck) -> None:
+        """Choose the runners that passed the model check."""
         self.check, self.whole, self.prompt_layout = check, self.ways[check.way], check.layout
 
     @abstractmethod

@@ -140,7 +140,7 @@ class CachedPrefixRunner(Runner):
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
         """Run more live tokens (R, L, D), append them to the cache and return the logits at C columns, (R, C, V)."""
-        mask, positions = prefix.mask_and_positions(*embeds.shape[:2])
+        mask, positions = prefix.begin_pass(*embeds.shape[:2])
         with prefix_attention(self.llm.model, prefix) as options:
             return self.llm.forward(embeds, mask=mask, positions=positions, columns=columns, **options)[0]
 

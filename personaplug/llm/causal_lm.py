@@ -53,8 +53,8 @@ class CausalLM(LanguageModel):
         }
         check_model(self)
 
-    def use(self, check: ModelCheck) -> None:
-        super().use(check)
+    def apply_check(self, check: ModelCheck) -> None:
+        super().apply_check(check)
         self.cached_prefix = self.prefix_ways[check.prefix_way or "apart"]
 
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:

@@ -48,9 +48,10 @@ def check_answers(task: Task) -> None:
 
 def check_model(llm: LanguageModel) -> CausalLM:
     """Return the model if it can have a copy head; raise ConfigError otherwise."""
-    if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
+    if not isinstance(llm, CausalLM) or llm.prompt_layout is None or not llm.prompt_layout.values:
         raise ConfigError(
-            f"A copy head needs a decoder-only model with a prompt cache; {llm.identity.name} has none. Leave it out."
+            f"A copy head needs a decoder-only model with a prompt cache and attention layers; {llm.identity.name} is "
+            f"none. Leave it out."
         )
     return llm
 

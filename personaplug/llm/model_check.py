@@ -57,11 +57,11 @@ class Tolerance:
 
 
 def check_model(llm: LanguageModel) -> None:
-    """Let a model run as its check says, or raise UnsupportedModel if no runner passes the check."""
+    """Choose a model's runners by its check, or raise UnsupportedModel if no runner passes the check."""
     result, name = _find_or_run(llm), llm.identity.name
     if not result.way:
         raise UnsupportedModel(name, result.why_not_faster)
-    llm.use(result)
+    llm.apply_check(result)
     if result.why_not_faster:
         logger.warning("%s runs %s: %s", name, result.way, result.why_not_faster)
     if result.why_no_prompt_cache:

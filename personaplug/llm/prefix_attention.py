@@ -42,7 +42,7 @@ class CachedPrefix(Cache):
         self._mask = left_padding_mask(batch.lengths, batch.width).long()
         self._live = 0  # tokens per row so far
 
-    def mask_and_positions(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
+    def begin_pass(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
         """Prepare a pass over `live` further tokens of R rows.
 
         Returns the attention mask (R, T + L + live), and the positions (R, live).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import model_families
 import pytest
 import torch
 from families import small_llm
@@ -13,7 +14,7 @@ from torch import Tensor
 from personaplug.errors import ConfigError, DamagedFile
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.copied_answers import MAX_ANSWERS, copy_source, read_answers
+from personaplug.llm.copied_answers import MAX_ANSWERS, check_model, copy_source, read_answers
 from personaplug.llm.copy_head import CopyHead, Copying, CopyInputs, CopySource, copy_layer
 from personaplug.llm.soft_prompt import SoftPrompt
 
@@ -181,3 +182,25 @@ def test_head_of_another_model_is_refused(toy: CausalLM, tmp_path: Path) -> None
     CopyHead(WIDTH, layer=0).save(tmp_path)
     with pytest.raises(DamagedFile):
         toy.load_copy_head(tmp_path)
+
+
+def test_model_without_attention_has_no_copy_head() -> None:
+    if "mamba2" not in model_families.CAUSAL:
+        pytest.skip("this version of transformers has no mamba2")
+    llm = model_families.load("mamba2", is_encoder_decoder=False)
+    assert llm.prompt_layout is not None
+    with pytest.raises(ConfigError, match="needs a decoder-only model with a prompt cache and attention layers"):
+        check_model(llm)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text", "deepseek_v3"])
+def test_copy_head_reads_an_attention_layer_of_any_cache(family: str) -> None:
+    if family not in model_families.CAUSAL:
+        pytest.skip(f"this version of transformers has no {family}")
+    llm = check_model(model_families.load(family, is_encoder_decoder=False))
+    head, targets = llm.new_copy_head(seed=0), llm.prompt_tokenizer.encode_targets(ANSWERS)
+    own = [copy_source(llm, head, ["Why Music, Part 2"]) for _ in PROMPTS]
+    batch = PromptBatch(PROMPTS, _soft(llm), copying=Copying(head, own))
+    together, _ = llm.cached_prefix.target_loss(batch, targets)
+    alone = [llm.cached_prefix.target_loss(row, [ids])[0] for row, ids in zip(batch.rows(), targets, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)

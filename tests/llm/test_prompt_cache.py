@@ -57,6 +57,7 @@ def test_plan_cache_chooses_first_location_with_enough_space(
 
 
 def _state(layout: Layout, tokens: int) -> PromptState:
+    torch.manual_seed(tokens)
     blocks = [torch.randn(block.parts, *block.part_shape(tokens)).to(block.dtype) for block in layout.blocks]
     return PromptState(layout, tuple(blocks), tokens)
 

@@ -15,6 +15,7 @@ LAYOUT = Layout(
 
 
 def _state(tokens: int) -> PromptState:
+    torch.manual_seed(tokens)
     return PromptState(LAYOUT, (torch.randn(2, 2, tokens, 3), torch.randn(1, 4)), tokens)
 
 

@@ -31,7 +31,7 @@ class EngineRequest:
     copying: Copying | None = None  # a copy head and the user's past answers, one row; for free text
     tenant: str = ""
     prepared: object = None  # what `Engine.prepare` returned
-    model: str = ""  # the name that the reply reports; empty = the engine's own
+    model: str = ""  # the name that the reply of an engine in this process reports; empty = the engine's own
 
 
 class EventStream(AsyncIterator[bytes]):

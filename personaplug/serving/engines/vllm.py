@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,6 +46,14 @@ _CALLER_STATUSES = (400, 413, 422, 429)  # these errors are about the request, s
 _CONNECT_S = 5
 _KEEPALIVE_S = 4  # below the 5 seconds after which vLLM closes idle connections
 _MAX_CHECK_BYTES = 4 * 2**20
+_LABEL_QUERIES = 64  # at once, for the probabilities of labels
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that passed the checks."""
+
+    labels: LabelTree | None = None  # the labels whose probabilities it asks for
 
 
 class VLLMEngine(Engine):
@@ -80,6 +89,7 @@ class VLLMEngine(Engine):
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
+        self._label_slots = asyncio.Semaphore(_LABEL_QUERIES)
 
     @classmethod
     def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
@@ -131,20 +141,21 @@ class VLLMEngine(Engine):
         if self.max_model_len is not None and characters > self.max_model_len * self.table.longest_token:
             raise too_long(self.max_model_len)
 
-    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> bool:
+    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> Prepared:
         self.check_length(body.characters)
         await asyncio.to_thread(check_body, body, table=self.table, max_tokens=self.max_model_len)
-        if wants_probabilities(body, choices=choices):
-            check_label_request(body, choices=choices, placement=self.placement)
-            await asyncio.to_thread(LabelTree.of, choices, self.table)
-        return True  # tells `respond` that the request is checked
+        if not wants_probabilities(body, choices=choices):
+            return Prepared()
+        check_label_request(body, choices=choices, placement=self.placement)
+        return Prepared(await asyncio.to_thread(LabelTree.of, choices, self.table))
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Forward a request. The caller gets vLLM's refusals with their message and status."""
-        if not request.prepared:
-            await self.prepare(request.body, choices=request.choices)
-        if wants_probabilities(request.body, choices=request.choices):
-            return await self._respond_with_probabilities(request)
+        prepared = request.prepared
+        if not isinstance(prepared, Prepared):
+            prepared = await self.prepare(request.body, choices=request.choices)
+        if prepared.labels is not None:
+            return await self._respond_with_probabilities(request, prepared.labels)
         content = await asyncio.to_thread(self._body, request)  # embedding a long prompt takes long
         if not request.body.stream:
             return EngineReply(*await self._ask(content, request))
@@ -166,6 +177,20 @@ class VLLMEngine(Engine):
         self._check(reply, response.status, request=request)
         return reply, response.status
 
+    async def _ask_all(self, bodies: Sequence[bytes], request: EngineRequest) -> list[tuple[bytes, int]]:
+        """Send requests side by side, and return the replies; the first failure ends all."""
+
+        async def ask(body: bytes) -> tuple[bytes, int]:
+            async with self._label_slots:
+                return await self._ask(body, request)
+
+        tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
     async def _post(self, content: bytes, request: EngineRequest) -> aiohttp.ClientResponse:
         url = self.url + _ROUTES[request.body.kind]
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
@@ -180,12 +205,12 @@ class VLLMEngine(Engine):
         else:
             raise self._failure(status)
 
-    async def _respond_with_probabilities(self, request: EngineRequest) -> EngineReply:
+    async def _respond_with_probabilities(self, request: EngineRequest, tree: LabelTree) -> EngineReply:
         """Ask for the probabilities of the labels' tokens side by side, and choose the likeliest label."""
-        tree, salt = LabelTree.of(request.choices, self.table), cache_salt(request, of_persona=self.salts_personas)
+        salt = cache_salt(request, of_persona=self.salts_personas)
         build = partial(build_query, request, model=self._served_name, table=self.table, salt=salt)
         bodies = await asyncio.to_thread(lambda: [build(query) for query in tree.queries])
-        replies = await asyncio.gather(*(self._ask(body, request) for body in bodies))
+        replies = await self._ask_all(bodies, request)
         refused = next((reply for reply in replies if reply[1] != 200), None)
         if refused is not None:
             return EngineReply(*refused)

@@ -15,6 +15,8 @@ as `personaplug quickstart` trains, and DATA its data set. All engines get the s
                 in a second of the server's processor time, which other work on the machine affects less
 *memory*        largest resident memory of the server's process, encoder and plug included
 
+A vLLM server is a process of its own, so its row has neither processor time nor memory.
+
 `transformers` is the continuous batching of transformers itself. It takes no embeddings, so its prompts have no soft
 tokens, and it has no agreement. It runs without a server.
 """
@@ -177,6 +179,9 @@ def measure_server(run: Run, engine: str, samples: Sequence[Sample], expected: E
             row: Row = {"model": httpx.get(f"{url}/v1/models").json()["data"][0]["id"], "soft_tokens": True}
             row["agreement"] = agreement(url, samples, expected.answers)
             row |= speed(url, samples, end_ids=expected.end_ids, requests=options.requests)
+            if "://" in engine:  # the model runs in a process of vLLM
+                del row["tokens_per_processor_second"]
+                return row
             (server,) = psutil.Process().children()
             return row | {"peak_memory_mb": _peak_memory_mb(server.pid)}
 

@@ -224,9 +224,9 @@ def measure_transformers(run: Run, samples: Sequence[Sample], *, requests: int) 
 def add_row(file: Path, row: Row) -> None:
     """Print a row, and write it to the file in place of an earlier row of the same engine and model."""
     print(json.dumps(row, indent=1), flush=True)
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = json.loads(file.read_text(encoding="utf-8"))["engines"] if file.exists() else []
     kept = [other for other in rows if (other["engine"], other["model"]) != (row["engine"], row["model"])]
-    write_json(file, {"rows": [*kept, row]})
+    write_json(file, {"engines": [*kept, row]})
 
 
 def main() -> None:

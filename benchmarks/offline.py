@@ -116,7 +116,7 @@ def main() -> None:
     is_equal = all(rows == results[0] for rows in results)
     print("two workers against one:", speed_up, "equal results:", is_equal)
     if arguments.json:
-        facts = {"rows": len(results[0]), "shard_rows": arguments.shard_rows, "rounds": arguments.rounds}
+        facts = {"input_rows": len(results[0]), "shard_rows": arguments.shard_rows, "rounds": arguments.rounds}
         about = {"model": run.config.model.llm, "machine": machine_info(), "versions": package_versions()}
         write_json(arguments.json, {**facts, "ways": ways, "speed_up": speed_up, "equal_results": is_equal, **about})
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyte
 
 _ROWS = 60
+_PATIENCE_S = 120
 
 
 class Terminal:
@@ -41,10 +42,11 @@ class Terminal:
         self._stream = pyte.ByteStream(self._screen)
         self._own_end, other_end = pty.openpty()
         fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
+        modes = termios.tcgetattr(other_end)
+        modes[3] |= termios.NOFLSH  # otherwise Ctrl-C drops what the command has written and nobody has read
         if not echoes:
-            modes = termios.tcgetattr(other_end)
             modes[3] &= ~termios.ECHO
-            termios.tcsetattr(other_end, termios.TCSANOW, modes)
+        termios.tcsetattr(other_end, termios.TCSANOW, modes)
         self.output = b""
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)],
@@ -74,8 +76,10 @@ class Terminal:
         os.write(self._own_end, keys)
 
     def wait_until(self, is_reached: Callable[[Terminal], bool]) -> None:
-        """Read the output until the screen has some state."""
+        """Read the output until the screen has some state. Bars write without end, so this has a time limit."""
+        deadline = time.monotonic() + _PATIENCE_S
         while not is_reached(self):
+            assert time.monotonic() < deadline, f"the screen does not get there; it shows:\n{self.text}"
             assert self._read(), f"the command has ended; the screen shows:\n{self.text}"
 
     def wait(self) -> int:
@@ -87,7 +91,7 @@ class Terminal:
 
     def _read(self) -> bool:
         """Read a part of the output; return whether there may be more."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             if select.select([self._own_end], [], [], 1.0)[0]:
                 try:

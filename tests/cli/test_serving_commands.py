@@ -181,7 +181,7 @@ def test_serve_refuses_a_public_address_without_keys(folder: Path, tmp_path: Pat
         (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
         (["--run", "RUN", "--persona-scale", "nan"], "not a number"),
         (["--run", "RUN", "--copy-head"], "closed set of labels"),
-        (["--run", "RUN", "--engine", "remote"], "Choose one of local, http, https"),
+        (["--run", "RUN", "--engine", "remote"], "Choose one of local, llamacpp, http, https"),
     ],
 )
 def test_serve_refuses_an_invalid_option(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:

@@ -33,9 +33,10 @@ BAR = "\u2501"
 @pytest.mark.parametrize("columns", [60, 100])
 def test_terminal_shows_bars_below_whole_log_lines(columns: int) -> None:
     terminal = Terminal(["-c", STAGES], columns=columns, echoes=False)
-    terminal.wait_until(lambda screen: "1,234 items" in screen.text and screen.text.count("outer (seed 0)") == 1)
+    # A long time left shortens the title.
+    terminal.wait_until(lambda screen: "1,234 items" in screen.text and screen.text.count("outer") == 1)
     assert not terminal.shows_cursor
-    above, below = terminal.text.split("outer (seed 0)")
+    above, below = terminal.text.split("outer")
     assert "a line of the log\n" in above
     assert "UserWarning: a warning\n" in above
     assert "a result\n" in above

@@ -181,10 +181,9 @@ class Run:
             about = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             if (folder / TASKS_FILE).is_file():
-                raise MissingData(
-                    f"{folder} contains the runs of several tasks, in folders with the names of the tasks. Give one of "
-                    f"these folders."
-                ) from error
+                tasks = ", ".join(sorted(str(each.parent) for each in folder.glob("*/run.json")))
+                reason = f"{folder} contains the runs of several tasks, in folders with the names of the tasks."
+                raise MissingData(f"{reason} Give one of these folders: {tasks}.") from error
             raise MissingData(
                 f"{folder} is not a run: run.json is missing or broken. `personaplug train --out {folder}` creates one."
             ) from error

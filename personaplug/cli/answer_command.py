@@ -14,6 +14,8 @@ from personaplug.cli.serving_commands import check_installed
 from personaplug.errors import ConfigError
 
 if TYPE_CHECKING:
+    from personaplug.config import Config, EvaluationConfig
+    from personaplug.inference import Answer
     from personaplug.llm.copy_head import CopyHead
     from personaplug.run import Models, Run
 
@@ -60,16 +62,8 @@ def generate(
     id. docs/offline.md describes input and output.
     """
     options = OfflineOptions(**offline)
-    if options.is_used:
-        if prompt is not None or history or copy_head or probabilities or engine != "local" or gguf:
-            raise ConfigError(
-                "--input takes prompts and histories from Parquet files, and writes all probabilities. Remove "
-                "--prompt, --history, --copy-head, --probabilities, --engine and --gguf."
-            )
-        from personaplug.run import Run
-
-        run = Run.open(run_folder)
-        run_offline("generate", run, config_of(run, config_file, settings), options, seed=seed, plain=plain)
+    if options.is_used(without=("prompt", "history", "copy_head", "engine", "gguf", "probabilities")):
+        _answer_rows(run_folder, options, seed=seed, plain=plain, config_file=config_file, settings=settings)
         return
     if prompt is None:
         raise ConfigError("Give --prompt for one answer, or --input and --output for the rows of Parquet files.")
@@ -77,41 +71,88 @@ def generate(
     from personaplug.shared_run import open_runs
 
     run = inference.run_for(prompt, open_runs(run_folder))
-    config = config_of(run, config_file, settings)
-    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
-        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
-    if engine != "local" or gguf:
-        if copy_head:
-            raise ConfigError("--copy-head needs --engine local. Remove one of the two options.")
-        check_installed()
-        from personaplug.serving.config import ServingConfig
-        from personaplug.serving.one_answer import answer_once
-
-        response = answer_once(
-            run,
-            prompt,
-            history=history or (),
-            config=ServingConfig(store="", engine=engine, gguf=gguf, seed=seed, max_rows=1),
-            evaluation=config.evaluation,
-            plain=plain,
-            probabilities=probabilities,
-        )
+    with_engine = engine != "local" or bool(gguf)
+    config = config_of(run, config_file, settings, base=("num_beams=1",) if with_engine else ())
+    _check(run, config, with_engine=with_engine, copy_head=copy_head, probabilities=probabilities)
+    ask: dict[str, Any] = {"prompt": prompt, "history": history or (), "seed": seed, "plain": plain}
+    ask["evaluation"] = config.evaluation
+    if with_engine:
+        response = _answer_with_engine(run, **ask, engine=engine, gguf=gguf, probabilities=probabilities)
     else:
-        models, head = _models_with_head(run, seed=seed) if copy_head else (None, None)
-        response = inference.generate(
-            run,
-            prompt,
-            history=history or (),
-            models=models,
-            seed=seed,
-            plain=plain,
-            copy_head=head,
-            config=config.evaluation,
-        )
+        response = _answer_here(run, **ask, copy_head=copy_head)
     if probabilities and response.distribution is not None:
         click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))
     else:
         click.echo(response)
+
+
+def _answer_rows(
+    run_folder: Path,
+    options: OfflineOptions,
+    *,
+    seed: int | None,
+    plain: bool,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Answer all rows of Parquet files."""
+    from personaplug.run import Run
+
+    run = Run.open(run_folder)
+    run_offline("generate", run, config_of(run, config_file, settings), options, seed=seed, plain=plain)
+
+
+def _check(run: Run, config: Config, *, with_engine: bool, copy_head: bool, probabilities: bool) -> None:
+    """Refuse what the task or the engine does not support."""
+    beams = config.evaluation.num_beams
+    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
+        raise ConfigError(f"--probabilities needs scored labels, but answers of {run.task.name} are generated.")
+    if with_engine and copy_head:
+        raise ConfigError("--copy-head needs --engine local. Remove one of the two options.")
+    if with_engine and beams > 1:
+        raise ConfigError(f"--engine decodes without beams; found num_beams={beams}. Set num_beams=1.")
+
+
+def _answer_with_engine(
+    run: Run,
+    *,
+    prompt: str,
+    history: Path | tuple[()],
+    evaluation: EvaluationConfig,
+    seed: int | None,
+    plain: bool,
+    engine: str,
+    gguf: str,
+    probabilities: bool,
+) -> Answer:
+    """Answer one prompt with an engine of the server."""
+    check_installed()
+    from personaplug.serving.config import ServingConfig
+    from personaplug.serving.one_answer import answer_once
+
+    config = ServingConfig(store="", engine=engine, gguf=gguf, seed=seed, max_rows=1)
+    return answer_once(
+        run, prompt, history=history, config=config, evaluation=evaluation, plain=plain, probabilities=probabilities
+    )
+
+
+def _answer_here(
+    run: Run,
+    *,
+    prompt: str,
+    history: Path | tuple[()],
+    evaluation: EvaluationConfig,
+    seed: int | None,
+    plain: bool,
+    copy_head: bool,
+) -> Answer:
+    """Answer one prompt with the models of the run."""
+    from personaplug import inference
+
+    models, head = _models_with_head(run, seed=seed) if copy_head else (None, None)
+    return inference.generate(
+        run, prompt, history=history, models=models, seed=seed, plain=plain, copy_head=head, config=evaluation
+    )
 
 
 def _models_with_head(run: Run, *, seed: int | None) -> tuple[Models, CopyHead]:

@@ -62,9 +62,9 @@ def encode(
     input and output.
     """
     options = OfflineOptions(**offline)
-    if options.is_used:
-        if data or vectors or run_folder is None:
-            raise ConfigError("--input needs --run and --output, without --data and --vectors.")
+    if options.is_used(without=("data", "vectors", "splits", "task", "skip_bad"), jobs_only=("seed",)):
+        if run_folder is None:
+            raise ConfigError("--input needs --run, whose plug makes the personas.")
         from personaplug.run import Run
 
         run = Run.open(run_folder)

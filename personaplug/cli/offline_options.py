@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from personaplug.cli.options import FILE, FOLDER, RESUME_POINT, secret_option, show
 from personaplug.config import Config
@@ -65,18 +66,36 @@ class OfflineOptions:
     ray: str | None
     workers: int | None
 
-    @property
-    def is_used(self) -> bool:
-        """Whether the command runs a job; ConfigError if only a part of its options is given."""
-        others = {"--output": self.output, "--store": self.store, "--ray": self.ray, "--workers": self.workers}
-        given = [name for name, value in others.items() if value is not None]
-        if self.source is None and given:
-            raise ConfigError(f"{given[0]} applies to Parquet files. Give them with --input, and --output.")
-        if self.source is not None and self.output is None:
+    def is_used(self, *, without: Sequence[str], jobs_only: Sequence[str] = ()) -> bool:
+        """Return whether the command runs a job; ConfigError if it gives options that do not belong together.
+
+        Args:
+            without: names of the command's parameters that jobs do not use.
+            jobs_only: names of the command's parameters that only jobs use, beside those of `offline_options`.
+        """
+        if self.source is None:
+            if words := _given([*jobs_only, *(each.name for each in fields(self))]):
+                raise ConfigError(f"Only jobs over Parquet files use {words}. Give --input too, or remove {words}.")
+            return False
+        if words := _given(without):
+            raise ConfigError(f"--input does not use {words}. Remove {words}. See docs/offline.md.")
+        if self.output is None:
             raise ConfigError("--input needs --output, a folder for the results.")
         if self.workers is not None and self.ray is None:
             raise ConfigError("--workers applies to Ray. Give --ray with the address of Ray, such as --ray local.")
-        return self.source is not None
+        if self.store is None and (words := _given(["tenant", "secret"])):
+            raise ConfigError(f"Only a store uses {words}. Give --store too, or remove {words}.")
+        return True
+
+
+def _given(names: Sequence[str]) -> str:
+    """Return which of some options the command line gives, as the user writes them."""
+    context = click.get_current_context()
+    return ", ".join(
+        each.opts[0]
+        for each in context.command.params
+        if each.name in names and context.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
+    )
 
 
 def run_offline(

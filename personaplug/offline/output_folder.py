@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from personaplug.data.parquet_files import import_pyarrow
@@ -51,13 +52,11 @@ def opened(job: Job) -> Iterator[None]:
     Raises:
         RunConflict: if the folder holds another job or other files, or another process uses it.
     """
-    folder, has_job = job.output, (job.output / JOB).exists()
-    with storage_errors(folder / JOB):
-        if folder.exists() and not has_job and any(path.name != LOCK for path in folder.iterdir()):
-            raise RunConflict(f"{folder} is neither empty nor the output of a job. Choose another --output.")
+    folder = job.output
+    _holds_job(folder)  # before the lock, because other folders should not get its file
     remedy = "Wait for its end and run the same command again, or choose another --output."
     with sole_process(folder / LOCK, work=f"writing to {folder}", remedy=remedy):
-        if has_job:
+        if _holds_job(folder):  # again, because another process may have started a job meanwhile
             _check_same(job, read_json(folder / JOB, remedy="Restore it, or choose another --output."))
         else:
             write_checked_json(folder / JOB, job.identity)
@@ -65,6 +64,16 @@ def opened(job: Job) -> Iterator[None]:
         for unfinished in folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         yield
+
+
+def _holds_job(folder: Path) -> bool:
+    """Return whether a folder, which is created if needed, holds a job; raise RunConflict if it holds other files."""
+    with storage_errors(folder / JOB):
+        names = {path.name for path in folder.iterdir()}
+    own = (LOCK, f".{JOB}.")  # with the lock's journal, and a description that another process is writing
+    if JOB not in names and not all(name.startswith(own) for name in names):
+        raise RunConflict(f"{folder} is neither empty nor the output of a job. Choose another --output.")
+    return JOB in names
 
 
 def missing_shards(job: Job) -> list[Shard]:

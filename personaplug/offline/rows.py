@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         id: the row's id, or file name and row number.
-        user: None if the input has no column of users.
+        user: None if the input has no column of users, or the name is invalid.
         prompt: "" if a persona is computed without a prompt.
         items: the user's history; empty if a store has it.
         has_other_wording: whether the prompt differs from all prompts of the training.
@@ -61,19 +61,20 @@ class RowParser:
     needs_user: bool = False
 
     def parse(self, values: Mapping[str, Any], *, default_id: str) -> Row:
-        """Parse a row; an invalid row has an `error`."""
-        row_id = default_id
+        """Parse a row; an invalid row has an `error`, and keeps its user."""
+        row_id, user = default_id, None
         try:
+            if self._reads_user(values):  # first, so that rows of a user can be found whatever else is invalid
+                user = as_id(values[USER], "its 'user_id'")
             if ID in self.columns:
                 row_id = as_id(values[ID], "its 'id'")
-            user = as_id(values[USER], "its 'user_id'") if self._reads_user(values) else None
             prompt = _prompt_of(values[PROMPT]) if PROMPT in self.columns else ""
             items = () if self.is_plain or self.needs_user else self._items_of(values.get(HISTORY))
             if self.is_plain or PROMPT not in self.columns:
                 return Row(row_id, user, prompt, items=items)
             query, differs = self._query_of(last_message(prompt))
         except (Flaw, UserError) as error:
-            return Row(row_id, error=str(error))
+            return Row(row_id, user, error=str(error))
         return Row(row_id, user, prompt, query, items, has_other_wording=differs)
 
     def _reads_user(self, values: Mapping[str, Any]) -> bool:

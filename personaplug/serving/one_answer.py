@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def answer_once(
     """
     items = check_input(run, prompt, history)
     encoder, load_plug = open_parts(run, seed=config.seed)
+    longest = evaluation.max_new_tokens or run.task.max_new_tokens
+    config = replace(config, max_new_tokens=longest)  # the engine would cut longer texts at the server's limit
     engine, plug = find_engine(config.engine).open(run.config.model, config, load_plug)
     personalizer = Personalizer(plug, persona_scale=evaluation.persona_scale)
     soft = None if plain else persona_for(prompt, items, run=run, personalizer=personalizer, encoder=encoder)
@@ -54,7 +57,7 @@ def answer_once(
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0 if choices else evaluation.sample_temperature,
             "seed": evaluation.draw_seed,
-            "max_tokens": evaluation.max_new_tokens or run.task.max_new_tokens,
+            "max_tokens": longest,
             "personaplug": {"probabilities": probabilities},
         }
     )

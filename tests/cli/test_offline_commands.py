@@ -49,11 +49,25 @@ def test_interrupted_job_tells_where_it_resumes(tmp_path: Path, monkeypatch: pyt
     [
         (["generate", "--run", "r"], "Give --prompt for one answer, or --input and --output"),
         (["generate", "--run", "r", "--input", "i"], "--input needs --output"),
-        (["generate", "--run", "r", "--output", "o"], "--output applies to Parquet files"),
-        (["generate", "--run", "r", "--prompt", "p", "--ray", "local"], "--ray applies to Parquet files"),
-        (["generate", "--run", "r", "--input", "i", "--output", "o", "--prompt", "p"], "Remove --prompt"),
+        *(
+            (["generate", "--run", "r", "--prompt", "p", name, value], f"remove {name}.")
+            for name, value in (
+                *(("--output", "o"), ("--store", "s"), ("--tenant", "t"), ("--secret", "s")),
+                *(("--shard-rows", "9"), ("--workers", "2"), ("--ray", "local")),
+            )
+        ),
+        *(
+            (["generate", "--run", "r", "--input", "i", "--output", "o", *words], f"Remove {words[0]}.")
+            for words in (["--prompt", "p"], ["--engine", "local"], ["--copy-head"])
+        ),
+        *(
+            (["encode", "--run", "r", "--input", "i", "--output", "o", *words], f"Remove {words[0]}.")
+            for words in (["--data", "d"], ["--split", "dev"], ["--task", "LaMP_3"], ["--skip-bad", "0"])
+        ),
+        (["encode", "--data", "d", "--vectors", "v", "--seed", "0"], "remove --seed."),
+        (["encode", "--run", "r", "--input", "i", "--output", "o", "--tenant", "t"], "Only a store uses --tenant"),
         (["generate", "--run", "r", "--input", "i", "--output", "o", "--workers", "2"], "--workers applies to Ray"),
-        (["encode", "--input", "i", "--output", "o"], "--input needs --run and --output"),
+        (["encode", "--input", "i", "--output", "o"], "--input needs --run, whose"),
         (["encode", "--run", "r"], "Give --data and --vectors to encode items, or --run, --input and --output"),
     ],
 )

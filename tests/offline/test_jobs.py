@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from personaplug import inference
 from personaplug.config_parsing import load_config
 from personaplug.data import read_items
 from personaplug.errors import ConfigError, DamagedFile, RunConflict, WorkerFailure
+from personaplug.infra import locks
 from personaplug.infra.checksums import read_json
-from personaplug.offline import worker
+from personaplug.offline import output_folder, worker
 from personaplug.offline.answers import AnswerWriter
 from personaplug.offline.on_ray import _TRIES, _counted
 from personaplug.offline.output_folder import JOB, MANIFEST, missing_shards, opened
@@ -183,7 +186,9 @@ def test_folder_with_other_files_is_refused(run: Run, source: Path, tmp_path: Pa
     write_parquet(output / "other.parquet", [{"id": "x"}])
     with pytest.raises(RunConflict, match="neither empty nor the output of a job"):
         run_job(planned(run, source, output))
+    assert [path.name for path in output.iterdir()] == ["other.parquet"]
     (output / "other.parquet").unlink()
+    (output / f".{JOB}.0123abcd.tmp").write_text("half of a job's description")
     run_job(planned(run, source, output))
     write_parquet(output / "other.parquet", [{"id": "x"}])
     with pytest.raises(RunConflict, match=r"other\.parquet, which is not a part of this job"):
@@ -194,6 +199,27 @@ def test_second_process_in_the_same_folder_is_refused(run: Run, source: Path, tm
     job = planned(run, source, tmp_path / "out")
     with opened(job), pytest.raises(RunConflict, match="Another process is writing to"):
         run_job(job)
+
+
+def test_job_that_starts_between_check_and_lock_is_not_overwritten(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, lock = tmp_path / "out", locks.sole_process
+    first, second = planned(run, source, output), planned(run, source, output, shard_rows=4)
+
+    @contextmanager
+    def late(path: Path, **words: str) -> Iterator[None]:
+        monkeypatch.setattr(output_folder, "sole_process", lock)
+        with opened(first):  # another process is faster, and ends
+            pass
+        with lock(path, **words):
+            yield
+
+    monkeypatch.setattr(output_folder, "sole_process", late)
+    with pytest.raises(RunConflict, match="holds a job with another rows per shard"), opened(second):
+        pass
+    with opened(first):
+        pass
 
 
 def test_input_that_changes_during_the_job_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
@@ -224,7 +250,9 @@ def test_invalid_rows_have_an_error_and_all_others_a_result(
     results = read_output(tmp_path / "out")
     assert (manifest["rows"], manifest["errors"]) == (6, 2)
     assert [row["answer"] is None for row in results] == [row["error"] is not None for row in results]
-    assert [row["id"] for row in results if row["error"]] == [rows[1]["id"], rows[2]["id"]]
+    assert [(row["id"], row["user_id"]) for row in results if row["error"]] == [
+        (row["id"], row["user_id"]) for row in rows[1:3]
+    ]
     assert SECRET not in str(results)
 
 

@@ -71,9 +71,10 @@ def test_each_row_has_one_result_if_a_worker_is_killed(tmp_path: Path, ray_folde
     words = ("--run", run.folder, "--input", source, "--output", output, "--shard-rows", 3)
     with _started("generate", *words, "--ray", "local", "--workers", 2, ray_folder=ray_folder) as process:
         deadline = time.monotonic() + START_S
-        while len(list(output.glob("part-*.parquet"))) < 2 and process.poll() is None:
-            assert time.monotonic() < deadline, "no shard was written"
+        while (len(list(output.glob("part-*.parquet"))) < 2 or len(_workers(process)) < 2) and process.poll() is None:
+            assert time.monotonic() < deadline, "two workers did not start, or no shard was written"
             time.sleep(0.01)
+        assert process.poll() is None, "the job ended before its second worker started"
         victim, *others = _workers(process)
         victim.send_signal(signal.SIGKILL)
         written = len(list(output.glob("part-*.parquet")))

@@ -63,7 +63,12 @@ def test_invalid_row_has_a_reason_without_text(changes: dict[str, Any], reason: 
     parsed = RowParser(RATING, COLUMNS).parse(row(**changes), default_id="a:1")
     assert reason in parsed.error
     assert SECRET not in parsed.error
-    assert (parsed.id, parsed.items) == ("7", ())
+    assert (parsed.id, parsed.user, parsed.items) == ("7", "u", ())
+
+
+def test_row_with_an_invalid_id_keeps_its_user() -> None:
+    parsed = RowParser(RATING, COLUMNS).parse(row(id=""), default_id="a:1")
+    assert (parsed.id, parsed.user, "its 'id'" in parsed.error) == ("a:1", "u", True)
 
 
 def test_conversation_is_a_list_of_messages() -> None:

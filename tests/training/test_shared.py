@@ -425,7 +425,7 @@ def test_started_run_rejects_other_tasks_weights_and_settings(
 
 
 def test_rejects_a_folder_with_the_other_kind_of_run(data: Path, trained: SharedRun, tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="runs of several tasks, in folders"):
+    with pytest.raises(MissingData, match=r"runs of several tasks, in folders .*: .*/run/\w+, .*/run/\w+\.$"):
         Run.open(trained.folder)
     with pytest.raises(RunConflict, match="nor a run of personaplug"):
         Run.plan(trained.folder, config=_config(), task=load_task(data / "rating"))

@@ -201,11 +201,27 @@ class Probe:
     def _check_cached_prefix(self, runner: Runner, whole: Runner) -> None:
         problem = "answers after a cached prompt differ from one pass"
         self._check_batch(runner, self._spelled_batch(), before=self.spelled, problem=problem)
+        self._check_moved_states(runner)
         batch = PromptBatch(_PROMPTS, self._random_soft("suffix"))
         gradients = [self._gradient(one, batch).flatten() for one in (runner, whole)]
         similarity = float(torch.cosine_similarity(gradients[0], gradients[1], dim=0))
         if not similarity > self.tolerance.gradient:
             raise Mismatch(f"gradients after a cached prompt differ from one pass (cosine similarity {similarity:.3f})")
+
+    def _check_moved_states(self, runner: Runner) -> None:
+        """Raise Mismatch if a prompt's state depends on the padding with which it was computed.
+
+        A model without `position_ids` may count positions from the first column of a padded batch.
+        """
+        states = dict(zip(self.prompt_ids, self.llm.compute_prompt_states(self.prompt_ids), strict=True))
+        source, compute = self.llm.prompt_states, self.llm.prompt_states.compute
+        source.compute = lambda prompts: [states[ids] for ids in prompts]
+        try:
+            rows = zip(self._spelled_batch().rows(), self.target_ids, strict=True)
+            losses = [token_loss(*runner.target_logits(row, [ids]))[0] for row, ids in rows]
+        finally:
+            source.compute = compute
+        self._compare(torch.cat(losses), self.model_losses(self.spelled), "a cached prompt depends on its padding")
 
     @torch.enable_grad()
     def _gradient(self, runner: Runner, batch: PromptBatch) -> Tensor:

@@ -47,6 +47,7 @@ REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
     ("qwen3", False, {}, "batched", True),
     ("mistral", False, {"sliding_window": 8}, "batched", True),
     ("bloom", False, {}, "batched", True),
+    ("roformer", False, {}, "batched", False),  # counts positions from the first column of a batch
     ("mamba", False, {}, "batched by transformers", False),
     ("mamba2", False, {}, "batched", True),
     ("qwen3_5", False, {}, "batched", True),

@@ -143,6 +143,7 @@ def test_more_tokens_than_vllm_takes_at_once_are_split() -> None:
         ({"n": 2}, "no effect"),
         ({"logit_bias": {"5": 1}}, "no effect"),
         ({"top_logprobs": 21}, "from 0 to 20"),
+        ({"continue_final_message": True}, "Labels follow the prompt"),
         ({"response_format": {"type": "json_object"}}, "free text"),
     ],
 )
@@ -168,8 +169,14 @@ def test_completion_and_prefix_placement_are_refused(engine: VLLMEngine) -> None
         asyncio.run(other.prepare(_request(ASKED).body, choices=LABELS))
 
 
-def test_reply_without_log_probabilities_is_a_failure_of_the_engine(engine: VLLMEngine, stand_in: StandIn) -> None:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "tea"}}
+@pytest.mark.parametrize("logprob", [None, math.nan, -math.inf])
+def test_reply_without_log_probabilities_is_a_failure_of_the_engine(
+    engine: VLLMEngine, stand_in: StandIn, logprob: float | None
+) -> None:
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": "tea"}}
+    if logprob is not None:
+        top = [{"token": f"token_id:{token}", "logprob": logprob} for token in range(257)]
+        choice["logprobs"] = {"content": [{"top_logprobs": top}]}
     stand_in.instead["/v1/chat/completions"] = (200, json.dumps({"choices": [choice]}).encode())
     try:
         with pytest.raises(EngineFailure, match=r"vLLM 0\.30"):

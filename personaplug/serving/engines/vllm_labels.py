@@ -7,6 +7,7 @@ along its tokens, as in the embedded engine, and the answer is the likeliest lab
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def check_label_request(body: ChatRequest | CompletionRequest, *, choices: Seque
         raise _unsupported("The answer is the likeliest label if its probabilities are requested. Set temperature=0.")
     if (fields.get("n") or 1) > 1 or fields.get("logit_bias") or fields.get("logprob_token_ids"):
         raise _unsupported("n, logit_bias and logprob_token_ids have no effect on probabilities of labels.")
+    if fields.get("continue_final_message") or fields.get("add_generation_prompt") is False:
+        raise _unsupported("Labels follow the prompt. Remove continue_final_message and add_generation_prompt.")
     top = fields.get("top_logprobs") or 0
     if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= _MAX_TOP:
         raise RequestError(f"top_logprobs must be a number from 0 to {_MAX_TOP}.", code="invalid_value")
@@ -134,6 +137,8 @@ def _read_query(reply: bytes, query: LabelQuery) -> dict[Ids, float]:
         body: Any = json_object(reply)
         entries = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         by_token = {int(_TOKEN_ID.fullmatch(entry["token"])[1]): float(entry["logprob"]) for entry in entries}  # type: ignore[index]
+        if not all(map(math.isfinite, by_token.values())):
+            raise ValueError("a log-probability is not finite")
         return {(*query.beginning, token): by_token[token] for token in query.tokens}
     except (IndexError, KeyError, TypeError, ValueError):
         raise EngineFailure(

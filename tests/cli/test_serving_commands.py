@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner, Result
-from live_server import free_port, served
+from free_ports import free_port
+from live_server import served
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config

@@ -31,7 +31,8 @@ import aiohttp
 import numpy as np
 from fleet_check.clients import Clients
 from fleet_check.final_check import References, check_answers, check_store, count_interchangeable
-from fleet_check.servers import Fleet, FleetServer, free_port
+from fleet_check.servers import Fleet, FleetServer
+from free_ports import free_port
 
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions

@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from free_ports import free_port
 
 from personaplug.baselines.history_prompt import HistoryPromptFormatter
 from personaplug.baselines.retrievers import BM25Retriever
@@ -91,9 +91,7 @@ async def load(requests: Sequence[ServerRequest], *, concurrency: int) -> tuple[
 @contextlib.contextmanager
 def our_server(run: Path, store: Path, engine: str, *options: str) -> Iterator[str]:
     """Run `personaplug serve` in a separate process, with further options; yield its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "personaplug", "--quiet", "serve", "--run", str(run), "--store", str(store)]
     process = subprocess.Popen([*command, "--engine", engine, "--port", str(port), *options])
     url = f"http://127.0.0.1:{port}"

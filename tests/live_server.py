@@ -83,13 +83,6 @@ def run_engine(llm: CausalLM, scenario: Callable[[InProcessEngine], Awaitable[An
     return asyncio.run(run())
 
 
-def free_port() -> int:
-    """Return a port that is free at this moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def engine_request(
     kind: Kind, fields: dict[str, Any], soft: SoftPrompt | None, choices: Sequence[str] = (), *, id: str = ""
 ) -> EngineRequest:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-from live_server import free_port
+from free_ports import free_port
 
 HERE = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("PERSONAPLUG_VLLM_PYTHON", HERE / ".venv-vllm" / "bin" / "python"))

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 import psutil
+from free_ports import free_port
 
 TENANTS = ("a", "b")
 _TOY = ("llm=toy", "dtype=float32", "batch_size=4", "epochs=1", "controls=false")
@@ -189,13 +190,6 @@ class Lab:
 
 
 _ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _start(words: Sequence[object], port: int, *, keys: dict[str, str], log: Path, files: int) -> Server:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from free_ports import free_port
+
 from attacks import Verdict, case
-from attacks.lab import Lab, free_port, save_toy_model
+from attacks.lab import Lab, save_toy_model
 
 _TESTS = Path(__file__).parents[2] / "tests"
 

@@ -311,10 +311,6 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
 
 def check_installed() -> None:
-    if not all(
-        map(
-            find_spec,
-            ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client", "opentelemetry"),
-        )
-    ):
+    packages = ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client", "opentelemetry")
+    if not all(map(find_spec, packages)):
         raise MissingExtra("This command", extra="serve")

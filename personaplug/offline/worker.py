@@ -18,7 +18,7 @@ from personaplug.offline.job import Job, Shard, plug_fingerprint
 from personaplug.offline.output_folder import JOB, ShardFacts, write_shard
 from personaplug.offline.personas import Histories, ItemHistories, Personas, PersonaWriter, Result, StoredHistories
 from personaplug.offline.row_reader import RowReader
-from personaplug.offline.rows import Row
+from personaplug.offline.rows import Row, RowParser
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Run, open_models
@@ -84,7 +84,7 @@ class Worker:
         )
 
     @cached_property
-    def _parser(self) -> Any:
+    def _parser(self) -> RowParser:
         return self._job.parser(self._run)
 
     @cached_property

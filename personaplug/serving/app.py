@@ -178,5 +178,7 @@ def _trace(app: FastAPI, service: Service) -> None:
     except MissingExtra as missing:
         logger.warning("no traces: %s", missing)
     else:
-        start_traces(app, service.store)
+        provider = start_traces(app, service.store)
+        # uvicorn ends the process by the signal that it got, so functions of `atexit` do not run.
+        app.state.parts.at_exit.callback(provider.shutdown)
         logger.info("traces: spans of requests, without user ids and texts")

@@ -29,7 +29,7 @@ class Explainer:
     """Explains the personas of one task, by default the first task of the service's first plug."""
 
     def __init__(self, service: Service, served: ServedTask | None = None) -> None:
-        self.service, self.store, self.served = service, service.store, served or service.tasks[0]
+        self.service, self.store, self.served = service, service.store, served or service.plugs[0].tasks[0]
         self.personas = self.served.personas
         self.personalizer, self.plug = self.personas.personalizer, self.personas.plug
 

@@ -68,8 +68,8 @@ class Service:
         others: Sequence[ServedTask] = (),
         plugs: Sequence[ServedPlug] = (),
     ) -> None:
-        self.tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
-        self.plugs = (ServedPlug(self.tasks), *plugs)
+        tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
+        self.plugs = (ServedPlug(tasks), *plugs)
         self.personas, self.store, self.engine = personas, personas.store, engine
         self.apply_off_task = apply_off_task
         self._has_warned_of_no_user = False
@@ -203,7 +203,7 @@ class Service:
         fields = record_of(item)
         if not fields and item.label_id >= 0:
             label = self.store.settings.labels[item.label_id]
-            tasks = [served.task for served in self.tasks]
+            tasks = [served.task for plug in self.plugs for served in plug.tasks]
             names = [task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels]
             fields = {name: label for name in names[:1] if name}
         day = item.date.isoformat() if item.date else None

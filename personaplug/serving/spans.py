@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import trace
-from opentelemetry.trace import Span
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from personaplug.serving.engines.base import EngineReply, EventStream
 from personaplug.serving.openai_protocol import Kind
@@ -31,6 +32,29 @@ def are_traces_wanted(environment: Mapping[str, str] = os.environ) -> bool:
     return is_named and exporter != "none" and environment.get("OTEL_SDK_DISABLED", "").lower() != "true"
 
 
+def without_state(context: SpanContext) -> SpanContext:
+    """Return a context without `tracestate`, which is a text of the caller."""
+    return SpanContext(context.trace_id, context.span_id, context.is_remote, context.trace_flags)
+
+
+def trace_headers() -> dict[str, str]:
+    """Return headers with which another server continues the trace, without the caller's `tracestate` and `baggage`."""
+    headers: dict[str, str] = {}
+    current = NonRecordingSpan(without_state(trace.get_current_span().get_span_context()))
+    TraceContextTextMapPropagator().inject(headers, trace.set_span_in_context(current))
+    return headers
+
+
+@contextmanager
+def _marking_errors(span: Span) -> Iterator[None]:
+    """Give a span an error status if the block fails, without the error's text, which may quote a user's."""
+    try:
+        yield
+    except Exception:
+        span.set_status(StatusCode.ERROR)
+        raise
+
+
 class PersonaSpan:
     """The span in which a request waits for its persona, computed or read from the cache."""
 
@@ -40,7 +64,11 @@ class PersonaSpan:
     @classmethod
     @contextmanager
     def open(cls) -> Iterator[PersonaSpan]:
-        with trace.get_tracer(SCOPE).start_as_current_span("persona", record_exception=False) as span:
+        tracer = trace.get_tracer(SCOPE)
+        with (
+            tracer.start_as_current_span("persona", record_exception=False, set_status_on_exception=False) as span,
+            _marking_errors(span),
+        ):
             yield cls(span)
 
     def describe(self, persona: Persona) -> None:
@@ -65,7 +93,10 @@ class AnswerSpan:
     def current(self) -> Iterator[None]:
         """Make the span the current one; it ends if the block fails."""
         try:
-            with trace.use_span(self._span, record_exception=False):
+            with (
+                trace.use_span(self._span, record_exception=False, set_status_on_exception=False),
+                _marking_errors(self._span),
+            ):
                 yield
         except BaseException:
             self._span.end()

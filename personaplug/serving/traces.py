@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from fastapi import FastAPI
 
 from personaplug.errors import ConfigError, MissingExtra
-from personaplug.serving.spans import SCOPE
+from personaplug.serving.spans import SCOPE, without_state
 from personaplug.store.history_store import HistoryStore
 
 try:
@@ -23,7 +23,7 @@ try:
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-    from opentelemetry.trace import SpanContext, SpanKind, Status
+    from opentelemetry.trace import SpanKind, Status
 except ImportError as error:
     raise MissingExtra("a trace", extra="traces") from error
 
@@ -69,19 +69,17 @@ def _private(span: ReadableSpan) -> ReadableSpan:
     attributes, name, events = span.attributes or {}, span.name, list[Event]()
     if span.kind is SpanKind.SERVER:
         kept = _OF_REQUESTS
-        method, route = (
-            attributes.get("http.request.method", attributes.get("http.method")),
-            attributes.get("http.route"),
-        )
-        name = " ".join(str(part) for part in (method if method in _METHODS else "HTTP", route) if part)
+        method = attributes.get("http.request.method", attributes.get("http.method"))
+        parts = (method if method in _METHODS else "HTTP", attributes.get("http.route"))
+        name = " ".join(str(part) for part in parts if part)
     elif _scope_of(span) == _SQL_SCOPE:
         kept, name = _OF_SQL, span.name.partition(" ")[0]  # without the name of the database
     else:
         kept, events = _OWN, [Event(event.name, timestamp=event.timestamp) for event in span.events]
     return ReadableSpan(
         name,
-        context=_without_state(span.context),
-        parent=_without_state(span.parent),
+        context=without_state(span.context),
+        parent=span.parent and without_state(span.parent),
         resource=span.resource,
         attributes={key: value for key, value in attributes.items() if key in kept},
         events=events,
@@ -95,13 +93,6 @@ def _private(span: ReadableSpan) -> ReadableSpan:
 
 def _scope_of(span: ReadableSpan) -> str:
     return "" if span.instrumentation_scope is None else span.instrumentation_scope.name
-
-
-def _without_state(context: SpanContext | None) -> SpanContext | None:
-    """Return a context without `tracestate`, which is a text of the caller."""
-    if context is None:
-        return None
-    return SpanContext(context.trace_id, context.span_id, context.is_remote, context.trace_flags)
 
 
 def start_traces(app: FastAPI, store: HistoryStore) -> TracerProvider:

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner, Result
-from live_server import free_port, served
+from free_ports import free_port
+from live_server import served
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
@@ -73,6 +74,7 @@ def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess
     command = [sys.executable, "-m", "personaplug", *map(str, words)]
     process = subprocess.Popen(
         command,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -91,6 +93,19 @@ def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess
     finally:
         process.kill()
         process.wait()
+
+
+def test_spans_of_the_last_requests_are_exported_at_sigterm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("opentelemetry.instrumentation.sqlalchemy", reason="needs the extra `traces`")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # ms; so only the end of the server exports
+    with _serving(folder, "--store", tmp_path / "histories.db") as (url, process):
+        httpx.get(f"{url}/v1/users/ann/history").raise_for_status()
+        process.send_signal(signal.SIGTERM)
+        spans, errors = process.communicate(timeout=60)
+    assert "GET /v1/users/{user}/history" in spans, errors
 
 
 def _chat(url: str, question: dict[str, Any], **headers: str) -> httpx.Response:

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from client_page import blocks
 from client_programs import run_program, running_program
-from live_server import free_port
+from free_ports import free_port
 from recording_server import QUESTIONS, USERS, RecordingServer, assert_persona, recording
 
 from personaplug.cli.main import main

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 from client_programs import run_program, running_program
-from live_server import free_port
+from free_ports import free_port
 from recording_server import MODEL, QUESTIONS, RecordingServer, assert_persona
 
 pytest_plugins = ["client_fixtures"]

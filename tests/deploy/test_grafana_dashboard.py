@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import free_port, open_service, served
+from free_ports import free_port
+from live_server import open_service, served
 from prometheus_client.parser import text_string_to_metric_families
 
 from personaplug.llm.causal_lm import CausalLM

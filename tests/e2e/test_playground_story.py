@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from browser import check_accessibility, open_browser, open_page, screenshot
-from live_server import free_port
+from free_ports import free_port
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

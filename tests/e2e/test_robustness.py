@@ -12,7 +12,8 @@ import pytest
 import robustness
 from attacks import CASES, Case, Verdict
 from attacks.files import outcome
-from attacks.lab import Lab, Server, free_port, watched
+from attacks.lab import Lab, Server, watched
+from free_ports import free_port
 
 from personaplug.errors import UserError
 

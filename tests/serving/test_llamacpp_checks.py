@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_model import SMOLLM, needs_llamacpp, open_gguf, spec_of
+from live_server import CONFIG, ENCODER, LABELS
 
+from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, MissingExtra, MissingModel
 from personaplug.infra.model_hub import find_gguf, find_model, find_tokenizer
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import load_hf
+from personaplug.llm.prompt_tokenizer import PromptTokenizer
+from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines import llamacpp_model
+from personaplug.serving.engines.llamacpp import LlamaCppEngine
 from personaplug.serving.engines.llamacpp_checks import GGUFChecks
 from personaplug.serving.engines.llamacpp_embeddings import FileEmbeddings, _find_table
 from personaplug.serving.engines.llamacpp_model import LlamaModel
@@ -138,7 +143,11 @@ def test_mixed_up_sequences_are_refused(
 
 @needs_llamacpp
 def test_another_chat_template_is_logged(
-    model: LlamaModel, smollm: CausalLM, tokenizer_only: Path, caplog: pytest.LogCaptureFixture
+    model: LlamaModel,
+    smollm: CausalLM,
+    tokenizer_only: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = smollm.prompt_tokenizer.tokenizer
     own = tokenizer.chat_template
@@ -148,6 +157,13 @@ def test_another_chat_template_is_logged(
     assert checks._frame_of("{{ messages[0].content }}") == [[], []]
     assert checks._frame_of("{{ nothing") == []
     assert tokenizer.chat_template == own
+    with caplog.at_level(logging.WARNING):
+        checks._compare_templates()
+        assert not caplog.records
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}")
+        other = PromptTokenizer(tokenizer, max_tokens=512, is_encoder_decoder=False)
+        GGUFChecks(model, other, spec=spec_of(smollm), folder=tokenizer_only)._compare_templates()
+    assert "differs from the tokenizer's; prompts use the tokenizer's" in caplog.text
 
 
 @needs_llamacpp
@@ -160,6 +176,38 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
         LlamaModel(tmp_path / "cut.gguf", cells=512, sequences=2)
     with pytest.raises(ConfigError, match="Use a smaller --max-rows"):
         LlamaModel(find_gguf(SMOLLM), cells=512, sequences=1000)
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The models that llama.cpp has freed."""
+    import llama_cpp
+
+    freed, free = list[object](), llama_cpp.llama_model_free
+
+    def note(model: Any) -> None:
+        freed.append(model)
+        free(model)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_free", note)
+    return freed
+
+
+@needs_llamacpp
+def test_memory_of_a_refused_model_is_freed(smollm: CausalLM, freed: list[object]) -> None:
+    plug = PersonaPlug(CONFIG, spec=replace(spec_of(smollm, width=2048), labels=LABELS), encoder=ENCODER)
+    config = ServingConfig(store="s.db", engine="llamacpp", gguf=SMOLLM)
+    with pytest.raises(ConfigError, match="not the plug's model"):
+        LlamaCppEngine.open(ModelConfig(llm=SMOLLM), config, lambda _: plug)
+    assert len(freed) == 1
+
+
+@needs_llamacpp
+def test_memory_of_an_unsupported_model_is_freed(freed: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaModel, "_why_unsupported", lambda model: "it is of another kind")
+    with pytest.raises(ConfigError, match="cannot be used: it is of another kind"):
+        open_gguf(tokens=512)
+    assert len(freed) == 1
 
 
 def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

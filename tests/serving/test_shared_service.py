@@ -104,14 +104,14 @@ def test_each_task_uses_its_own_plug(url: str, service: Service) -> None:
     _add(url, RATING, CHAT)
     ticket = service.store.admit("default", "ann")
     instructions = []
-    for task in service.tasks:
+    for task in service.plugs[0].tasks:
         soft = task.personas.persona(ticket, query="tea").soft
         assert soft is not None
         expected = task.personas.plug.instruction * task.personas.plug.spec.embedding_scale
         torch.testing.assert_close(soft.vectors[0, : len(expected)], expected)
         instructions.append(expected)
     assert not torch.equal(*instructions)
-    assert {task.personas.store for task in service.tasks} == {service.store}
+    assert {task.personas.store for task in service.plugs[0].tasks} == {service.store}
 
 
 def test_without_a_chat_task_other_prompts_are_plain(folder: Path, tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_erasure_drops_the_cached_personas_of_all_tasks(url: str, service: Servi
     _add(url, RATING, CHAT)
     for prompt in (FILM, "What is coffee?"):
         _ask(url, prompt)
-    assert [task.personas.cached_users for task in service.tasks] == [1, 1]
+    assert [task.personas.cached_users for task in service.plugs[0].tasks] == [1, 1]
     assert 'personaplug_cached_users{model="toy"} 2.0' in httpx.get(f"{url}/metrics").text
     assert httpx.delete(f"{url}/v1/users/ann").status_code == 200
-    assert [task.personas.cached_users for task in service.tasks] == [0, 0]
+    assert [task.personas.cached_users for task in service.plugs[0].tasks] == [0, 0]
 
 
 def test_task_route_lists_all_tasks(url: str) -> None:

@@ -28,6 +28,7 @@ from personaplug.serving.app import _trace, create_app, server_config
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
+from personaplug.serving.persona_cache import Persona
 from personaplug.serving.service import Service
 from personaplug.serving.spans import are_traces_wanted
 from personaplug.store.database import execute
@@ -212,6 +213,13 @@ def _fail(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service.engine, "respond", respond)
 
 
+def _fail_persona(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def persona(*arguments: object, **settings: object) -> Persona:
+        raise ValueError(f"{TEXT} {USER}")
+
+    monkeypatch.setattr(service.personas, "persona", persona)
+
+
 def test_a_failed_statement_tells_no_values(postgres: PostgresServer, no_provider: None) -> None:
     exported, raw = InMemorySpanExporter(), InMemorySpanExporter()
     provider = provider_for(SimpleSpanProcessor(PrivateExporter(exported)), SimpleSpanProcessor(raw))
@@ -228,14 +236,23 @@ def test_a_failed_statement_tells_no_values(postgres: PostgresServer, no_provide
     assert any(not span.status.is_ok for span in exported.get_finished_spans())
 
 
-def test_provider_of_another_program_gets_no_span_with_a_user(toy: CausalLM, tmp_path: Path, no_provider: None) -> None:
+def test_provider_of_another_program_gets_no_span_with_a_user(
+    toy: CausalLM, tmp_path: Path, no_provider: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
-    with served(open_service(toy, tmp_path)) as url:
+    service = open_service(toy, tmp_path)
+    with served(service) as url:
         httpx.get(f"{url}/v1/users/{quote(USER, safe='')}/history?latest=5").raise_for_status()
         body = {"messages": [{"role": "user", "content": PROMPT}], "user": USER}
         httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+        _fail(service, monkeypatch)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 500
+        _fail_persona(service, monkeypatch)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 500
+    failed = [span.name for span in exporter.get_finished_spans() if not span.status.is_ok]
+    assert failed == ["chat toy", "persona"]
     assert {span.name for span in exporter.get_finished_spans()} == {"persona", "chat toy"}  # none by FastAPI itself
     assert not any(written in _texts(exporter) for written in WRITTEN)
 
@@ -249,10 +266,12 @@ def test_vllm_continues_the_trace_of_the_answer(
     with _traced(open_service(toy, tmp_path, engine=engine)) as traced:
         turns = [{"role": "user", "content": "review: x"}]
         body = {"messages": turns, "personaplug": {"free": True}}
-        httpx.post(f"{traced.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+        caller = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "tracestate": f"app={TEXT}", "baggage": f"app={TEXT}"}
+        httpx.post(f"{traced.url}/v1/chat/completions", json=body, headers=caller, timeout=60).raise_for_status()
     (answer,) = [span for span in traced.spans() if span.name.startswith("chat ")]
-    sent = stand_in.headers[-1]["traceparent"]
-    assert sent.split("-")[1:3] == [f"{answer.context.trace_id:032x}", f"{answer.context.span_id:016x}"]
+    sent = {name.lower(): value for name, value in stand_in.headers[-1].items()}
+    assert sent.keys().isdisjoint(("tracestate", "baggage"))
+    assert sent["traceparent"].split("-")[1:3] == [f"{answer.context.trace_id:032x}", f"{answer.context.span_id:016x}"]
 
 
 class _Collector(http.server.BaseHTTPRequestHandler):

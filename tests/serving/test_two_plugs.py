@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import live_server
 import numpy as np
 import pytest
 import torch
@@ -24,12 +25,14 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
 from personaplug.inference import generate
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.attribution import item_weights
 from personaplug.run import Models, Run, open_models
 from personaplug.serving import engines
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines import register_engine
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
+from personaplug.serving.served_task import ServedPlug, ServedTask
 from personaplug.serving.service import Service
 from personaplug.serving.setup import open_service
 from personaplug.training.copy_head_part import COPY_HEAD as COPY_HEAD_PART
@@ -209,6 +212,18 @@ def test_items_and_feedback_have_the_fields_of_the_plug_that_answered(url: str) 
     items = httpx.get(f"{url}/v1/users/ann/history").json()["items"]
     fields = [{name: item[name] for name in item if name in ("text", "question", "answer")} for item in items]
     assert fields == [chat, {"text": "by new"}, {"question": "And coffee?", "answer": "by chats"}]
+
+
+def test_rating_without_its_text_has_the_field_of_the_plug_that_has_the_label(toy: CausalLM, tmp_path: Path) -> None:
+    """The first plug's task is to write messages; the store keeps no texts, so an item is its label."""
+    films = live_server.open_service(toy, tmp_path, keep_text=False)
+    messages = replace(live_server.TASK, name="Messages", kind="text", answer_field="written", labels=())
+    plugs = [ServedPlug((ServedTask.of(live_server.TASK, films.personas),), "films")]
+    with served(Service(films.personas, films.engine, task=messages, plugs=plugs)) as url:
+        body = {"items": [{"text": "tea", "score": "4"}]}
+        httpx.post(f"{url}/v1/users/ann/history?model=films", json=body).raise_for_status()
+        (item,) = httpx.get(f"{url}/v1/users/ann/history").json()["items"]
+    assert (item.get("score"), item.get("written")) == ("4", None)
 
 
 def test_task_and_preferences_describe_the_named_plug(service: Service, url: str) -> None:

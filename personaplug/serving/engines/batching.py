@@ -224,9 +224,9 @@ def _turn(message: Message) -> tuple[str, str]:
     """Return a message's role and text; RequestError if the message has content that this engine does not support."""
     role = _ROLES.get(message.role)
     if role is None:
-        raise RequestError(f"The embedded engine supports the roles {', '.join(_ROLES)}.", code="messages")
+        raise RequestError(f"This engine supports the roles {', '.join(_ROLES)}.", code="messages")
     parts = message.content if isinstance(message.content, list) else []
     unknown = {name for name, value in (message.model_extra or {}).items() if value and name not in _MESSAGE_FIELDS}
     if unknown or any(part.get("type") != "text" or part.keys() - _PART_FIELDS for part in parts):
-        raise RequestError("The embedded engine supports text only: no images, files or calls.", code="messages")
+        raise RequestError("This engine supports text only: no images, files or calls.", code="messages")
     return role, message.text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
+from typing import Self
 
 from personaplug.config import ModelConfig
 from personaplug.infra.model_hub import find_gguf, find_tokenizer
@@ -64,6 +66,19 @@ class LlamaCppEngine(BatchingEngine):
         plug, path = load_plug(None), find_gguf(config.gguf)
         max_tokens = max(_MIN_TOKENS, config.max_rows * _TOKENS_PER_ROW)
         llama = LlamaModel(path, cells=max_tokens + _RESERVE, sequences=config.max_rows + SCORING_SEQUENCES)
+        with ExitStack() as after_failure:
+            after_failure.callback(llama.close)
+            engine = cls._of_model(llama, model, config=config, plug=plug, max_tokens=max_tokens)
+            dtype, _ = choose_dtype(model.dtype, device="cpu")
+            plug = plug.compute_items_in(str(dtype).removeprefix("torch."))
+            after_failure.pop_all()
+        return engine, plug
+
+    @classmethod
+    def _of_model(
+        cls, llama: LlamaModel, model: ModelConfig, *, config: ServingConfig, plug: PersonaPlug, max_tokens: int
+    ) -> Self:
+        """Check a loaded file and build the engine."""
         folder = find_tokenizer(model.llm)
         tokenizer = PromptTokenizer(
             load_tokenizer(folder, name=model.llm),
@@ -77,21 +92,19 @@ class LlamaCppEngine(BatchingEngine):
             logger.warning(
                 "%s has %s weights, and the plug was trained with %s, so answers may differ slightly; "
                 "benchmarks/engines.py measures how much",
-                path.name,
+                llama.path.name,
                 llama.storage,
                 plug.spec.llm.name,
             )
-        engine = cls(
+        return cls(
             llama,
             tokenizer,
             scale=scale,
-            name=config.model or path.stem,
+            name=config.model or llama.path.stem,
             max_tokens=max_tokens,
             max_rows=config.max_rows,
             max_new_tokens=config.max_new_tokens,
         )
-        dtype, _ = choose_dtype(model.dtype, device="cpu")
-        return engine, plug.compute_items_in(str(dtype).removeprefix("torch."))
 
     async def close(self) -> None:
         await super().close()

@@ -75,9 +75,25 @@ class LlamaModel:
         limit = self._lib.llama_max_parallel_sequences()
         if sequences > limit:
             raise ConfigError(f"llama.cpp runs at most {limit} sequences; found {sequences}. Use a smaller --max-rows.")
+        self._model, self._context, self._batches = None, None, dict[bool, Any]()
+        try:
+            self._load(cells, sequences)
+        except BaseException:
+            self.close()
+            raise
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.width: int = self._lib.llama_model_n_embd_inp(self._model)
+        self.vocabulary: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.trained_tokens: int = self._lib.llama_model_n_ctx_train(self._model)
+        self.storage = str(self._lib.llama_ftype_name(self._lib.llama_model_ftype(self._model)).decode())
+        self._batches[False] = self._lib.llama_batch_init(_BATCH_TOKENS, 0, 1)
+        self._batches[True] = self._lib.llama_batch_init(_BATCH_TOKENS, self.width, 1)
+
+    def _load(self, cells: int, sequences: int) -> None:
         with _collected_errors() as errors:
             settings = self._lib.llama_model_default_params()
-            self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)
+            self._model = self._lib.llama_model_load_from_file(str(self.path).encode(), settings)
             if not self._model:
                 raise self._unusable(f"llama.cpp cannot load it ({_reason(errors)})")
             if reason := self._why_unsupported():
@@ -85,14 +101,6 @@ class LlamaModel:
             self._context = self._lib.llama_init_from_model(self._model, _context_settings(self._lib, cells, sequences))
             if not self._context:
                 raise self._unusable(f"llama.cpp cannot run it ({_reason(errors)})")
-        self._memory = self._lib.llama_get_memory(self._context)
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.width: int = self._lib.llama_model_n_embd_inp(self._model)
-        self.vocabulary: int = self._lib.llama_vocab_n_tokens(self._vocab)
-        self.trained_tokens: int = self._lib.llama_model_n_ctx_train(self._model)
-        self.storage = str(self._lib.llama_ftype_name(self._lib.llama_model_ftype(self._model)).decode())
-        self._batches = {False: self._lib.llama_batch_init(_BATCH_TOKENS, 0, 1)}
-        self._batches[True] = self._lib.llama_batch_init(_BATCH_TOKENS, self.width, 1)
 
     def _why_unsupported(self) -> str:
         """Return why this engine cannot run the file's kind of model; empty if it can."""
@@ -185,13 +193,13 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free the memory. The model must not be used afterwards."""
-        if not self._context:
-            return
         for batch in self._batches.values():
             self._lib.llama_batch_free(batch)
-        self._lib.llama_free(self._context)
-        self._lib.llama_model_free(self._model)
-        self._context = self._model = None
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._model, self._context, self._batches = None, None, {}
 
     def _unusable(self, reason: str) -> ConfigError:
         return unusable_file(self.path, reason)

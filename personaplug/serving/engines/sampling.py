@@ -80,9 +80,7 @@ class Sampling(BaseModel):
         for name, value in fields.items():
             is_known = name in cls.model_fields or name in HARMLESS or value is None
             if not is_known and value not in NEUTRAL.get(name, ()):
-                raise RequestError(
-                    f"The embedded engine does not support {shown_field(name)}. Remove it.", code="unsupported"
-                )
+                raise RequestError(f"This engine does not support {shown_field(name)}. Remove it.", code="unsupported")
         sampling.logprob_count(kind)
         if sampling.has_json and sampling.stop_texts:
             message = "stop and response_format exclude each other, because a stop text would cut the JSON."

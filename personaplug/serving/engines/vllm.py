@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from opentelemetry import propagate
 
 from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, EngineFailure
@@ -40,6 +39,7 @@ from personaplug.serving.engines.vllm_replies import (
 )
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, build_body, cache_salt, check_body
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Kind, ReplyFormatter
+from personaplug.serving.spans import trace_headers
 
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 _CALLER_STATUSES = (400, 413, 422, 429)  # these errors are about the request, so the caller gets them
@@ -193,8 +193,7 @@ class VLLMEngine(Engine):
 
     async def _post(self, content: bytes, request: EngineRequest) -> aiohttp.ClientResponse:
         url = self.url + _ROUTES[request.body.kind]
-        headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
-        propagate.inject(headers)  # so that vLLM continues the trace
+        headers = {"X-Request-Id": request.id, "Content-Type": "application/json", **trace_headers()}
         return await self._session.post(url, data=content, headers=headers, allow_redirects=False)
 
     def _check(self, reply: bytes, status: int, *, request: EngineRequest) -> None:

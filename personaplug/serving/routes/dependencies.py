@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -32,10 +33,12 @@ class ServerParts:
     places: Budget
     readiness: Readiness
     parsers: FairExecutor  # parses JSON bodies
+    at_exit: ExitStack = field(default_factory=ExitStack)  # what to close after all requests and the service
 
     def close(self) -> None:
         self.readiness.close()
         self.parsers.shutdown()
+        self.at_exit.close()
 
 
 async def _parts(request: Request) -> ServerParts:

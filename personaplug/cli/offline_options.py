@@ -137,6 +137,8 @@ def _tell(manifest: dict[str, Any], output: Path) -> None:
         click.echo(f"{errors:,} rows have no result; the column error has the reasons", err=True)
     if others:
         click.echo(f"warning: {others:,} prompts differ in their wording from the prompts of the training", err=True)
+    if manifest["plug"] and manifest["without_items"] == rows - errors > 0:
+        click.echo("warning: no row has a history. Check the column history, or --store and --tenant.", err=True)
     if len(manifest["dtypes"]) > 1:
         formats = " and ".join(manifest["dtypes"])
         click.echo(f"warning: workers computed in {formats}. Their results differ in rounding.", err=True)

@@ -33,6 +33,7 @@ class ShardFacts:
         job: fingerprint of the job.
         errors: rows with an error instead of a result.
         other_wordings: rows whose prompt differs from the prompts of the training.
+        without_items: rows of users without a history.
         dtype: number format of the model that computed the shard.
         about: what readers of the columns need to know.
     """
@@ -41,6 +42,7 @@ class ShardFacts:
     rows: int
     errors: int
     other_wordings: int
+    without_items: int
     dtype: str
     about: dict[str, Any]
 
@@ -131,6 +133,7 @@ def finish(job: Job) -> dict[str, Any]:
         "rows": rows,
         "errors": sum(each.errors for each in facts),
         "other_wordings": sum(each.other_wordings for each in facts),
+        "without_items": sum(each.without_items for each in facts),
         "dtypes": sorted({each.dtype for each in facts}),
         "shards": [{"file": shard.name, "rows": shard.rows} for shard in job.shards],
         "versions": package_versions(),

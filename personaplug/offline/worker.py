@@ -61,7 +61,9 @@ class Worker:
     def _write(self, shard: Shard) -> None:
         rows = self._job.read_rows(shard, reader=self._reader, parser=self._parser)
         results = iter(self._writer.results([row for row in rows if not row.error]))
-        records = [{"id": row.id, "user_id": row.user, "error": row.error or None} for row in rows]
+        records: list[dict[str, Any]] = [
+            {"id": row.id, "user_id": row.user, "error": row.error or None} for row in rows
+        ]
         records = [
             record if row.error else {**record, **next(results)} for row, record in zip(rows, records, strict=True)
         ]
@@ -70,6 +72,7 @@ class Worker:
             rows=len(rows),
             errors=sum(bool(row.error) for row in rows),
             other_wordings=sum(row.has_other_wording for row in rows),
+            without_items=sum(record.get("items") == 0 for record in records),
             dtype=self._writer.dtype,
             about=self._writer.about,
         )

@@ -31,6 +31,17 @@ def test_generate_and_encode_write_folders_and_report_invalid_rows(tmp_path: Pat
     assert len(read_output(tmp_path / "personas")) == 5
 
 
+def test_input_without_any_history_is_reported(tmp_path: Path) -> None:
+    run, rows = trained_run(tmp_path)
+    strangers = [{**row, "history": "[]"} for row in rows]
+    warning = "warning: no row has a history. Check the column history, or --store and --tenant."
+    for name, source_rows, words in (("new", strangers, ()), ("known", rows, ()), ("plain", strangers, ("--plain",))):
+        source = write_parquet(tmp_path / f"{name}.parquet", source_rows)
+        done = _call("generate", "--run", run.folder, "--input", source, "--output", tmp_path / name, *words)
+        assert done.exit_code == 0, done.output
+        assert (warning in done.output) == (name == "new")
+
+
 def test_interrupted_job_tells_where_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -172,7 +172,7 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"text\.gguf cannot be used: it is not a GGUF file"):
         LlamaModel(tmp_path / "text.gguf", cells=512, sequences=2)
     (tmp_path / "cut.gguf").write_bytes(find_gguf(SMOLLM).read_bytes()[:1_000_000])
-    with pytest.raises(ConfigError, match=r"llama\.cpp cannot load it \(.+\)"):
+    with pytest.raises(ConfigError, match=r"llama\.cpp cannot load it \(gguf_init_from_reader: failed to read"):
         LlamaModel(tmp_path / "cut.gguf", cells=512, sequences=2)
     with pytest.raises(ConfigError, match="Use a smaller --max-rows"):
         LlamaModel(find_gguf(SMOLLM), cells=512, sequences=1000)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 512  # inputs of one call; each may need a row of logits
 _MAGIC = b"GGUF"
-_ERROR_LEVEL = 3  # of llama.cpp's log
+_ERROR_LEVEL = 4  # of ggml's log; 3 is a warning
 _UNQUANTIZED = ("F32", "F16", "BF16")
 
 

@@ -48,12 +48,14 @@ class Terminal:
             modes[3] &= ~termios.ECHO
         termios.tcsetattr(other_end, termios.TCSANOW, modes)
         self.output = b""
+        # These variables, which another test may set, would replace the size of the terminal.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)],
             stdin=other_end,
             stdout=other_end if stdout is None else stdout,
             stderr=other_end,
-            env={**os.environ, "TERM": "xterm-256color", **(variables or {})},
+            env={**inherited, "TERM": "xterm-256color", **(variables or {})},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,16 +44,23 @@ class TokenEmbedding:
         """Return soft tokens (…, D) with per-layer vectors, (…, D + E); keep those that have them."""
         if self.per_layer is None or vectors.shape[-1] != self.weight.shape[1]:
             return vectors
-        pad = self.per_layer(torch.tensor(self.pad_id, device=self.weight.device)).flatten()
-        return torch.cat([vectors, pad.to(vectors).expand(*vectors.shape[:-1], -1)], dim=-1)
+        pad = self._pad_vectors.flatten().to(vectors)
+        return torch.cat([vectors, pad.expand(*vectors.shape[:-1], -1)], dim=-1)
 
     def model_inputs(self, embeds: Tensor) -> dict[str, Tensor]:
         """Return the arguments of a model's forward pass for embeddings (B, T, D + E)."""
         if self.per_layer is None:
             return {"inputs_embeds": embeds}
-        layers = self.per_layer(torch.tensor(self.pad_id, device=self.weight.device)).shape[0]
         vectors, per_layer = embeds.tensor_split([self.weight.shape[1]], dim=-1)
-        return {"inputs_embeds": vectors, "per_layer_inputs": per_layer.reshape(*per_layer.shape[:-1], layers, -1)}
+        shape = (*per_layer.shape[:-1], *self._pad_vectors.shape)
+        return {"inputs_embeds": vectors, "per_layer_inputs": per_layer.reshape(shape)}
+
+    @cached_property
+    def _pad_vectors(self) -> Tensor:
+        """The padding token's per-layer vectors, (layers, e)."""
+        assert self.per_layer is not None
+        with torch.no_grad():
+            return self.per_layer(torch.tensor(self.pad_id, device=self.weight.device))
 
     @property
     def weight(self) -> Tensor:

@@ -315,6 +315,11 @@ class Choice:
     logprobs: Sequence[Position] | None = None  # None = not requested
 
 
+def token_usage(*, prompt: int, completion: int) -> dict[str, int]:
+    """Return token counts in OpenAI's form."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 class ReplyFormatter:
     """Formats the reply to one request, whole or as chunks of a stream."""
 

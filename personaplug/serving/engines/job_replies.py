@@ -8,7 +8,7 @@ from contextlib import aclosing
 from functools import partial
 
 from personaplug.serving.engines.job import Job
-from personaplug.serving.openai_protocol import DONE, Choice, ReplyFormatter, event, to_json
+from personaplug.serving.openai_protocol import DONE, Choice, ReplyFormatter, event, to_json, token_usage
 
 
 class JobReply:
@@ -56,9 +56,9 @@ class JobReply:
 
     @property
     def _usage(self) -> dict[str, int]:
-        """Token counts in OpenAI's form: the prompt once, and the tokens of all answers."""
-        prompt, completion = self.jobs[0].prompt_tokens, sum(job.completion_tokens for job in self.jobs)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        """Token counts: the prompt once, and the tokens of all answers."""
+        completion = sum(job.completion_tokens for job in self.jobs)
+        return token_usage(prompt=self.jobs[0].prompt_tokens, completion=completion)
 
 
 async def _choice(job: Job) -> Choice:

@@ -32,6 +32,7 @@ from personaplug.serving.openai_protocol import (
     event,
     json_object,
     to_json,
+    token_usage,
 )
 
 _MAX_TOKENS = 128  # of one request; vLLM's limit of `logprob_token_ids`
@@ -166,8 +167,7 @@ class LabelReply:
         best = max(range(len(scores)), key=scores.__getitem__)
         self.choice = Choice(tree.labels[best], "stop", closed_set.positions(tree.labels[best], scores))
         self.extra = closed_set.extra(scores)
-        prompt, tokens = _prompt_tokens(replies[0]), len(tree.ids[best])
-        self.usage = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        self.usage = token_usage(prompt=_prompt_tokens(replies[0]), completion=len(tree.ids[best]))
         options = fields.get("stream_options") or {}
         self.includes_usage = bool(isinstance(options, dict) and options.get("include_usage"))
 

@@ -387,7 +387,7 @@ def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
     items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
     inner, outer = projector.inner.weight.numel(), projector.outer.weight.numel()
     query_weights = _weights(query_encoder) if query_encoder is not None else 0
-    return query_weights * tokens + inner * items + outer
+    return float(query_weights * tokens + inner * items + outer)
 
 
 def _weights(module: torch.nn.Module) -> int:

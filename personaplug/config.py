@@ -138,6 +138,11 @@ class PlugConfig:
         description="distinguish rejected answers and stated preferences from answers, and reserve a trained share of "
         "the weight for preferences; false = the paper: all items are treated alike",
     )
+    item_parts: Literal["all", "text", "picture", "vector"] = Field(
+        default="all",
+        description="parts of an item that the plug reads, if the encoder has several: all, or one of them alone (the "
+        "rows `plug:text`, `plug:picture` and `plug:vector`)",
+    )
     options: Literal["ignore", "compare", "auto"] = Field(
         default="auto",
         description="options in the prompt that stand for the labels ([1]: … [2]: …): compare = one more token with "

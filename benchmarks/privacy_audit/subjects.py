@@ -146,7 +146,7 @@ def _texts(
     texts, contents = dict[int, str](), dict[int, str]()
     for sample, encoded_sample in pairs:
         for row, item in zip(encoded_sample.rows.tolist(), sample.history, strict=True):
-            texts[row] = item.encoded(with_answer=with_answer)
+            texts[row] = item.text if with_answer else item.content
             contents[row] = " ".join(value for name, value in item.fields if name != item.answer_name)
     return texts, contents
 

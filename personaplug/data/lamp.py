@@ -65,10 +65,11 @@ def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[Hi
     the list. Items are sorted by time if all have a date.
     """
     name, unit, records = _item_records(source)
+    folder = Path(source).parent if isinstance(source, str | Path) else None
     items = []
     for number, record in records:
         try:
-            items.append(item_of(task, record, default_id=str(number)))
+            items.append(item_of(task, record, default_id=str(number), folder=folder))
         except Flaw as flaw:
             raise RecordError(name, f"{unit} {number}", reason=str(flaw)) from None
     return in_time_order(items)

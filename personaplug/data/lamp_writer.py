@@ -5,18 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from personaplug.data.parsing import Flaw, as_id, context_of, item_of, query_of, record_of, short_id, target_of
+from personaplug.data.parsing import (
+    Flaw,
+    as_id,
+    context_of,
+    item_of,
+    numbers_of,
+    query_of,
+    record_of,
+    short_id,
+    target_of,
+)
+from personaplug.data.pictures import Picture, format_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
 from personaplug.errors import ConfigError, RunConflict, StorageError
-from personaplug.infra.atomic_io import atomic_folder, write_json
+from personaplug.infra.atomic_io import atomic_folder, atomic_write, write_json
+
+PICTURES = "pictures"
+"""The folder of a data set's pictures."""
 
 
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
@@ -34,7 +48,7 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         # The drafts replace the files only after the last sample has passed the checks.
         with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
             draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
-            has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
+            has_targets = _write_drafts(_with_files(samples, folder), draft_questions, draft_outputs, task)
             for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
                 old.unlink(missing_ok=True)
             if has_targets:
@@ -64,6 +78,8 @@ def copy_with_train(source: Path, target: Path, samples: Iterable[Sample], *, ta
         for path in sorted(source.glob("*_*.json*")):
             if not path.name.startswith("train_"):
                 shutil.copyfile(path, draft / path.name)
+        if (source / PICTURES).is_dir():
+            shutil.copytree(source / PICTURES, draft / PICTURES, dirs_exist_ok=True)
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:
@@ -75,7 +91,7 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
         for sample in samples:
             _check_writable(sample, task, seen)
-            questions.write((",\n" if seen else "\n") + json.dumps(_question(sample), ensure_ascii=False))
+            questions.write((",\n" if seen else "\n") + json.dumps(_question(sample, task), ensure_ascii=False))
             if sample.target is not None:
                 gold: dict[str, Any] = {"id": sample.id, "output": sample.target}
                 gold |= {"rejected": list(sample.rejected)} if sample.rejected else {}
@@ -102,16 +118,35 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
         if sample.target is not None and target_of(task, sample.target) != sample.target:
             raise Flaw("its target has leading or trailing blanks")
         context_of(_messages(sample))
-        if any(item_of(task, _item(item))[1] != item for item in sample.history):
+        if any(item_of(task, _item(item, task), folder=_folder_of(item))[1] != item for item in sample.history):
             raise Flaw("the fields of an item differ from those of the task")
     except Flaw as flaw:
         raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
 
 
-def _question(sample: Sample) -> dict[str, Any]:
+def _with_files(samples: Iterable[Sample], folder: Path) -> Iterator[Sample]:
+    """Write the pictures of each sample as files of the data set, and yield the sample with these files."""
+    for sample in samples:
+        items = [replace(item, picture=_written(item.picture, folder)) for item in sample.history]
+        yield replace(sample, history=tuple(items))
+
+
+def _written(picture: Picture | None, folder: Path) -> Picture | None:
+    """Write a picture into a data set, unless it is there, and return the file. Its name is the digest of its bytes."""
+    if picture is None:
+        return None
+    content = picture.read()
+    path = folder / PICTURES / f"{picture.digest.hex()}.{format_of(content)}"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, lambda draft: draft.write_bytes(content))
+    return Picture(path)
+
+
+def _question(sample: Sample, task: Task) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
     context: dict[str, Any] = {"context": _messages(sample)} if sample.context else {}
-    profile = [_item(item) for item in sample.history]
+    profile = [_item(item, task) for item in sample.history]
     return {"id": sample.id, **user, "input": sample.prompt, **context, "profile": profile}
 
 
@@ -119,6 +154,16 @@ def _messages(sample: Sample) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in sample.context]
 
 
-def _item(item: HistoryItem) -> dict[str, str]:
-    date = {"date": item.date.isoformat()} if item.date else {}
-    return {"id": item.id, **record_of(item), **date}
+def _item(item: HistoryItem, task: Task) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": item.id, **record_of(item)}
+    if item.picture is not None and task.image_field and isinstance(item.picture.source, Path):
+        record[task.image_field] = f"{PICTURES}/{item.picture.source.name}"
+    if item.vector is not None and task.vector_field:
+        record[task.vector_field] = numbers_of(item.vector)
+    return record | ({"date": item.date.isoformat()} if item.date else {})
+
+
+def _folder_of(item: HistoryItem) -> Path | None:
+    """Return the folder of the data set that holds an item's picture."""
+    source = item.picture.source if item.picture else None
+    return source.parent.parent if isinstance(source, Path) else None

@@ -7,14 +7,17 @@ the store use the same functions, so a value has the same meaning everywhere.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from personaplug.data import patterns
 from personaplug.data.dates import as_datetime
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.numbers import as_number, number_or_none
+from personaplug.data.pictures import Picture, picture_of
 from personaplug.data.records import (
     ITEM_KINDS,
     PREFERENCE,
@@ -26,11 +29,12 @@ from personaplug.data.records import (
     Turn,
 )
 from personaplug.data.task import Task
-from personaplug.data.values import Flaw, as_text
+from personaplug.data.values import Flaw, as_text, plain_value
 
 __all__ = [
     "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "context_of", "field_of", "id_of",
-    "item_of", "name_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of", "value_of",
+    "item_of", "name_of", "numbers_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of",
+    "value_of", "vector_of",
 ]  # fmt: skip
 
 _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -131,24 +135,37 @@ def target_of(task: Task, answer: str) -> str:
 
 
 def item_of(
-    task: Task, record: object, *, default_id: str | None = None, id_key: str = "id", date_key: str = "date"
+    task: Task,
+    record: object,
+    *,
+    default_id: str | None = None,
+    id_key: str = "id",
+    date_key: str = "date",
+    folder: Path | None = None,
 ) -> tuple[datetime | None, HistoryItem]:
     """Convert a JSON object to a history item and its date, if any. Without `default_id`, the object needs an id.
 
     An object with the key `preference` is a stated preference, and one with `rejected` a rejection. Other objects have
-    the task's fields.
+    the task's fields. If an item has a picture or a vector, fields without its answer may be missing.
+
+    Args:
+        folder: see `pictures.picture_of`.
     """
     values = as_record(record)
     stamp = value_of(values, date_key) if date_key in values else None
     moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
-    kind, fields = _fields_of(task, values)
+    picture, vector = _picture(task, values, folder), _vector(task, values)
+    kind, fields = _fields_of(task, values, has_more=picture is not None or vector is not None)
     declared_kind = None if "kind" in task.field_names else values.get("kind")
     if declared_kind in ITEM_KINDS and declared_kind != kind:
         raise Flaw(f"its 'kind' is {declared_kind!r}, but its fields belong to the kind {kind!r}")
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     answer_name = None if kind == "preference" else task.answer_field
     day = moment.date() if moment else None
-    return moment, HistoryItem(item_id, fields, answer_name, day, kind, answer_labels=task.labels)
+    item = HistoryItem(
+        item_id, fields, answer_name, day, kind, answer_labels=task.labels, picture=picture, vector=vector
+    )
+    return moment, item
 
 
 def record_of(item: HistoryItem) -> dict[str, str]:
@@ -173,12 +190,55 @@ def context_of(value: object) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _fields_of(task: Task, values: Mapping[str, Any]) -> tuple[ItemKind, tuple[tuple[str, str], ...]]:
-    """Return the kind of a record's item, and the item's fields."""
+def _picture(task: Task, values: Mapping[str, Any], folder: Path | None) -> Picture | None:
+    name = task.image_field
+    return picture_of(value_of(values, name), f"its {name!r}", folder=folder) if name and name in values else None
+
+
+def _vector(task: Task, values: Mapping[str, Any]) -> bytes | None:
+    """Return an item's vector as little-endian float32."""
+    name = task.vector_field
+    value = value_of(values, name) if name and name in values else None
+    return None if value is None else vector_of(value, f"its {name!r}")
+
+
+def vector_of(value: object, what: str) -> bytes:
+    """Convert a list of finite numbers to little-endian float32."""
+    numbers = plain_value(value)
+    if not isinstance(numbers, list | tuple) or not numbers:
+        raise Flaw(f"{what} is no vector: expected a list of numbers")
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        raise Flaw(f"{what} is no vector: a value of the list is no number")
+    try:
+        packed = struct.pack(f"<{len(numbers)}f", *numbers)
+    except (OverflowError, struct.error):
+        packed = b""
+    if not packed or not all(map(math.isfinite, struct.unpack(f"<{len(numbers)}f", packed))):
+        raise Flaw(f"{what} is no vector: a value of the list is not finite")
+    return packed
+
+
+def numbers_of(vector: bytes) -> list[float]:
+    """Return the numbers of a vector that `vector_of` has converted."""
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+
+def _fields_of(
+    task: Task, values: Mapping[str, Any], *, has_more: bool = False
+) -> tuple[ItemKind, tuple[tuple[str, str], ...]]:
+    """Return the kind of a record's item, and the item's fields.
+
+    Args:
+        has_more: whether the item has a picture or a vector, so that texts may be missing.
+    """
     if PREFERENCE in values:
+        if has_more:
+            raise Flaw(f"it has both a {PREFERENCE!r} and a picture or a vector; split it into two items")
         if REJECTED in values or any(name in values for name in task.field_names):
             raise Flaw(f"it has both a {PREFERENCE!r} and fields of an answer; split it into two items")
         return "preference", ((PREFERENCE, name_of(values, PREFERENCE).strip()),)
+    if has_more:
+        values = {name: None for name in task.field_names if name != task.answer_field} | dict(values)
     if REJECTED not in values:
         return "answer", tuple((name, field_of(task, values, name)) for name in task.field_names)
     if task.answer_field is None:

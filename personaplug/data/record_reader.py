@@ -45,6 +45,7 @@ class RecordReader(ABC):
             if value < 0:
                 raise ConfigError(f"{name} should be 0 or more, found {value}.")
         self.task, self.report = task, ReadReport()
+        self._picture_folder = origin.parent if isinstance(origin, Path) else None  # of the paths of pictures
         self._origin, self._skip_bad, self._max_history = origin, skip_bad, max_history
         self._has_warned = False
 
@@ -168,7 +169,8 @@ class RecordReader(ABC):
         for number, item in enumerate(profile, 1):
             default_id = None if id_key else str(number)
             try:
-                items.append(item_of(self.task, item, default_id=default_id, id_key=id_key, date_key=date_key))
+                keys = {"id_key": id_key, "date_key": date_key}
+                items.append(item_of(self.task, item, default_id=default_id, folder=self._picture_folder, **keys))
             except Flaw as flaw:
                 raise Flaw(f"item {number} of its profile: {flaw}") from None
         return items

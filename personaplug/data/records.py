@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Literal
 
+from personaplug.data.pictures import Picture
+
 ItemKind = Literal["answer", "rejection", "preference"]
 
 ITEM_KINDS: tuple[ItemKind, ...] = ("answer", "rejection", "preference")
@@ -65,6 +67,27 @@ def last_message(prompt: Prompt) -> str:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class ItemContent:
+    """What an encoder reads of an item that is more than a text.
+
+    Attributes:
+        text: empty if the item has no text.
+        vector: see `HistoryItem.vector`.
+    """
+
+    text: str
+    picture: Picture | None = None
+    vector: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"ItemContent(text={bool(self.text)}, picture={bool(self.picture)}, vector={bool(self.vector)})"
+
+
+Content = str | ItemContent
+"""What an encoder reads of an item: a text, or a text with a picture or a vector."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class HistoryItem:
     """One thing that a user wrote, chose, rejected or stated.
 
@@ -74,6 +97,8 @@ class HistoryItem:
         answer_name: the field with the user's answer (a score, a tag, a headline) or with the rejected answer.
         answer_labels: the closed set of possible answers; empty for free text, None if unknown. A free text such as
             "1984" therefore never counts as a rating.
+        picture: the item's picture, if it has one.
+        vector: an embedding of the item that the caller has computed, as little-endian float32.
     """
 
     id: str
@@ -82,6 +107,8 @@ class HistoryItem:
     date: date | None = None
     kind: ItemKind = "answer"
     answer_labels: tuple[str, ...] | None = field(default=None, compare=False)
+    picture: Picture | None = None
+    vector: bytes | None = None
 
     @property
     def text(self) -> str:
@@ -91,11 +118,19 @@ class HistoryItem:
     @property
     def content(self) -> str:
         """The item without its answer; equal to `text` if the answer is the only field."""
-        return _joined([field for field in self.fields if field[0] != self.answer_name] or self.fields)
+        return _joined(self._content_fields)
 
-    def encoded(self, *, with_answer: bool) -> str:
-        """Return the text for an encoder: `text` or `content`."""
-        return self.text if with_answer else self.content
+    def encoded(self, *, with_answer: bool) -> Content:
+        """Return what an encoder reads: `text` or `content`, and the picture and the vector if there are any."""
+        fields = self.fields if with_answer else self._content_fields
+        if self.picture is None and self.vector is None:
+            return _joined(fields)
+        is_blank = not any(value.strip() for _, value in fields)
+        return ItemContent("" if is_blank else _joined(fields), self.picture, self.vector)
+
+    @property
+    def _content_fields(self) -> Sequence[tuple[str, str]]:
+        return [field for field in self.fields if field[0] != self.answer_name] or self.fields
 
     @property
     def answer(self) -> str | None:
@@ -109,7 +144,8 @@ class HistoryItem:
 
     def __repr__(self) -> str:
         names = ", ".join(name for name, _ in self.fields)
-        return f"HistoryItem(id={self.id!r}, fields=({names}), date={self.date})"
+        picture = ", picture" if self.picture else ""
+        return f"HistoryItem(id={self.id!r}, fields=({names}), date={self.date}{picture})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

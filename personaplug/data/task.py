@@ -38,6 +38,8 @@ class Task:
         history_template: a prompt with items; contains `{history}` and `{input}` once each.
         history_after: a word; if it is in the input, the items follow its first occurrence and `history_template`
             is not used.
+        image_field: the field with an item's picture; None = items have no pictures.
+        vector_field: the field with an embedding of the item that was computed elsewhere; None = there is none.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Task:
     item_joint: str = ", and "
     history_template: str = "{history}. {input}"
     history_after: str = ""
+    image_field: str | None = None
+    vector_field: str | None = None
 
     @property
     def field_names(self) -> tuple[str, ...]:

@@ -99,6 +99,8 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     item_joint: str = Task.item_joint
     history_template: str = Task.history_template
     history_after: str = ""
+    image_field: _Text | None = None
+    vector_field: _Text | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -106,8 +108,12 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("'name' is empty")
         if of_models := {"nll", "choice", "margin"}.intersection(self.metrics):
             raise ValueError(f"remove {min(of_models)!r} from 'metrics'; every language model gets this column anyway")
-        if reserved := {"id", "date", PREFERENCE, REJECTED} & {*self.item_fields, self.answer_field}:
+        fields = [*self.item_fields, *filter(None, (self.answer_field, self.image_field, self.vector_field))]
+        if reserved := {"id", "date", PREFERENCE, REJECTED} & {*fields}:
             raise ValueError(f"{min(reserved)!r} is a reserved key of items; rename the field")
+        extra = [name for name in (self.image_field, self.vector_field) if name is not None]
+        if len({*extra}) < len(extra) or {*extra} & {*self.item_fields, self.answer_field}:
+            raise ValueError("'image_field' and 'vector_field' name fields of their own, not those of texts")
         if (self.kind in ("text", "chat")) == bool(self.labels):
             raise ValueError("the kinds 'label' and 'rating' need 'labels'; 'text' and 'chat' have none")
         if self.kind == "chat" and (self.query_after or self.query_pattern):

@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from personaplug.data.records import Content
 from personaplug.errors import ConfigError, EngineFailure
 
 _SMALLEST_NORM = 1e-12  # a shorter vector has no direction
@@ -36,6 +37,7 @@ class EncoderIdentity:
         max_length: number of tokens, special ones included, at which texts are cut; None = never.
         width: size of a vector (E).
         fingerprint: hash of the weights and of the tokens of a probe text, 16 hex digits.
+        parts: name and width of each part of a joint encoder's vectors, in order; empty = the vector of a text.
     """
 
     name: str
@@ -47,16 +49,19 @@ class EncoderIdentity:
     max_length: int | None
     width: int
     fingerprint: str
+    parts: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return values if self.parts else {name: value for name, value in values.items() if name != "parts"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderIdentity:
         """Invert `to_dict`; raise `ConfigError` if a field is missing or unknown."""
         try:
-            return cls(**values)
-        except TypeError as error:
+            parts = tuple((str(name), int(width)) for name, width in values.get("parts", ()))
+            return cls(**values | {"parts": parts})
+        except (TypeError, ValueError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise ConfigError(f"An encoder identity needs exactly these fields: {names}.") from error
 
@@ -71,8 +76,10 @@ class EncoderIdentity:
     def describe(self) -> str:
         """Return one line for messages, with all compared properties."""
         length = "texts uncut" if self.max_length is None else f"at most {self.max_length} tokens"
+        parts = " + ".join(f"{width} of the {name}" for name, width in self.parts)
+        values = f"{self.width} values{f': {parts}' if parts else ''}"
         return (
-            f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
+            f"{self.name} ({values}, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
             f"{self.query_prompt!r} (queries), weights {self.fingerprint})"
         )
 
@@ -96,6 +103,32 @@ class Encoder(Protocol):
 
     def query_encoder(self) -> QueryEncoder:
         """Return a copy for queries whose weights may be trained (PPlug, eq. 2); this encoder stays frozen."""
+
+
+@runtime_checkable
+class ItemEncoder(Protocol):
+    """An encoder that also reads pictures and vectors that were computed elsewhere."""
+
+    def encode_items(self, contents: Sequence[Content], *, batch_size: int = 64) -> Vectors:
+        """Return (n, E) float32 unit vectors; see `encode_items`."""
+
+
+def encode_items(encoder: Encoder | ItemEncoder, contents: Sequence[Content]) -> Vectors:
+    """Return the (n, E) float32 unit vectors of items in order.
+
+    Raises:
+        ConfigError: if an item has a picture or a vector that the encoder does not read.
+        ItemError: if a picture is damaged, or a vector has another width.
+    """
+    if isinstance(encoder, ItemEncoder):
+        return encoder.encode_items(contents)
+    texts = [content for content in contents if isinstance(content, str)]
+    if len(texts) < len(contents):
+        raise ConfigError(
+            "The encoder reads texts alone, and an item has a picture or a vector. Open an encoder with a part for it: "
+            "encoder=TEXT+pictures:NAME or encoder=TEXT+vectors:NAME:WIDTH."
+        )
+    return encoder.encode(texts)
 
 
 class QueryEncoder(nn.Module, ABC):

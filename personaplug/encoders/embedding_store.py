@@ -1,11 +1,11 @@
-"""EmbeddingStore: item embeddings on disk, deduplicated by the content of the text.
+"""EmbeddingStore: item embeddings on disk, deduplicated by the content of the item.
 
 A store is a folder with four files. `table.json` has the format, the encoder and the salt. `vectors.f16` has raw
-float16 rows and is memory-mapped. `checks.u64` has a checksum of each row. `index.sqlite` maps the hash of a text to
+float16 rows and is memory-mapped. `checks.u64` has a checksum of each row. `index.sqlite` maps the hash of a content to
 its row id, with a checksum of both.
 
-A text in many histories is encoded and stored once. The store contains no text. The first read of a row detects a
-damaged row and a row of another store, because every checksum depends on the salt.
+A content in many histories is encoded and stored once. The store contains no text and no picture. The first read of a
+row detects a damaged row and a row of another store, because every checksum depends on the salt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.records import Content
 from personaplug.encoders import Encoder, EncoderIdentity
+from personaplug.encoders.base import encode_items
 from personaplug.encoders.row_checks import Checks, RowHash, key_checks
 from personaplug.errors import DamagedFile, EncoderMismatch, ShapeMismatch, StorageError, UserError
 from personaplug.infra.atomic_io import write_checked_json
@@ -102,11 +104,11 @@ class EmbeddingStore:
         # Leave out the mapped vectors and the connection.
         return partial(type(self), salt=self._salt), (self.folder, self.encoder)
 
-    def add(self, texts: Iterable[str], *, chunk: int = 4096) -> RowIds:
-        """Encode the missing texts and return the row ids of all texts, (n,).
+    def add(self, contents: Iterable[Content], *, chunk: int = 4096) -> RowIds:
+        """Encode the missing contents and return the row ids of all contents, (n,).
 
-        Only one chunk of the texts is in memory. A chunk is complete on disk before the next one starts, so an
-        interrupted call loses at most one chunk. Repeat the call to resume. If no text is missing, the call neither
+        Only one chunk of the contents is in memory. A chunk is complete on disk before the next one starts, so an
+        interrupted call loses at most one chunk. Repeat the call to resume. If none is missing, the call neither
         writes nor locks.
 
         Raises:
@@ -116,15 +118,15 @@ class EmbeddingStore:
         row_ids = [np.zeros(0, dtype=np.int64)]
         is_locked = False
         with contextlib.ExitStack() as lock:
-            for part in _chunks(texts, chunk):
-                keys = {text: content_key(text) for text in dict.fromkeys(part)}
+            for part in _chunks(contents, chunk):
+                keys = {content: content_key(content) for content in dict.fromkeys(part)}
                 rows = self._look_up(keys.values())
                 if len(rows) < len(keys) and not is_locked:
                     lock.enter_context(_writer_lock(self.folder))
                     is_locked = True
-                    rows = self._look_up(keys.values())  # another writer may have added texts before the lock
-                rows |= self._append({key: text for text, key in keys.items() if key not in rows})
-                row_ids.append(np.array([rows[keys[text]] for text in part], dtype=np.int64))
+                    rows = self._look_up(keys.values())  # another writer may have added some before the lock
+                rows |= self._append({key: content for content, key in keys.items() if key not in rows})
+                row_ids.append(np.array([rows[keys[content]] for content in part], dtype=np.int64))
         return np.concatenate(row_ids)
 
     def gather(self, row_ids: RowIds) -> Float16Array:
@@ -189,19 +191,19 @@ class EmbeddingStore:
                 rows.update(_checked_rows(entries, self.folder, salt=self._salt))
         return rows
 
-    def _append(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
-        """Encode texts, given by key, and return the new row of each key."""
-        if not texts:
+    def _append(self, contents: Mapping[bytes, Content]) -> dict[bytes, int]:
+        """Encode contents, given by key, and return the new row of each key."""
+        if not contents:
             return {}
-        vectors, start = self._encode(list(texts.values())), len(self)
-        row_ids = np.arange(start, start + len(texts), dtype=np.int64)
+        vectors, start = self._encode(list(contents.values())), len(self)
+        row_ids = np.arange(start, start + len(contents), dtype=np.int64)
         self._write("vectors.f16", vectors.tobytes(), start=start)
         self._write("checks.u64", self._hash(vectors, row_ids).astype("<u8").tobytes(), start=start)
-        keys, rows = [*texts, _EXTENT], [*row_ids.tolist(), start + len(texts)]
+        keys, rows = [*contents, _EXTENT], [*row_ids.tolist(), start + len(contents)]
         seals = key_checks(keys, np.array(rows, dtype=np.int64), salt=self._salt).tolist()
         with self._index() as index, index:
             index.executemany(_INSERT, zip(keys, rows, seals, strict=True))
-        return dict(zip(texts, rows[:-1], strict=True))
+        return dict(zip(contents, rows[:-1], strict=True))
 
     def _write(self, name: str, content: bytes, *, start: int) -> None:
         """Write rows from `start` on; overwrite rows that an interrupted writer may have left."""
@@ -212,26 +214,26 @@ class EmbeddingStore:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _encode(self, texts: Sequence[str]) -> Float16Array:
-        vectors = self.encoder.encode(texts)
+    def _encode(self, contents: Sequence[Content]) -> Float16Array:
+        count, vectors = len(contents), encode_items(self.encoder, contents)
         shape = getattr(vectors, "shape", type(vectors).__name__)
-        if not isinstance(vectors, np.ndarray) or shape != (len(texts), self.width):
+        if not isinstance(vectors, np.ndarray) or shape != (count, self.width):
             raise ShapeMismatch(
-                f"The encoder {self.encoder.identity.name} returned shape {shape} for {len(texts)} texts; "
-                f"expected a numpy array of shape ({len(texts)}, {self.width})."
+                f"The encoder {self.encoder.identity.name} returned shape {shape} for {count} items; "
+                f"expected a numpy array of shape ({count}, {self.width})."
             )
         with np.errstate(over="ignore"):
             rounded: Float16Array = vectors.astype("<f2")
         if invalid := int((~np.isfinite(rounded).all(axis=1)).sum()):
             raise UserError(
                 f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
-                f"{len(texts)} texts, so this chunk was not stored. Run the encoder in float32, or use another encoder."
+                f"{count} items, so this chunk was not stored. Run the encoder in float32, or use another encoder."
             )
         lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
         if wrong := int((np.abs(lengths - 1) > _LENGTH_TOLERANCE).sum()):
             raise UserError(
                 f"The encoder {self.encoder.identity.name} must return vectors of length 1; found lengths from "
-                f"{lengths.min():.3g} to {lengths.max():.3g}, wrong for {wrong} of {len(texts)} texts. This chunk was "
+                f"{lengths.min():.3g} to {lengths.max():.3g}, wrong for {wrong} of {count} items. This chunk was "
                 f"not stored. Normalize the vectors, and use a fixed unit vector for texts without features."
             )
         return rounded
@@ -278,9 +280,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def content_key(text: str) -> bytes:
-    """Return the 16-byte hash of a text. Among 10 million texts, the probability of a collision is below 1e-24."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def content_key(content: Content) -> bytes:
+    """Return the 16-byte hash of a content. Among 10 million, the probability of a collision is below 1e-24."""
+    if isinstance(content, str):
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    picture = content.picture.digest if content.picture else b""
+    parts = (content_key(content.text), picture, content.vector or b"")
+    sizes = b"".join(len(part).to_bytes(8, "little") for part in parts)
+    return hashlib.blake2b(sizes + b"".join(parts), digest_size=16, person=b"item content").digest()
 
 
 def _create(folder: Path, identity: EncoderIdentity) -> None:

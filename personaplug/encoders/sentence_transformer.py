@@ -72,7 +72,7 @@ class SentenceEncoder:
     ) -> None:
         self._engine = _available_engine(engine, device=device)
         folder = find_model(name)
-        self._model = _load(folder, name=name, device=device, dtype=dtype)
+        self._model = load_model(folder, name=name, device=device, dtype=dtype)
         limit_length(self._model, max_length)
         self._counter = TokenCounter(self._model.tokenizer)
         width = self._model.get_embedding_dimension()
@@ -182,7 +182,8 @@ def _available_engine(engine: str, *, device: str) -> str:
     return engine if engine != "auto" or (on_cpu and is_installed) else "torch"
 
 
-def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> SentenceTransformer:
+def load_model(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> SentenceTransformer:
+    """Load a frozen sentence-transformers model from its folder; `name` is for messages."""
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -190,7 +191,7 @@ def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> Senten
             settings = {"dtype": dtype}
             model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=settings)
     except (OSError, ValueError, KeyError) as error:
-        raise MissingModel(name, tried=[f"{folder} (it does not load as a text encoder: {error})"]) from error
+        raise MissingModel(name, tried=[f"{folder} (it does not load as an encoder: {error})"]) from error
     return model.eval().requires_grad_(False)
 
 

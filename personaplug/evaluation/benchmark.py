@@ -126,6 +126,7 @@ def _check_selection(
 _LATER_SETTINGS = {
     "training.preference_loss": "none",
     "training.preference_weight": 1.0,
+    "plug.item_parts": "all",
     "evaluation.item_kinds": "all",
     "evaluation.identification_samples": 0,
     "evaluation.sampled_answers": 0,

@@ -95,6 +95,15 @@ def find_gguf(name: str) -> Path:
     return ggufs[0]
 
 
+def find_onnx(name: str) -> Path:
+    """Return the ONNX file of `package:NAME`, an installed Python package with one such file."""
+    files = sorted(path for path in _package_files(name) if path.suffix == ".onnx" and path.is_file())
+    if len(files) != 1:
+        listing = ", ".join(map(str, files)) or "none"
+        raise MissingModel(name, tried=[f"the files of the Python package (expected one .onnx file, found {listing})"])
+    return files[0]
+
+
 def find_tokenizer(name: str) -> Path:
     """Return a local folder with the tokenizer of a model, like `find_model`; weights are not downloaded for it."""
     path = Path(os.path.expanduser(name))

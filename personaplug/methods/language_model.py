@@ -20,7 +20,7 @@ from personaplug.methods.copy_heads import CopyingPrompter
 from personaplug.methods.costs import UserCost
 from personaplug.methods.divergence import divergence, plain_answers
 from personaplug.methods.identification import identification
-from personaplug.methods.personas import MeanPersona, RandomVectors
+from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.sampled_answers import sampled_answers
@@ -243,6 +243,17 @@ class RandomVectorsMethod(LanguageModelMethod):
         plug = self._plug(context, seed=seed)
         assert plug is not None
         vectors = RandomVectors(context.embeddings, seed=seed)
+        return Personalizer(plug, table=vectors, persona_scale=context.config.persona_scale)
+
+
+@dataclass(frozen=True)
+class NoisePicturesMethod(LanguageModelMethod):
+    """The plug with pictures of noise instead of the items' pictures."""
+
+    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
+        plug = self._plug(context, seed=seed)
+        assert plug is not None
+        vectors = NoisePictures(context.embeddings, context.models.encoder, seed=seed)
         return Personalizer(plug, table=vectors, persona_scale=context.config.persona_scale)
 
 

@@ -1,18 +1,28 @@
-"""Stand-ins for a user's persona in the controls `random-vectors` and `mean-persona`."""
+"""Stand-ins for items or a persona, in the controls `random-vectors`, `noise-pictures` and `mean-persona`."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from personaplug.data.pictures import Picture
+from personaplug.data.records import ItemContent
+from personaplug.encoders import Encoder
+from personaplug.encoders.base import encode_items
 from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.joint import PICTURE, part_slice
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.personalizer import Personalizer, Vectors
+
+_NOISE_PICTURES = 64
+_NOISE_SIZE = 32  # pixels of a side; a multiple of 4, so that rows of a bitmap need no padding
 
 
 class RandomVectors:
@@ -34,6 +44,32 @@ class RandomVectors:
             drawn[index] = np.random.default_rng([self.seed, 9, content]).standard_normal(self.width)
         norms = np.linalg.norm(drawn, axis=1, keepdims=True)
         return np.asarray(drawn / norms, dtype=np.float16)
+
+
+class NoisePictures:
+    """Pictures of noise instead of the items' pictures; texts and outside vectors stay.
+
+    Args:
+        vectors: the vectors to change; equal vectors get equal noise.
+        encoder: the encoder of the vectors, which has a part for pictures.
+    """
+
+    def __init__(self, vectors: Vectors, encoder: Encoder, *, seed: int) -> None:
+        self.vectors, self.seed, self.width = vectors, seed, vectors.width
+        self._values = part_slice(encoder.identity, PICTURE)
+        rng = np.random.default_rng([seed, 10])
+        pictures = [_noise_picture(rng) for _ in range(_NOISE_PICTURES)]
+        encoded = encode_items(encoder, [ItemContent("", picture) for picture in pictures])
+        self._noise = encoded[:, self._values]
+
+    def gather(self, rows: RowIds) -> Float16Array:
+        """Return the vectors of some rows with other pictures, (n, E)."""
+        vectors = self.vectors.gather(rows).astype(np.float32)
+        for vector in vectors:
+            picture = vector[self._values]
+            draw = int.from_bytes(hashlib.blake2b(picture.tobytes(), digest_size=8).digest()) % len(self._noise)
+            vector[self._values] = self._noise[draw] * np.linalg.norm(picture)
+        return np.asarray(vectors, dtype=np.float16)
 
 
 class MeanPersona:
@@ -58,6 +94,16 @@ class MeanPersona:
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Return the same soft tokens for each sample, (B, S, D)."""
         return SoftPrompt.cat([self.mean] * len(samples))
+
+
+def _noise_picture(rng: np.random.Generator) -> Picture:
+    """Return a picture whose pixels have random colors, as an uncompressed bitmap."""
+    size, file = _NOISE_SIZE, io.BytesIO()
+    pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8).tobytes()
+    file.write(struct.pack("<2sIHHI", b"BM", 54 + len(pixels), 0, 0, 54))
+    file.write(struct.pack("<IiiHHIIiiII", 40, size, size, 1, 24, 0, len(pixels), 0, 0, 0, 0))
+    file.write(pixels)
+    return Picture(file.getvalue())
 
 
 def _weighted_sum(soft: SoftPrompt, *, weight: float = 1.0) -> SoftPrompt:

@@ -16,6 +16,7 @@
     ROW@wrong-user  ROW@shuffled                             controls: another user's history, or another item order
     wrong-user  shuffled                                     short for plug@wrong-user and plug@shuffled
     random-vectors  mean-persona  population-persona         further controls of the plug
+    plug:text  plug:picture  plug:vector  noise-pictures     one part of the items alone; pictures of noise
 
 The personal gain of a row is its distance from its wrong-user control. Rows without a language model show which scores
 are possible without one.
@@ -33,7 +34,12 @@ from personaplug.baselines.regression import Regression
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.errors import ConfigError
 from personaplug.methods.base import Method
-from personaplug.methods.language_model import LanguageModelMethod, MeanPersonaMethod, RandomVectorsMethod
+from personaplug.methods.language_model import (
+    LanguageModelMethod,
+    MeanPersonaMethod,
+    NoisePicturesMethod,
+    RandomVectorsMethod,
+)
 from personaplug.methods.lora import LoraMethod, UserLoraMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
@@ -47,7 +53,7 @@ from personaplug.methods.registry import (
     unknown_method,
 )
 from personaplug.training.copy_head_part import COPY_HEAD, INSTRUCTION_COPY_HEAD
-from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, NEIGHBORS, PAPER_PLUG, PLUG
+from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, NEIGHBORS, ONE_PART_PLUGS, PAPER_PLUG, PLUG
 
 _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; the row without extensions is `instruction-only`
@@ -147,17 +153,17 @@ def _user_words(argument: str) -> Method:
     return _no_lm(UserWords("user-words", words), rationale, name=name)
 
 
+_PLUG = LanguageModelMethod(
+    PLUG,
+    info=MethodInfo("plug", "plug", "own", is_seeded=True),
+    rationale="how much the user's own history gains through the plug",
+)
 _FIXED: tuple[Method, ...] = (
     LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does without personalization"),
     LanguageModelMethod(
         INSTRUCTION,
         info=MethodInfo("instruction-only", is_seeded=True),
         rationale="how much soft tokens gain without a history, with the same data, steps and number of tokens",
-    ),
-    LanguageModelMethod(
-        PLUG,
-        info=MethodInfo("plug", "plug", "own", is_seeded=True),
-        rationale="how much the user's own history gains through the plug",
     ),
     LanguageModelMethod(
         PAPER_PLUG,
@@ -178,6 +184,11 @@ _FIXED: tuple[Method, ...] = (
         PLUG,
         info=MethodInfo("random-vectors", "plug", "own", control_of="plug", is_seeded=True),
         rationale="whether the persona depends on the items, or only on their number",
+    ),
+    NoisePicturesMethod(
+        PLUG,
+        info=MethodInfo("noise-pictures", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="how much of the plug's gain pictures of noise give too",
     ),
     MeanPersonaMethod(
         PLUG,
@@ -223,8 +234,26 @@ _FIXED: tuple[Method, ...] = (
     ),
 )
 
+_ONE_PART = {
+    part.item_part: LanguageModelMethod(
+        part,
+        info=MethodInfo(part.name, "plug", "own", is_seeded=True),
+        rationale=f"how much a plug gains that is trained on one part of the items alone: the {part.item_part}",
+    )
+    for part in ONE_PART_PLUGS
+}
+
+
+def _plug(argument: str) -> Method:
+    """Return the plug, or a plug that reads one part of the items: `plug:picture`."""
+    if argument and argument not in _ONE_PART:
+        raise unknown_method(f"plug:{argument}")
+    return _ONE_PART[argument] if argument else _PLUG
+
+
 for _method in _FIXED:
     register_method(_method.name, _fixed(_method))
+register_method("plug", _plug)
 register_method("copy", _copy)
 register_method("user-words", _user_words)
 for _retriever in RETRIEVERS:

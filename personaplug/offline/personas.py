@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from personaplug.data.parquet_files import import_pyarrow
+from personaplug.data.records import Content
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, encode_items
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import UserErased
 from personaplug.llm.soft_prompt import SoftPrompt
@@ -24,7 +25,7 @@ T = TypeVar("T")
 Result = dict[str, Any]
 """The columns of a row's result."""
 
-_MAX_TEXTS = 20_000
+_MAX_ITEMS = 20_000
 
 
 class Histories(Protocol):
@@ -41,18 +42,18 @@ class ItemHistories:
     """Histories in the rows themselves. Rows of a user share the vectors of equal texts."""
 
     def __init__(self, personalizer: Personalizer, encoder: Encoder) -> None:
-        self._personalizer, self._texts = personalizer, _TextVectors(encoder)
+        self._personalizer, self._vectors = personalizer, _ItemVectors(encoder)
 
     def read(self, rows: Sequence[Row]) -> list[EncodedHistory]:
         personalizer, with_answer = self._personalizer, self._personalizer.plug.config.encodes_answers
         items = [item for row in rows for item in personalizer.used_items(row.items)]
-        self._texts.add([item.encoded(with_answer=with_answer) for item in items])
-        encoder: Any = self._texts  # encodes the same texts, so that all rows need one call of the model
+        self._vectors.add([item.encoded(with_answer=with_answer) for item in items])
+        encoder: Any = self._vectors  # encodes the same texts, so that all rows need one call of the model
         return [personalizer.encode(row.items, encoder=encoder) for row in rows]
 
     def confirmed(self, rows: Sequence[Row], work: Callable[[], T]) -> T:
         # Rounding depends on the texts of a call. With an empty start, it does not depend on earlier shards.
-        self._texts.clear()
+        self._vectors.clear()
         return work()
 
 
@@ -143,25 +144,25 @@ class PersonaWriter:
         return results
 
 
-class _TextVectors:
-    """Vectors of the latest texts; encodes texts that are missing."""
+class _ItemVectors:
+    """Vectors of the latest items; encodes items that are missing."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._encoder, self._vectors = encoder, dict[str, Any]()
+        self._encoder, self._vectors = encoder, dict[Content, Any]()
         self.width = encoder.width
 
     def clear(self) -> None:
         self._vectors.clear()
 
-    def add(self, texts: Sequence[str]) -> None:
-        if len(self._vectors) > _MAX_TEXTS:
+    def add(self, contents: Sequence[Content]) -> None:
+        if len(self._vectors) > _MAX_ITEMS:
             self._vectors.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        new = [content for content in dict.fromkeys(contents) if content not in self._vectors]
         if new:
-            self._vectors.update(zip(new, self._encoder.encode(new), strict=True))
+            self._vectors.update(zip(new, encode_items(self._encoder, new), strict=True))
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        vectors: Vectors = np.stack([self._vectors[text] for text in texts])
+    def encode_items(self, contents: Sequence[Content], *, batch_size: int = 64) -> Vectors:
+        vectors: Vectors = np.stack([self._vectors[content] for content in contents])
         return vectors
 
 

@@ -18,6 +18,7 @@ from personaplug.encoders.encoded_sample import PREFERENCE_KIND, Int8Array
 from personaplug.errors import ShapeMismatch
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
+_SMALLEST_PART = 1e-3  # norm of a part that an item has; the smallest is 1 / √3
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
 
 
@@ -185,6 +186,60 @@ class Projector(nn.Module):
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
         return torch.einsum("bh,kdh->bkd", hidden, weight) + weight_sums[:, None, None] * bias
+
+
+class JointProjector(nn.Module):
+    """A projector for each part of joint vectors: text, picture, vector from outside; see `JointEncoder`.
+
+    Σ_p s_p · Proj_p(part p): the shares s are a softmax of trained numbers over the parts that an item has. A part that
+    is missing, which is a block of zeros, gets no share.
+
+    Args:
+        widths: of the parts, in order.
+        settings: of each `Projector`.
+    """
+
+    def __init__(self, widths: Sequence[int], *, hidden: int, **settings: int) -> None:
+        super().__init__()
+        self.widths, self.hidden_width = list(widths), hidden
+        self.parts = nn.ModuleList(Projector(width, hidden=hidden, **settings) for width in widths)
+        self.part_scores = nn.Parameter(torch.zeros(len(self.widths)))
+
+    @property
+    def _parts(self) -> list[Projector]:
+        return list(self.parts)  # type: ignore[arg-type]  # a ModuleList does not say what it holds
+
+    @property
+    def kind(self) -> Tensor | None:
+        """The largest weight of each kind of items but answers, (kinds - 1, hidden); see `Projector`."""
+        kinds: list[Tensor] = [part.kind for part in self._parts if part.kind is not None]
+        return torch.stack(kinds).abs().amax(dim=0) if kinds else None
+
+    def hidden(self, items: Tensor, *, label_ids: Tensor, style: Tensor, kind_ids: Tensor) -> Tensor:
+        """Return (M, P·hidden + P): the hidden layers of (M, E) joint vectors times the shares, then the shares."""
+        blocks = torch.split_with_sizes(items, self.widths, dim=1)
+        norms = torch.stack([block.float().norm(dim=1) for block in blocks], dim=1)  # (M, P)
+        scores = self.part_scores.masked_fill(norms < _SMALLEST_PART, -torch.inf).exp()
+        shares = (scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-30)).to(items.dtype)
+        answers = {"label_ids": label_ids, "style": style, "kind_ids": kind_ids}
+        layers = [
+            share[:, None] * part.hidden((block / norm.clamp_min(_SMALLEST_PART)[:, None]).to(items.dtype), **answers)
+            for part, block, norm, share in zip(self._parts, blocks, norms.T, shares.T, strict=True)
+        ]
+        return torch.cat([*layers, shares], dim=1)
+
+    def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:
+        """Apply the outer layers to weighted sums of `hidden`, (B, P·hidden + P); return (B, k, D).
+
+        The last columns are the weighted shares of the parts; they weigh the outer biases in place of `weight_sums`.
+        """
+        sizes = [*[self.hidden_width] * len(self.parts), len(self.parts)]
+        *layers, shares = torch.split_with_sizes(hidden, sizes, dim=1)
+        outputs = [
+            part.out(layer, weight_sums=share, tokens=tokens)
+            for part, layer, share in zip(self._parts, layers, shares.T, strict=True)
+        ]
+        return torch.stack(outputs).sum(dim=0)
 
 
 class OptionHint(nn.Module):

@@ -29,10 +29,11 @@ from personaplug.plug.layers import ColdStart, FrozenQueryEncoder
 from personaplug.plug.persona_head import PersonaHead
 from personaplug.plug.saving import PlugSpec
 
-_KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens") | dict.fromkeys(
-    ("population_score", "log_sharpness", "log_doubt", "trust", "log_near_doubt", "near_trust", "log_temperature"),
-    "numbers",
+_NUMBERS = (
+    *("part_scores", "population_score", "log_sharpness", "log_doubt", "trust"),
+    *("log_near_doubt", "near_trust", "log_temperature"),
 )
+_KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens") | dict.fromkeys(_NUMBERS, "numbers")
 _COLD_TOKENS = "cold_start.tokens"
 _COLD_NUMBERS = "cold_start.prior_numbers"
 _MAX_COLD_ITEMS = "cold_start.max_items"  # in the file of the weights, so that prompts depend on one file

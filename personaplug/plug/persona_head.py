@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from personaplug.data.records import ITEM_KINDS, Options
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.encoders.style_features import FEATURES
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
-from personaplug.plug.layers import DotAttention, FrozenQueryEncoder, MeanPooling, OptionHint, Projector, QueryHead
+from personaplug.plug.layers import (
+    DotAttention,
+    FrozenQueryEncoder,
+    JointProjector,
+    MeanPooling,
+    OptionHint,
+    Projector,
+    QueryHead,
+)
 
 _CONVERTED_ITEMS = 1024  # at once, so that their float32 copy fits into the CPU cache
 
@@ -41,15 +50,17 @@ class PersonaHead(nn.Module):
             self.query_encoder = encoder.query_encoder()
         elif has_attention:
             self.query_encoder = QueryHead(encoder.width, frozen=self.frozen_encoder)
-        self.projector = Projector(
-            encoder.width,
-            hidden=width,
-            tokens=self.tokens,
-            out=width,
-            labels=labels if config.projects_labels else 0,
-            style=len(FEATURES) if config.reads_style else 0,
-            kinds=len(ITEM_KINDS) if config.kinds else 0,
-        )
+        settings = {
+            "hidden": width,
+            "tokens": self.tokens,
+            "out": width,
+            "labels": labels if config.projects_labels else 0,
+            "style": len(FEATURES) if config.reads_style else 0,
+            "kinds": len(ITEM_KINDS) if config.kinds else 0,
+        }
+        widths = [part_width for _, part_width in encoder.identity.parts]
+        # Typed as Any, because the parameters of the two kinds have different names.
+        self.projector: Any = JointProjector(widths, **settings) if widths else Projector(encoder.width, **settings)
         # Gets the weight that the user's items do not take: all weight if there are no items. It starts at zero and
         # learns from samples whose history training drops (`training.drop_history_prob`).
         self.population = nn.Parameter(torch.zeros(self.tokens, width))
@@ -139,7 +150,8 @@ class PersonaHead(nn.Module):
     def _hidden(self, history: HistoryBatch) -> Tensor:
         items = _convert(history.vectors, self.item_dtype)
         answers = {"label_ids": history.label_ids, "style": history.style, "kind_ids": history.kind_ids}
-        return self.projector.hidden(items, **answers)
+        hidden: Tensor = self.projector.hidden(items, **answers)
+        return hidden
 
     def _hints(
         self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, persona_scale: float

@@ -7,9 +7,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import Encoder
+from personaplug.encoders.base import encode_items
 from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import (
     EncodedHistory,
@@ -20,6 +22,7 @@ from personaplug.encoders.encoded_sample import (
     no_style,
     style_of_answers,
 )
+from personaplug.encoders.joint import only_part
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
@@ -66,10 +69,12 @@ class Personalizer:
     def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
         """Encode the items of a user that the plug uses; see `used_items`."""
         items = self.used_items(items)
-        texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
-        vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
+        contents = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
+        vectors = encode_items(encoder, contents) if contents else np.empty((0, encoder.width))
         style = style_of_answers(items) if self.plug.config.reads_style else no_style(len(items))
-        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style, kind_ids(items))
+        return EncodedHistory(
+            vectors.astype(np.float16), label_ids(items, self.plug.spec.labels), style, kind_ids(items)
+        )
 
     @torch.no_grad()
     def precompute(self, history: EncodedHistory) -> HistoryBatch:
@@ -99,12 +104,17 @@ class Personalizer:
         # torch takes writable arrays; the read-only arrays of a store are copied.
         vectors, style = (np.require(array, requirements=["C", "W"]) for array in (history.vectors, style))
         return HistoryBatch(
-            torch.from_numpy(vectors).to(device),
+            self._read_parts(torch.from_numpy(vectors)).to(device),
             (len(history),) if lengths is None else lengths,
             torch.from_numpy(history.label_ids.astype(np.int64)).to(device),
             torch.from_numpy(style).to(device),
             torch.from_numpy(history.kind_ids.astype(np.int64)).to(device),
         )
+
+    def _read_parts(self, vectors: Tensor) -> Tensor:
+        """Return (M, E) vectors with the parts that the plug reads."""
+        part = self.plug.config.item_parts
+        return vectors if part == "all" else only_part(vectors, self.plug.spec.encoder, part)
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
         """Collect the vectors of the items that the plug uses, at most `max_history` per sample."""

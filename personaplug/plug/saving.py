@@ -98,10 +98,12 @@ def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {"instruction": (config.instruction_tokens, width)}
     if tokens:
         shapes["persona.population"] = (tokens, width)
-        shapes["persona.projector.inner.weight"] = (width, spec.encoder.width)
-        shapes["persona.projector.outer.weight"] = (tokens * width, width)
-    if labels and config.projects_labels:
-        shapes["persona.projector.label.weight"] = (labels + 1, width)
+        parts = [(f"parts.{index}.", size) for index, (_, size) in enumerate(spec.encoder.parts)]
+        for part, size in parts or [("", spec.encoder.width)]:
+            name = f"persona.projector.{part}"
+            shapes |= {f"{name}inner.weight": (width, size), f"{name}outer.weight": (tokens * width, width)}
+            if labels and config.projects_labels:
+                shapes[f"{name}label.weight"] = (labels + 1, width)
     if tokens and config.options == "compare":
         shapes["persona.hint.option_vectors"] = (spec.option_count, width)
     return shapes

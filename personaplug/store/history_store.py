@@ -19,6 +19,7 @@ from typing import Any
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
+from personaplug.encoders.base import encode_items
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store import expiry, reads, secure_delete, writes
 from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table, sa
@@ -187,7 +188,8 @@ class HistoryStore:
     def _encode(self, user: str, items: Sequence[HistoryItem]) -> EncodedItems:
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
-        vectors = self.encoder.encode([item.encoded(with_answer=self.settings.encodes_answers) for item in items])
+        contents = [item.encoded(with_answer=self.settings.encodes_answers) for item in items]
+        vectors = encode_items(self.encoder, contents)
         return EncodedItems([user] * len(items), items, vectors, self.encoder.identity)
 
     def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from personaplug.data.records import HistoryItem, Sample
+from personaplug.encoders.base import encode_items
 from personaplug.errors import ConfigError, UserErased, UserError
 from personaplug.store import writes
 from personaplug.store.database import Connection, execute
@@ -124,5 +125,6 @@ def _add(store: HistoryStore, ticket: Ticket, changed: Sequence[tuple[str, Histo
     if store.encoder is None:
         raise UserError("The store was opened without an encoder: open it with the encoder of its vectors.")
     users, items = [user for user, _ in changed], [item for _, item in changed]
-    vectors = store.encoder.encode([item.encoded(with_answer=store.settings.encodes_answers) for item in items])
+    contents = [item.encoded(with_answer=store.settings.encodes_answers) for item in items]
+    vectors = encode_items(store.encoder, contents)
     return store.add_encoded(ticket, EncodedItems(users, items, vectors, store.encoder.identity))

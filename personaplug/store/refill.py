@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, encode_items
 from personaplug.errors import ConfigError, StoreConflict
 from personaplug.store.database import Connection, Database, execute, lock_table, sa
 from personaplug.store.history_store import EncodedItems, HistoryStore, StoredItem, StoreSettings
@@ -119,8 +119,8 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
             window = source.window(None)
             rows = [UserRow.of(user, tenant=user.tenant, user=user.user_id) for user in stale]
             histories = [list_items(connection, shard, row, window=window, by_arrival=True) for row in rows]
-        texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
-        vectors = target.encoder.encode(texts)
+        contents = [item.encoded(with_answer=with_answer) for items in histories for item in items]
+        vectors = encode_items(target.encoder, contents)
         for user, items in zip(stale, histories, strict=True):
             count += _copy_user(source, target, user, items, vectors[: len(items)])
             vectors = vectors[len(items) :]

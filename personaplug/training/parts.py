@@ -21,6 +21,7 @@ from personaplug.baselines.retrievers import Retrieval
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.joint import OUTSIDE, PICTURE, TEXT, part_slice
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.locks import sole_trainer
@@ -193,6 +194,20 @@ class PlugPart(SoftPromptPart):
 
 
 @dataclass(frozen=True)
+class OnePartPlug(PlugPart):
+    """The run's plug, trained on one part of the items alone: the text, the picture or the outside vector."""
+
+    item_part: Literal["text", "picture", "vector"] = "text"
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        return replace(own, item_parts=self.item_part)
+
+    def check_run(self, run: Run, models: Models) -> None:
+        part_slice(models.encoder.identity, self.item_part)
+        super().check_run(run, models)
+
+
+@dataclass(frozen=True)
 class InstructionPart(SoftPromptPart):
     """Soft tokens without a history: the same number as the plug's, trained on the same samples."""
 
@@ -265,6 +280,7 @@ class PaperPlugPart(SoftPromptPart):
 
 
 PLUG = PlugPart("plug")
+ONE_PART_PLUGS = tuple(OnePartPlug(f"plug:{part}", item_part=part) for part in (TEXT, PICTURE, OUTSIDE))
 INSTRUCTION = InstructionPart("instruction-only")
 PAPER_PLUG = PaperPlugPart("paper-plug")
 LABEL_COUNTS = LabelPriorPart("instruction+labels", prior="counts")
@@ -364,12 +380,17 @@ def _fit_label_prior(plug: PersonaPlug, samples: Sequence[EncodedSample], traini
         return
     # Encode all queries in order, so that rounding does not depend on whether the prior is fitted or copied.
     plug.cache_queries([sample.query for sample in samples], [sample.options for sample in samples])
-    states, kind = trainings.label_priors, (plug.config.label_prior, seed)
+    states, kind = trainings.label_priors, _prior_key(plug, seed=seed)
     if kind not in states:
         fit, config = label_prior_fit(plug, trainings), trainings.run.config.training
         # One process fits for all, because rounding may differ between devices.
         states[kind] = on_main(lambda: (fit.fit_alone(samples, config=config, seed=seed), fit.state()))[1]
     plug.label_prior.load_state_dict(states[kind])
+
+
+def _prior_key(plug: PersonaPlug, *, seed: int) -> tuple[str, str, int]:
+    """Return what the fit of a plug's label prior depends on, besides the samples."""
+    return plug.config.label_prior, plug.config.item_parts, seed
 
 
 def _fit_prior_beside(
@@ -386,7 +407,7 @@ def _fit_prior_beside(
 
     def fitted() -> tuple[float, State]:
         scores = _label_scores(plug, held_out, trainings)
-        fit.prior.load_state_dict(trainings.label_priors[plug.config.label_prior, seed])
+        fit.prior.load_state_dict(trainings.label_priors[_prior_key(plug, seed=seed)])
         return fit.fit_beside(scores, held_out), fit.state()
 
     loss, state = on_main(fitted)

@@ -48,7 +48,7 @@ class Trainings:
         run.check_models(models)
         self.run, self.reader, self.models = run, reader, models
         self._reported: set[Path] = set()
-        self.label_priors: dict[tuple[str, int], dict[str, Tensor]] = {}  # fitted states, by kind and seed
+        self.label_priors: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # fitted states, by kind, part and seed
         self.embeddings, self.samples = main_first(self._read)
         self.prompts = PromptBuilder(run, models, table=self.embeddings)
 

@@ -166,7 +166,7 @@ def test_gather_unknown_row_raises(table: EmbeddingStore, row: int) -> None:
 
 def test_nan_raises_and_stores_nothing_of_the_chunk(tmp_path: Path) -> None:
     table = EmbeddingStore.open(tmp_path, BrokenEncoder())
-    with pytest.raises(UserError, match="NaN or infinite values for 1 of 2 texts") as raised:
+    with pytest.raises(UserError, match="NaN or infinite values for 1 of 2 items") as raised:
         table.add(["fine", "also", "more", SECRET], chunk=2)
     assert SECRET not in str(raised.value)
     assert len(table) == 2
@@ -579,8 +579,8 @@ class _OddEncoder(HashEncoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda vectors: vectors * 0, "from 0 to 0, wrong for 2 of 2 texts"),
-        (lambda vectors: vectors * 3, "from 3 to 3, wrong for 2 of 2 texts"),
+        (lambda vectors: vectors * 0, "from 0 to 0, wrong for 2 of 2 items"),
+        (lambda vectors: vectors * 3, "from 3 to 3, wrong for 2 of 2 items"),
         (lambda vectors: vectors.tolist(), "returned shape list for 2 texts"),
         (torch.from_numpy, r"returned shape torch.Size\(\[2, 32\]\)"),
         (lambda vectors: None, "returned shape NoneType"),

@@ -222,7 +222,7 @@ def test_sentence_encoder_is_thread_safe(minilm: SentenceEncoder) -> None:
 def test_sentence_encoder_from_folder_without_encoder_raises(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(MissingModel, match="does not load as a text encoder"):
+    with pytest.raises(MissingModel, match="does not load as an encoder"):
         SentenceEncoder(str(tmp_path))
 
 

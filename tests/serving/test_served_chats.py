@@ -52,7 +52,7 @@ def open_chats(toy: CausalLM, folder: Path, *, engine: Engine | None = None, **s
 
 def _kinds_of(plug: PersonaPlug) -> torch.nn.Parameter:
     kinds = head_of(plug).projector.kind
-    assert kinds is not None
+    assert isinstance(kinds, torch.nn.Parameter)
     return kinds
 
 

@@ -18,7 +18,7 @@ from stores import ENCODER, SECRET, Place, add, item
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, encode_items
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.loading import LoadResult, load_histories
 
@@ -66,7 +66,7 @@ def expected(rows: Mapping[str, Sequence[HistoryItem]]) -> dict[str, list[tuple[
     stored = {}
     for user, items in rows.items():
         ordered = sorted(items, key=lambda each: each.date or date.max)
-        vectors = ENCODER.encode([each.encoded(with_answer=True) for each in ordered]).astype(np.float16)
+        vectors = encode_items(ENCODER, [each.encoded(with_answer=True) for each in ordered]).astype(np.float16)
         texts = [dict(each.fields)["text"] for each in ordered]
         stored[user] = [(text, vector.tobytes()) for text, vector in zip(texts, vectors, strict=True)]
     return stored

@@ -16,6 +16,7 @@ import pytest
 from stores import ENCODER, LABELS, Place, add, item, item_ids
 
 from personaplug.data.records import HistoryItem
+from personaplug.encoders.base import encode_items
 from personaplug.encoders.encoded_sample import PREFERENCE_KIND
 from personaplug.errors import ItemError, MissingData, StorageError, UserErased, UserError
 from personaplug.store.backup import back_up, restore, verify
@@ -75,7 +76,7 @@ def test_preference_older_than_the_latest_items_is_used(store: HistoryStore, cou
     history, listed = store.load_history("t", "u", latest=512), store.list_items("t", "u", latest=512)
     assert history.kind_ids.tolist() == [PREFERENCE_KIND, *[0] * 511]
     assert [each.id for each in listed] == ["short answers", *map(str, range(count - 511, count))]
-    vectors = ENCODER.encode([each.encoded(with_answer=True) for each in listed]).astype(np.float16)
+    vectors = encode_items(ENCODER, [each.encoded(with_answer=True) for each in listed]).astype(np.float16)
     np.testing.assert_array_equal(history.vectors, vectors)
 
 

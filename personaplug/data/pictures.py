@@ -1,0 +1,155 @@
+"""Picture: the picture of a history item, as bytes or as a file. Nothing here decodes it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from personaplug.data.values import Flaw
+from personaplug.errors import MissingData
+
+MAX_PICTURE_BYTES = 32 * 2**20
+"""The largest picture that a reader accepts."""
+
+_SIGNATURES = {
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "bmp": re.compile(rb"BM"),
+}
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII)
+_FORMS = "a data URL such as data:image/png;base64,…"
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Picture:
+    """A picture. Two pictures are equal if their bytes are.
+
+    Attributes:
+        source: the bytes, or the file that holds them; a file is read when the bytes are needed.
+    """
+
+    source: bytes | Path
+
+    def read(self) -> bytes:
+        """Return the bytes; raise MissingData if the file is gone."""
+        if isinstance(self.source, bytes):
+            return self.source
+        try:
+            return self.source.read_bytes()
+        except OSError as error:
+            raise MissingData(f"The picture {self.source} cannot be read: {error.strerror}.") from None
+
+    @property
+    def digest(self) -> bytes:
+        """The 16-byte hash of the bytes."""
+        if isinstance(self.source, bytes):
+            return _digest(self.source)
+        try:
+            status = self.source.stat()
+        except OSError as error:
+            raise MissingData(f"The picture {self.source} cannot be read: {error.strerror}.") from None
+        return _digest_of_file(self.source, status.st_mtime_ns, status.st_size)
+
+    @property
+    def format(self) -> str:
+        """The name of the file format, such as `png`."""
+        return format_of(self.read()) or "unknown"
+
+    def to_url(self) -> str:
+        """Return the picture as a data URL."""
+        content = self.read()
+        return f"data:image/{format_of(content)};base64,{base64.b64encode(content).decode('ascii')}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return "Picture(bytes)" if isinstance(self.source, bytes) else "Picture(file)"
+
+
+def picture_of(value: object, what: str, *, folder: Path | None = None) -> Picture | None:
+    """Convert a value to a picture; None and an empty text are no picture.
+
+    A value is bytes, a data URL, or a mapping with `bytes` or `path`, as in Parquet files of Hugging Face data sets.
+
+    Args:
+        what: the value in messages.
+        folder: the folder of relative paths; None = paths are refused, because the value comes from a stranger.
+    """
+    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _checked(bytes(value), what)
+    if not isinstance(value, str):
+        raise Flaw(f"{what} is no picture: expected {_FORMS}")
+    if match := _DATA_URL.match(value):
+        return _checked(_decoded(value[match.end() :], what), what)
+    if value.startswith("data:"):
+        raise Flaw(f"{what} is a data URL of another kind: expected {_FORMS}")
+    if folder is None:
+        raise Flaw(f"{what} is no picture: expected {_FORMS}")
+    return _file(folder / value, what)
+
+
+def format_of(content: bytes) -> str | None:
+    """Return the format of a picture by its first bytes: png, jpeg, gif, webp or bmp; None = none of them."""
+    return next((name for name, signature in _SIGNATURES.items() if signature.match(content)), None)
+
+
+def _decoded(text: str, what: str) -> bytes:
+    if len(text) > MAX_PICTURE_BYTES * 4 // 3 + 4:
+        raise _too_large(what)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Flaw(f"{what} is no picture: its base64 is not valid") from None
+
+
+def _checked(content: bytes, what: str) -> Picture:
+    if len(content) > MAX_PICTURE_BYTES:
+        raise _too_large(what)
+    if format_of(content) is None:
+        raise Flaw(f"{what} is no picture in one of the formats {', '.join(_SIGNATURES)}")
+    return Picture(content)
+
+
+def _file(path: Path, what: str) -> Picture:
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # a name that is too long, or with a null character
+        size = None
+    if size is None:
+        raise Flaw(f"{what} names a file that does not exist")
+    if size > MAX_PICTURE_BYTES:
+        raise _too_large(what)
+    with path.open("rb") as file:
+        if format_of(file.read(16)) is None:
+            raise Flaw(f"{what} names a file that is no picture in one of the formats {', '.join(_SIGNATURES)}")
+    return Picture(path.absolute())
+
+
+def _too_large(what: str) -> Flaw:
+    return Flaw(f"{what} is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest_of_file(path: Path, changed: int, size: int) -> bytes:
+    """Return the digest of a file; its time of change and its size are part of the cache's key."""
+    return _digest(path.read_bytes())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

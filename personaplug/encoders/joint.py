@@ -1,0 +1,170 @@
+"""JointEncoder: one vector of an item from its text, its picture and a vector that was computed elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from personaplug.data.records import Content, ItemContent
+from personaplug.encoders.base import Encoder, EncoderIdentity, QueryEncoder, Vectors
+from personaplug.encoders.pictures import PictureEncoder
+from personaplug.errors import ConfigError, ItemError
+
+TEXT: Final = "text"
+PICTURE: Final = "picture"
+OUTSIDE: Final = "vector"
+"""Names of the parts of a joint vector, in order."""
+
+
+@dataclass(frozen=True)
+class OutsideVectors:
+    """Vectors that the caller computes, such as an app's own embeddings of its items.
+
+    Attributes:
+        name: says which embeddings they are; plugs and stores accept vectors of the same name only.
+        width: numbers of a vector.
+    """
+
+    name: str
+    width: int
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify the embeddings by their name."""
+        return hashlib.blake2b(f"vectors {self.name} {self.width}".encode(), digest_size=8).hexdigest()
+
+    def unit_rows(self, vectors: Sequence[bytes]) -> Vectors:
+        """Return (n, E) unit vectors; raise ItemError for a vector of another width or of length 0."""
+        for vector in vectors:
+            if len(vector) != 4 * self.width:
+                raise ItemError(
+                    f"The vectors {self.name!r} have {self.width} numbers each; found one with {len(vector) // 4}."
+                )
+        rows = np.frombuffer(b"".join(vectors), dtype="<f4").reshape(-1, self.width).astype(np.float64)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (norms > 0).all():
+            raise ItemError(f"A vector of {self.name!r} has only zeros, so it has no direction.")
+        unit: Vectors = (rows / norms).astype(np.float32)
+        return unit
+
+
+class JointEncoder:
+    """Encodes the parts of an item apart, and concatenates their unit vectors.
+
+    A missing part is a block of zeros, which no encoder returns. So a plug knows which parts an item has. The whole
+    vector has length 1. The vector of a query has the text part alone.
+
+    Args:
+        text: encodes texts and queries.
+        pictures: encodes pictures; None = items with pictures are refused.
+        outside: the vectors that come with the items; None = items with vectors are refused.
+    """
+
+    def __init__(
+        self,
+        text: Encoder,
+        *,
+        pictures: PictureEncoder | None = None,
+        outside: OutsideVectors | None = None,
+    ) -> None:
+        self.text, self.pictures, self.outside = text, pictures, outside
+        others = [(PICTURE, pictures), (OUTSIDE, outside)]
+        parts = [(name, part) for name, part in [(TEXT, text.identity), *others] if part is not None]
+        fingerprints = "|".join(f"{name} {part.fingerprint}" for name, part in parts)
+        more = [
+            f"pictures:{pictures.name}" if pictures else "",
+            f"vectors:{outside.name}:{outside.width}" if outside else "",
+        ]
+        self.identity: EncoderIdentity = replace(
+            text.identity,
+            name="+".join(filter(None, (text.identity.name, *more))),
+            width=sum(part.width for _, part in parts),
+            fingerprint=hashlib.blake2b(fingerprints.encode(), digest_size=8).hexdigest(),
+            parts=tuple((name, part.width) for name, part in parts),
+        )
+        self.width = self.identity.width
+
+    @property
+    def truncated(self) -> int:
+        """See `Encoder.truncated`."""
+        return self.text.truncated
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
+        """Return the (n, E) float32 unit vectors of items that are texts alone."""
+        return self.encode_items(texts, batch_size=batch_size)
+
+    def encode_items(self, contents: Sequence[Content], *, batch_size: int = 64) -> Vectors:
+        """Return (n, E) float32 unit vectors in order; see `base.encode_items`."""
+        items = [ItemContent(content) if isinstance(content, str) else content for content in contents]
+        has_text = [isinstance(content, str) or bool(content.text) for content in contents]
+        texts = [item.text for item, there in zip(items, has_text, strict=True) if there]
+        blocks = [_block(has_text, self.text.encode(texts, batch_size=batch_size), width=self.text.width)]
+        pictures = [item.picture for item in items if item.picture is not None]
+        if self.pictures is not None:
+            rows = self.pictures.encode(pictures)
+            blocks.append(_block([item.picture is not None for item in items], rows, width=self.pictures.width))
+        elif pictures:
+            raise _without_part(PICTURE, "+pictures:NAME")
+        outside = [item.vector for item in items if item.vector is not None]
+        if self.outside is not None:
+            rows = self.outside.unit_rows(outside)
+            blocks.append(_block([item.vector is not None for item in items], rows, width=self.outside.width))
+        elif outside:
+            raise _without_part(OUTSIDE, "+vectors:NAME:WIDTH")
+        joined = np.concatenate(blocks, axis=1)
+        vectors: Vectors = joined / np.linalg.norm(joined, axis=1, keepdims=True)
+        return vectors
+
+    def query_encoder(self) -> QueryEncoder:
+        """Return the text encoder's copy for queries, with zeros in place of the other parts."""
+        return _JointQueryEncoder(self.text.query_encoder(), width=self.width)
+
+
+class _JointQueryEncoder(QueryEncoder):
+    def __init__(self, text: QueryEncoder, *, width: int) -> None:
+        super().__init__()
+        self.text, self.width = text, width
+
+    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return self.text.features(texts)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        vectors: Tensor = self.text(features)
+        return nn.functional.pad(vectors, (0, self.width - vectors.shape[1]))
+
+
+def part_slice(identity: EncoderIdentity, part: str) -> slice:
+    """Return where the values of a part are in the vectors of an encoder; ConfigError without such a part."""
+    start = 0
+    for name, width in identity.parts:
+        if name == part:
+            return slice(start, start + width)
+        start += width
+    parts = ", ".join(name for name, _ in identity.parts) or TEXT
+    raise ConfigError(f"The encoder {identity.name} has no part {part!r}; it has the parts: {parts}.")
+
+
+def only_part(vectors: Tensor, identity: EncoderIdentity, part: str) -> Tensor:
+    """Return (M, E) joint vectors with one part alone, scaled to length 1; zeros for an item without this part."""
+    values = part_slice(identity, part)
+    kept = torch.zeros_like(vectors)
+    kept[:, values] = nn.functional.normalize(vectors[:, values].float(), dim=-1).to(vectors.dtype)
+    return kept
+
+
+def _block(is_there: Sequence[bool], rows: Vectors, *, width: int) -> Vectors:
+    """Return one part of n items, (n, W): the rows of the items that have it, zeros for the others."""
+    block = np.zeros((len(is_there), width), dtype=np.float32)
+    if len(rows):
+        block[np.flatnonzero(is_there)] = rows
+    return block
+
+
+def _without_part(name: str, part: str) -> ConfigError:
+    return ConfigError(f"An item has a {name}, and the encoder has no part for it. Add {part} to its name.")

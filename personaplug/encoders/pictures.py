@@ -1,0 +1,98 @@
+"""Interface of picture encoders, the decoding of pictures, and an encoder without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from personaplug.data.pictures import Picture
+from personaplug.encoders.base import Vectors
+from personaplug.errors import ItemError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 50_000_000
+"""The largest number of pixels that a picture may have; decoding takes three bytes for each."""
+
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
+_GRID = 4  # cells of a side whose mean colors are features
+_LEVELS = 4  # of each color in the histogram
+
+
+class PictureEncoder(Protocol):
+    """A frozen encoder of pictures."""
+
+    @property
+    def name(self) -> str:
+        """The name that opens the encoder after `pictures:`."""
+
+    @property
+    def width(self) -> int:
+        """Size of a vector."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify the weights and the way in which pictures are prepared."""
+
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
+        """Return (n, E) float32 unit vectors in order; raise ItemError for a damaged picture."""
+
+
+def decode(picture: Picture) -> Image.Image:
+    """Return a picture in RGB, turned as its camera says, on white where it is transparent.
+
+    Raises:
+        ItemError: if the bytes are damaged, or the picture has more than `MAX_PIXELS`.
+        MissingExtra: if Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError:
+        raise MissingExtra("Reading pictures", extra="pictures") from None
+    content = picture.read()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns below our limit
+            file = Image.open(io.BytesIO(content), formats=_FORMATS)
+            width, height = file.size
+            is_small = width * height <= MAX_PIXELS
+            image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
+    except Exception as error:  # decoders of damaged files raise errors of many types
+        raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
+    if image is None:
+        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found {width} × {height}.")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image).convert("RGB")
+
+
+class PixelEncoder:
+    """Encodes the colors of a picture, and where they are: a histogram, and mean colors of a grid of cells.
+
+    It needs no weights. It knows no shapes and no objects.
+    """
+
+    name = "pixels"
+    width = _LEVELS**3 + 3 * _GRID**2
+    fingerprint = hashlib.blake2b(b"pixel encoder 1", digest_size=8).hexdigest()
+
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
+        """Return (n, E) float32 unit vectors."""
+        rows = [_pixel_features(decode(picture)) for picture in pictures]
+        return np.array(rows, dtype=np.float32).reshape(-1, self.width)
+
+
+def _pixel_features(image: Image.Image) -> Vectors:
+    """Return the unit vector of one picture, (E,)."""
+    pixels = np.asarray(image.resize((16 * _GRID, 16 * _GRID)), dtype=np.float32) / 256
+    bins = (pixels * _LEVELS).astype(np.int64) @ np.array([_LEVELS**2, _LEVELS, 1])
+    histogram = np.sqrt(np.bincount(bins.ravel(), minlength=_LEVELS**3) / bins.size)
+    cells = pixels.reshape(_GRID, 16, _GRID, 16, 3).mean(axis=(1, 3)).ravel() - 0.5
+    features = np.concatenate([histogram, cells / max(float(np.linalg.norm(cells)), 1e-3)])
+    unit: Vectors = (features / np.linalg.norm(features)).astype(np.float32)
+    return unit

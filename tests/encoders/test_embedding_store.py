@@ -581,7 +581,7 @@ class _OddEncoder(HashEncoder):
     [
         (lambda vectors: vectors * 0, "from 0 to 0, wrong for 2 of 2 items"),
         (lambda vectors: vectors * 3, "from 3 to 3, wrong for 2 of 2 items"),
-        (lambda vectors: vectors.tolist(), "returned shape list for 2 texts"),
+        (lambda vectors: vectors.tolist(), "returned shape list for 2 items"),
         (torch.from_numpy, r"returned shape torch.Size\(\[2, 32\]\)"),
         (lambda vectors: None, "returned shape NoneType"),
     ],

@@ -109,6 +109,12 @@ class _NumberRange(click.FloatRange):
 )
 @click.option("--max-items", type=int, help="Keep only the latest items of each user. The store saves this limit.")
 @click.option("--max-days", type=int, help="Delete items older than this. The store saves this limit.")
+@click.option(
+    "--encoder-engine",
+    default="auto",
+    type=click.Choice(["torch", "openvino", "auto"]),
+    help="Library that encodes questions; auto = OpenVINO if it is installed and the processor has bfloat16.",
+)
 @click.option("--max-rows", default=16, type=_COUNT, help="Batch size of the engines local and llamacpp.")
 @click.option("--max-new-tokens", default=512, type=_COUNT, help="Maximum tokens of an answer of these engines.")
 @click.option("--max-requests", default=256, type=_COUNT, help="Maximum concurrent requests; further ones get a 429.")

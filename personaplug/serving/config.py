@@ -36,6 +36,7 @@ class ServingConfig:
     keep_text: bool = False
     copy_head: bool = False
     retention: Retention | None = None
+    encoder_engine: str = "auto"
     max_rows: int = 16
     max_new_tokens: int = 512
 

@@ -53,8 +53,9 @@ def open_service(
         _check_copy_heads(runs, engine=registered, seed=config.seed)  # before the models are loaded
     if plugs:
         check_same_models(groups, seed=config.seed)
-    encoder, load_plug = open_parts(run, seed=config.seed)
+    encoder, load_plug = open_parts(run, seed=config.seed, encoder_engine=config.encoder_engine)
     engine, plug = registered.open(run.config.model, config, load_plug)
+    plug.cache_queries([" "])  # compiles the encoder before the first request
     store = open_store(plug, encoder, config=config)
     opener = _TaskOpener(engine, encoder, store, plug, config, cache_bytes=_CACHE_BYTES // len(runs))
     first, *further = [opener.open_plug(name, group) for name, group in groups.items()]
@@ -176,11 +177,17 @@ def _log_task(prompts: TaskPrompts, *, is_alone: bool) -> None:
         logger.warning("the training prompts share no wording, so only the task's marker or pattern identifies them")
 
 
-def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
-    """Open a run's encoder, and return it with a function that loads the plug. Seed None = the run's first seed."""
+def open_parts(run: Run, *, seed: int | None, encoder_engine: str | None = None) -> tuple[Encoder, LoadPlug]:
+    """Open a run's encoder, and return it with a function that loads the plug.
+
+    Args:
+        seed: None = the run's first seed.
+        encoder_engine: None = the engine of the run.
+    """
     folder = _plug_folder(run, seed=seed)
     models = run.config.model
-    encoder = open_encoder(models.encoder, device=choose_device(models.device), engine=models.encoder_engine)
+    engine, device = encoder_engine or models.encoder_engine, choose_device(models.device)
+    encoder = open_encoder(models.encoder, device=device, engine=engine)
     return encoder, lambda llm: PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm)
 
 

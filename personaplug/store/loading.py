@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.base import encode_items
-from personaplug.errors import ConfigError, UserErased, UserError
+from personaplug.errors import ConfigError, UserErased
 from personaplug.store import writes
 from personaplug.store.database import Connection, execute
-from personaplug.store.history_store import AddResult, EncodedItems, HistoryStore
+from personaplug.store.history_store import AddResult, HistoryStore
 from personaplug.store.tickets import Ticket, chunks
 
 _USERS_AT_ONCE = 64
@@ -122,9 +121,4 @@ def _digests(
 def _add(store: HistoryStore, ticket: Ticket, changed: Sequence[tuple[str, HistoryItem]]) -> AddResult:
     if not changed:
         return AddResult(0, 0, 0)
-    if store.encoder is None:
-        raise UserError("The store was opened without an encoder: open it with the encoder of its vectors.")
-    users, items = [user for user, _ in changed], [item for _, item in changed]
-    contents = [item.encoded(with_answer=store.settings.encodes_answers) for item in items]
-    vectors = encode_items(store.encoder, contents)
-    return store.add_encoded(ticket, EncodedItems(users, items, vectors, store.encoder.identity))
+    return store.add_encoded(ticket, store.encode([user for user, _ in changed], [item for _, item in changed]))

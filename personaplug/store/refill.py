@@ -56,8 +56,8 @@ def open_target(
         raise ConfigError("The source and the target are the same store: name another target.")
     if save_secret and database.secret_file:
         source.secret.save(database.secret_file)
-    copied = {"keep_pictures": source.settings.keep_pictures, "shards": source.settings.shards}
-    settings = replace(settings, keep_text=True, **copied)
+    old = source.settings
+    settings = replace(settings, keep_text=True, keep_pictures=old.keep_pictures, shards=old.shards)
     return HistoryStore.open(location, encoder, settings=settings, secret=source.secret.key)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from browser import check_accessibility, open_browser, open_page
 from live_server import ENCODER as TEXT_ENCODER
 from live_server import TASK, open_service, served
 from small_pictures import data_url, noise_png, plain_png
@@ -23,6 +24,7 @@ from personaplug.data.task import Task
 from personaplug.encoders import open_encoder
 from personaplug.errors import RequestError
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.serving.api_keys import ApiKeys, create_key
 from personaplug.serving.feedback import MAX_TEXT, items_of_records
 
 ENCODER = open_encoder("hash:32+pictures:pixels+vectors:catalogue:4")
@@ -242,3 +244,55 @@ def test_fields_of_a_picture_decide_among_several_tasks() -> None:
         pictured({"text": "a chair", "score": "4"})
     with pytest.raises(RequestError, match="Photos: text, score, photo"):
         pictured({"photo": PHOTO})
+
+
+def test_playground_adds_imports_and_shows_pictures(toy: CausalLM, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "chair.png").write_bytes(noise_png(1, side=300))
+    records = [{"score": "2", "photo": data_url(noise_png(seed, side=300))} for seed in (2, 3)]
+    (files / "items.json").write_text(json.dumps(records))
+    (files / "items.csv").write_text(f'text,score,photo\n"a ""lamp""",5,"{records[0]["photo"]}"\n')
+    service = open_service(toy, tmp_path, task=PICTURED, encoder=ENCODER, keep_pictures=True)
+    key = create_key(tmp_path / "keys.json", "shop")
+    with (
+        served(service, api_keys=ApiKeys.load(tmp_path / "keys.json"), has_playground=True) as url,
+        open_browser() as browser,
+        open_page(browser, f"{url}/") as page,
+    ):
+        for user in ("bob", "cleo"):
+            item, headers = {"text": "a lamp", "score": "4"}, {"Authorization": f"Bearer {key}"}
+            httpx.post(f"{url}/v1/users/{user}/history", json=item, headers=headers).raise_for_status()
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Use this key").click()
+        column = page.locator(".column.first")
+        column.get_by_text("History (1 item)").wait_for()  # of the user whom the page has chosen
+        column.get_by_label("User: choose one").fill("ann")
+        column.get_by_label("User: choose one").press("Tab")
+        column.get_by_text("History (0 items)").click()
+        column.get_by_label("New item: photo (a picture)").focus()
+        assert page.evaluate("document.activeElement.type") == "file"
+        column.get_by_label("New item: photo (a picture)").set_input_files(files / "chair.png")
+        column.get_by_label("New item: score").select_option("4")
+        column.get_by_role("button", name="Add the item").press("Enter")
+        column.get_by_text("History (1 item)").wait_for()
+        column.get_by_text("photo: picture · score: 4").wait_for()
+        thumbnails = column.locator("img.thumbnail")
+        for name, count in (("items.json", 3), ("items.csv", 4)):
+            page.locator("#first-file:enabled").wait_for()
+            column.get_by_label("Import a file of items").set_input_files(files / name)
+            column.get_by_text(f"History ({count} items)").wait_for()
+        for index in range(4):
+            thumbnails.nth(index).scroll_into_view_if_needed()
+        column.get_by_text('text: a "lamp" · score: 5').wait_for()
+        page.wait_for_function(
+            "[...document.querySelectorAll('.first img.thumbnail')].every((image) => image.naturalWidth === 300)"
+        )
+        check_accessibility(page)
+        column.get_by_label("New item: text").fill("words alone")
+        column.get_by_label("New item: score").select_option("1")
+        column.get_by_role("button", name="Add the item").click()
+        column.get_by_text("History (5 items)").wait_for()
+        assert thumbnails.count() == 4
+    pictures = {item.picture_bytes for item in service.store.list_items("shop", "ann")}
+    assert pictures == {None, *(len(noise_png(seed, side=300)) for seed in (1, 2, 3))}

@@ -14,6 +14,7 @@ from personaplug.store.history_store import AddResult, HistoryStore
 from personaplug.store.tickets import Ticket, chunks
 
 _USERS_AT_ONCE = 64
+_USERS_WITH_PICTURES_AT_ONCE = 4  # else a transaction with many megabytes would keep other writers waiting
 _ROW_ID = re.compile(r"row-\d+(/.*)?", re.ASCII)
 
 History = tuple[str, Sequence[HistoryItem]]
@@ -51,7 +52,7 @@ def load_histories(
     """
     users, erased, total = 0, 0, AddResult(0, 0, 0)
     named = [(user, _with_stable_ids(store, items)) for user, items in histories.items() if items]
-    for batch in chunks(named, _USERS_AT_ONCE):
+    for batch in chunks(named, _USERS_WITH_PICTURES_AT_ONCE if store.settings.keep_pictures else _USERS_AT_ONCE):
         allowed, result = _load(store, tenant, batch, include_erased=include_erased)
         users, erased = users + allowed, erased + len(batch) - allowed
         total = AddResult(*(old + new for old, new in zip(total, result, strict=True)))

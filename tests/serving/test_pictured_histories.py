@@ -62,7 +62,7 @@ def _png_of_size(width: int, height: int) -> bytes:
 
 def test_pictured_items_are_added_listed_explained_exported_and_erased(toy: CausalLM, tmp_path: Path) -> None:
     numbers = [0.123456789, -1.5, 2.25, 0.75]
-    items = [
+    items: list[dict[str, Any]] = [
         {"id": "both", "text": "a red chair", "score": "4", "photo": PHOTO, "embedding": numbers},
         {"id": "photo", "score": "2", "photo": data_url(noise_png(2))},
         {"id": "text", "text": "a lamp", "score": "5"},

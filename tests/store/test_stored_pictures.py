@@ -154,13 +154,16 @@ def test_deleted_and_expired_items_take_their_pictures_along(place: Place) -> No
 
 def test_expired_picture_is_not_returned_before_it_is_removed(place: Place) -> None:
     store = place.open(ENCODER, settings=SETTINGS)
-    add(store, "t", "u", [pictured("old", day=date(2020, 1, 1)), pictured("new")])
+    old = pictured("old", seed=201, day=date(2020, 1, 1))
+    add(store, "t", "u", [old, pictured("new", seed=202)])
     store.retention = Retention(max_days=30)
     assert count_pictures(store) == 2
     with pytest.raises(MissingData, match="no item"):
         store.load_picture("t", "u", "old")
+    assert all(trace in place.files() for trace in traces(old))
     store.maintain()
     assert count_pictures(store) == 1
+    assert not any(trace in place.files() for trace in traces(old))
 
 
 def test_erasure_leaves_no_byte_of_pictures_and_vectors(place: Place) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from personaplug.data.pictures import Picture
 from personaplug.encoders.base import Vectors, check_finite
+from personaplug.encoders.openvino import import_openvino
 from personaplug.encoders.pictures import decode
 from personaplug.errors import MissingExtra
 from personaplug.infra.model_hub import find_onnx
@@ -66,7 +67,8 @@ class VisionTransformer:
         for start in range(0, len(distinct), _BATCH):
             batch = distinct[start : start + _BATCH]
             pixels = np.stack([self._pixels(picture) for picture in batch])
-            vectors[start : start + len(batch)] = _pooled(self._compiled([pixels])[0])
+            request = self._compiled.create_infer_request()  # threads of a server cannot share one
+            vectors[start : start + len(batch)] = _pooled(request.infer([pixels])[0])
         check_finite(vectors)
         index_of = {picture: index for index, picture in enumerate(distinct)}
         return vectors[[index_of[picture] for picture in pictures]]
@@ -87,7 +89,7 @@ class VisionTransformer:
     @cached_property
     def _compiled(self) -> Any:
         try:
-            import openvino
+            openvino = import_openvino()
         except ModuleNotFoundError:
             raise MissingExtra(f"encoder=…+pictures:{self.name}", extra="pictures") from None
         core = openvino.Core()

@@ -67,8 +67,7 @@ class VisionTransformer:
         for start in range(0, len(distinct), _BATCH):
             batch = distinct[start : start + _BATCH]
             pixels = np.stack([self._pixels(picture) for picture in batch])
-            request = self._compiled.create_infer_request()  # threads of a server cannot share one
-            vectors[start : start + len(batch)] = _pooled(request.infer([pixels])[0])
+            vectors[start : start + len(batch)] = _pooled(self._compiled([pixels])[0])
         check_finite(vectors)
         index_of = {picture: index for index, picture in enumerate(distinct)}
         return vectors[[index_of[picture] for picture in pictures]]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from personaplug.data.parsing import record_of
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
-from personaplug.encoders.joint import OUTSIDE, PICTURE
 from personaplug.errors import ConfigError, RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
@@ -24,6 +22,7 @@ from personaplug.serving.feedback import (
     items_of_records,
     preference_items,
 )
+from personaplug.serving.item_fields import item_fields
 from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
@@ -204,15 +203,8 @@ class Service:
 
         A picture or a vector is only described, and must be sent again with the item.
         """
-        fields: dict[str, Any] = dict(record_of(item))
         tasks = [served.task for plug in self.plugs for served in plug.tasks]
-        if not fields and item.label_id >= 0:
-            label = self.store.settings.labels[item.label_id]
-            names = [task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels]
-            fields = {name: label for name in names[:1] if name}
-        day = item.date.isoformat() if item.date else None
-        more = _described_parts(item, tasks)
-        return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **more, **fields}
+        return item_fields(item, tasks, labels=self.store.settings.labels)
 
     async def find_task(
         self, plug: ServedPlug, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]
@@ -284,22 +276,3 @@ class Service:
         if user is None:
             return "no-user"
         return "few-items" if persona.items else "no-history"
-
-
-def _described_parts(item: StoredItem, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    """Describe an item's picture and vector, each under the name of the field in which it came."""
-    described: dict[str, dict[str, Any]] = {}
-    if PICTURE in item.parts:
-        is_kept = item.picture_bytes is not None
-        size = {"size": item.picture_bytes} if is_kept else {}
-        name = _only_name((task.image_field for task in tasks), default=PICTURE)
-        described[name] = {"type": PICTURE, "kept": is_kept, **size}
-    if OUTSIDE in item.parts:
-        described[_only_name((task.vector_field for task in tasks), default=OUTSIDE)] = {"type": OUTSIDE, "kept": False}
-    return described
-
-
-def _only_name(names: Iterable[str | None], *, default: str) -> str:
-    """Return the only name; the default if there is none, or several."""
-    distinct = set(filter(None, names))
-    return distinct.pop() if len(distinct) == 1 else default

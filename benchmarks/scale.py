@@ -99,7 +99,7 @@ def generated(user: str, each: int) -> EncodedItems:
 def bytes_of(store: HistoryStore) -> dict[str, float]:
     """Return the bytes of the database's files, and the indexes' share of a shard."""
     shard = Shard(0)
-    tables = [shard.users, shard.items, shard.texts]
+    tables = [shard.users, *shard.tables_of_items]
     with store.database.read_transaction() as connection:
         if store.database.file is None:
             files = execute(connection, "SELECT pg_database_size(current_database())").scalar_one()

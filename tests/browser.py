@@ -45,11 +45,16 @@ def open_page(browser: Browser, url: str, *, size: str = "desktop", is_dark: boo
     problems: list[str] = []
     page.on("console", lambda message: problems.extend(_problem_of(message)))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.extend([request.url] if not request.url.startswith(url) else []))
+    page.on("request", lambda request: problems.extend([] if _is_own(request.url, url) else [request.url]))
     page.goto(url)
     yield page
     page.close()
     assert problems == []
+
+
+def _is_own(requested: str, url: str) -> bool:
+    """Return whether a request goes to the page's host, or reads what the page has made itself."""
+    return requested.removeprefix("blob:").startswith(url)
 
 
 def _problem_of(message: ConsoleMessage) -> list[str]:

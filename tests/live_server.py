@@ -19,7 +19,7 @@ from plugs import head_of
 from personaplug.config import PlugConfig
 from personaplug.data.task import Task
 from personaplug.data.wording import Wording
-from personaplug.encoders import HashEncoder
+from personaplug.encoders import Encoder, HashEncoder
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
@@ -51,19 +51,20 @@ def open_service(
     task: Task = TASK,
     config: PlugConfig = CONFIG,
     engine: Engine | None = None,
+    encoder: Encoder = ENCODER,
     keep_text: bool = True,
+    keep_pictures: bool = False,
     wordings: Sequence[Wording] = (),
     **settings: Any,
 ) -> Service:
     """Open a service with an untrained plug; its personas still depend on the history."""
     torch.manual_seed(1)
     labels = task.labels if config.answer_channel == "label" else ()
-    spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
-    plug = PersonaPlug(config, spec=spec, encoder=ENCODER).eval()
+    spec = PlugSpec(llm.identity, llm.embedding_scale, encoder.identity, labels)
+    plug = PersonaPlug(config, spec=spec, encoder=encoder).eval()
     torch.nn.init.normal_(head_of(plug).population)
-    store = HistoryStore.open(
-        folder / "histories.db", ENCODER, settings=replace(store_settings(plug, keep_text=keep_text), shards=2)
-    )
+    stored = store_settings(plug, keep_text=keep_text, keep_pictures=keep_pictures)
+    store = HistoryStore.open(folder / "histories.db", encoder, settings=replace(stored, shards=2))
     personas = PersonaCache(Personalizer(plug), store, **settings)
     engine = engine or InProcessEngine(llm, name="toy", max_new_tokens=200)
     return Service(personas, engine, task=task, wordings=wordings)

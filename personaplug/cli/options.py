@@ -45,6 +45,10 @@ def with_settings(*sections: str) -> Callable[[Command], Command]:
     return decorate
 
 
+keep_text_option = click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
+keep_pictures_option = click.option(
+    "--keep-pictures", is_flag=True, help="Store the pictures of items, if the store is new."
+)
 data_option = click.option(
     "--data",
     required=True,

@@ -12,7 +12,16 @@ from typing import Any, TextIO
 import click
 
 from personaplug.cli.histories import histories_to_serve, load_into
-from personaplug.cli.options import FILE, engine_option, gguf_option, run_option, secret_option, seed_option
+from personaplug.cli.options import (
+    FILE,
+    engine_option,
+    gguf_option,
+    keep_pictures_option,
+    keep_text_option,
+    run_option,
+    secret_option,
+    seed_option,
+)
 from personaplug.cli.run_names import named_runs
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
@@ -93,7 +102,8 @@ class _NumberRange(click.FloatRange):
     is_flag=True,
     help="Also use personas for requests outside the task of the run.",
 )
-@click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
+@keep_text_option
+@keep_pictures_option
 @click.option(
     "--copy-head",
     is_flag=True,

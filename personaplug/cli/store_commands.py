@@ -12,7 +12,7 @@ import click
 
 from personaplug.cli.histories import find_run, histories_of_data, histories_of_log, load_into
 from personaplug.cli.log_options import log_options
-from personaplug.cli.options import FILE, secret_option, seed_option
+from personaplug.cli.options import FILE, keep_pictures_option, keep_text_option, secret_option, seed_option
 from personaplug.cli.serving_commands import check_installed
 from personaplug.errors import ConfigError
 
@@ -35,7 +35,8 @@ _USER = click.option("--user", required=True, help="Id of the user.")
 @_TENANT
 @seed_option
 @click.option("--task", "task_name", help="Task of LOG, if the run has several tasks.")
-@click.option("--keep-text", is_flag=True, help="Store the texts of items, if the store is new.")
+@keep_text_option
+@keep_pictures_option
 @click.option("--include-erased", is_flag=True, help="Also load users who were erased from the store.")
 @log_options(declares_task=False)
 def load(
@@ -48,6 +49,7 @@ def load(
     seed: int | None,
     task_name: str | None,
     keep_text: bool,
+    keep_pictures: bool,
     include_erased: bool,
     **options: Any,
 ) -> None:
@@ -67,7 +69,8 @@ def load(
     run = find_run(run_folder, data=data, task_name=task_name)
     histories = histories_of_data(data, run) if data else histories_of_log(files, LogOptions(**options), run)
     encoder, load_plug = open_parts(run, seed=seed)
-    plug, config = load_plug(None), ServingConfig(store=store, secret=secret, seed=seed, keep_text=keep_text)
+    plug = load_plug(None)
+    config = ServingConfig(store, secret=secret, seed=seed, keep_text=keep_text, keep_pictures=keep_pictures)
     with closing(open_store(plug, encoder, config=config)) as opened:
         check_fits(plug, opened)
         load_into(opened, tenant, histories, include_erased=include_erased)

@@ -61,6 +61,8 @@ class TaskPrompts:
             "query_pattern": task.query_pattern or None,
             "item_fields": list(task.field_names),
             "answer_field": task.answer_field,
+            "image_field": task.image_field,
+            "vector_field": task.vector_field,
         }
 
     def _parse(self, prompt: str) -> TaskQuery:

@@ -52,7 +52,7 @@ class OpenVINOEncoder:
         def write(request: Any, indices: Sequence[int]) -> None:
             vectors[indices] = request.get_output_tensor().data
 
-        queue = _import_openvino().AsyncInferQueue(self._compiled)
+        queue = import_openvino().AsyncInferQueue(self._compiled)
         queue.set_callback(write)
         for indices, features in batches:
             queue.start_async([features[name].numpy() for name in self._names], indices)
@@ -88,7 +88,7 @@ def compile_encoder(
 def _compile_checked(
     model: nn.Module, embed: Embed, *, probes: Sequence[Features], allow_float32: bool
 ) -> OpenVINOEncoder:
-    core = _import_openvino().Core()
+    core = import_openvino().Core()
     precisions = (["bf16"] if _has_bfloat16(core) else []) + (["f32"] if allow_float32 else [])
     if not precisions:  # in float32, OpenVINO is no faster than torch
         raise _UnsuitableError("this CPU has no bfloat16 arithmetic")
@@ -119,10 +119,11 @@ def _export(model: nn.Module, embed: Embed, features: Features) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing fixes branches; the probes detect wrong results
         positional = _PositionalModel(model, embed, names=list(features)).eval()
-        return _import_openvino().convert_model(positional, example_input=tuple(features.values()))
+        return import_openvino().convert_model(positional, example_input=tuple(features.values()))
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
+    """Return the package openvino, without its telemetry."""
     # OpenVINO sends telemetry over the network on import, unless its telemetry package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes an import fail
     return importlib.import_module("openvino")

@@ -12,6 +12,7 @@ import numpy as np
 
 from personaplug.data.pictures import Picture
 from personaplug.encoders.base import Vectors, check_finite
+from personaplug.encoders.openvino import import_openvino
 from personaplug.encoders.pictures import decode
 from personaplug.errors import MissingExtra
 from personaplug.infra.model_hub import find_onnx
@@ -87,7 +88,7 @@ class VisionTransformer:
     @cached_property
     def _compiled(self) -> Any:
         try:
-            import openvino
+            openvino = import_openvino()
         except ModuleNotFoundError:
             raise MissingExtra(f"encoder=…+pictures:{self.name}", extra="pictures") from None
         core = openvino.Core()

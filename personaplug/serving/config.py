@@ -34,6 +34,7 @@ class ServingConfig:
     persona_scale: float = 1.0
     apply_off_task: bool = False
     keep_text: bool = False
+    keep_pictures: bool = False
     copy_head: bool = False
     retention: Retention | None = None
     encoder_engine: str = "auto"

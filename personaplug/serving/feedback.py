@@ -14,7 +14,11 @@ from personaplug.errors import RequestError
 from personaplug.serving.openai_protocol import check_name
 from personaplug.serving.recent_requests import RecentRequest
 
+MAX_TEXT = 100_000
+"""Maximum characters of one field of an item. Encoders read only a few thousand."""
+
 _NO_ID = "no id"
+_PICTURE_URL = "data:image/"
 
 Rating = Literal["up", "down"]
 
@@ -130,33 +134,44 @@ def _task_of_record(tasks: Sequence[Task], record: Mapping[str, Any], number: in
         return tasks[0]
     if PREFERENCE in record:  # a preference has no task; if it has a task's fields, this task's parser refuses it
         return next((task for task in tasks if not record.keys().isdisjoint(task.field_names)), tasks[0])
-    candidates = [task for task in tasks if _fields_of(task, record) <= record.keys()]
+    candidates = [task for task in tasks if _required_fields(task, record) <= record.keys()]
     # If one task's fields include another's, prefer the task that reads more of the record.
-    best = [
-        task
-        for task in candidates
-        if not any(_fields_of(task, record) < _fields_of(other, record) for other in candidates)
-    ]
+    read = [_read_fields(task, record) for task in candidates]
+    best = [task for task, names in zip(candidates, read, strict=True) if not any(names < other for other in read)]
     task_name = record.get("task")
     if isinstance(task_name, str) and not any("task" in task.field_names for task in tasks):
         best = [task for task in candidates if task.name == task_name]
-    forms = {(task.field_names, task.answer_field, task.labels) for task in best}
+    forms = {(task.field_names, task.answer_field, task.labels, _more_fields(task)) for task in best}
     if len(forms) == 1:
         return best[0]
-    fields_of_tasks = "; ".join(f"{task.name}: {', '.join(task.field_names)}" for task in tasks)
+    fields_of_tasks = "; ".join(f"{task.name}: {', '.join((*task.field_names, *_more_fields(task)))}" for task in tasks)
     flaw = "its fields fit several tasks; name one as `task`" if best else "its fields fit no task"
     raise RequestError(f"item {number}: {flaw}. The tasks and their fields are {fields_of_tasks}.", code="item")
 
 
-def _fields_of(task: Task, record: Mapping[str, Any]) -> set[str]:
+def _required_fields(task: Task, record: Mapping[str, Any]) -> set[str]:
     """Return the fields that a record must have to be an item of a task."""
-    names = set(task.field_names)
+    has_more = any(record.get(name) is not None for name in _more_fields(task))
+    names = {task.answer_field or ""} - {""} if has_more else set(task.field_names)
     return names - {task.answer_field or ""} | {REJECTED} if REJECTED in record and task.answer_field else names
+
+
+def _read_fields(task: Task, record: Mapping[str, Any]) -> set[str]:
+    """Return the fields of a record that a task reads."""
+    return {*task.field_names, *_more_fields(task), REJECTED} & record.keys()
+
+
+def _more_fields(task: Task) -> tuple[str, ...]:
+    """Return the fields of a task's pictures and vectors."""
+    return tuple(name for name in (task.image_field, task.vector_field) if name is not None)
 
 
 def _item_of_record(
     task: Task, record: Mapping[str, Any], number: int, content_id: Callable[[HistoryItem], str]
 ) -> HistoryItem:
+    for name, value in record.items():
+        if isinstance(value, str) and name != task.image_field:
+            _check_text(task, name, value, number=number)
     try:
         for name in (task.answer_field or "", REJECTED):
             _check_is_reply(task, record.get(name), f"its {name!r}")
@@ -172,6 +187,17 @@ def _item_of_record(
     return item
 
 
+def _check_text(task: Task, name: str, value: str, *, number: int) -> None:
+    """Refuse a long text, and a picture in a field that the task does not read, because it would be lost."""
+    if value.startswith(_PICTURE_URL) and name not in (*task.field_names, PREFERENCE, REJECTED):
+        place = f"Send it as {task.image_field!r}." if task.image_field else "Leave it out."
+        message = f"item {number}: it has a picture in a field that is no field for pictures of {task.name}. {place}"
+        raise RequestError(message, code="item")
+    if len(value) > MAX_TEXT:
+        message = f"item {number}: a field may have at most {MAX_TEXT:,} characters. Shorten its text."
+        raise RequestError(message, http_status=422, code="invalid_value")
+
+
 def _check_is_reply(task: Task, answer: object, what: str) -> None:
     """Refuse a number as a reply of a chat, because it is a rating."""
     if task.kind == "chat" and isinstance(answer, int | float):
@@ -180,7 +206,10 @@ def _check_is_reply(task: Task, answer: object, what: str) -> None:
 
 def _expected(task: Task) -> str:
     labels = f" Its {task.answer_field} must be one of {_join_labels(task.labels)}." if task.has_labelled_items else ""
-    return f"An item must have {', '.join(task.field_names)}, and may have an id and a date.{labels}"
+    picture = f" {task.image_field} may be a picture, as a data URL." if task.image_field else ""
+    vector = f" {task.vector_field} may be a vector, as a list of numbers." if task.vector_field else ""
+    names = ", ".join(task.field_names)
+    return f"An item must have {names}, and may have an id and a date.{labels}{picture}{vector}"
 
 
 def _join_labels(labels: Sequence[str]) -> str:

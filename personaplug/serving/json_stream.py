@@ -29,15 +29,17 @@ async def stream_json(service: Service, tenant: str, user: str, *, pages: Iterat
 
     async def pieces() -> AsyncGenerator[bytes]:
         for page in first:
-            for piece in _pieces(page):
+            async for piece in stream_pieces(page):
                 yield piece
         while page := await service.slow.run(tenant, user, next, pages, b""):
-            for piece in _pieces(page):
+            async for piece in stream_pieces(page):
                 yield piece
 
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-def _pieces(page: bytes | str) -> Iterator[bytes]:
+async def stream_pieces(page: bytes | str) -> AsyncGenerator[bytes]:
+    """Yield the content of a page in small pieces."""
     content = page if isinstance(page, bytes) else page.encode()
-    return (content[start : start + _PIECE_BYTES] for start in range(0, len(content), _PIECE_BYTES))
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]

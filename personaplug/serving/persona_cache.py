@@ -221,7 +221,12 @@ def check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
         )
 
 
-def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
+def store_settings(plug: PersonaPlug, *, keep_text: bool = False, keep_pictures: bool = False) -> StoreSettings:
     """Return the store settings for a plug's histories. A copy head and explanations with texts need `keep_text`."""
     labels = plug.spec.labels if plug.config.reads_labels else ()
-    return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)
+    return StoreSettings(
+        labels=labels,
+        encodes_answers=plug.config.encodes_answers,
+        keep_text=keep_text,
+        keep_pictures=keep_pictures,
+    )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from personaplug.data.parsing import record_of
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
@@ -23,6 +22,7 @@ from personaplug.serving.feedback import (
     items_of_records,
     preference_items,
 )
+from personaplug.serving.item_fields import item_fields
 from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
@@ -199,15 +199,12 @@ class Service:
         return await self.store_threads.run(tenant, user, self.store.admit, tenant, user)
 
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
-        """Return a stored item as fields that can be added again, with its kind and arrival time."""
-        fields = record_of(item)
-        if not fields and item.label_id >= 0:
-            label = self.store.settings.labels[item.label_id]
-            tasks = [served.task for plug in self.plugs for served in plug.tasks]
-            names = [task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels]
-            fields = {name: label for name in names[:1] if name}
-        day = item.date.isoformat() if item.date else None
-        return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **fields}
+        """Return a stored item as fields that can be added again, with its kind and arrival time.
+
+        A picture or a vector is only described, and must be sent again with the item.
+        """
+        tasks = [served.task for plug in self.plugs for served in plug.tasks]
+        return item_fields(item, tasks, labels=self.store.settings.labels)
 
     async def find_task(
         self, plug: ServedPlug, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]

@@ -201,7 +201,10 @@ def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) ->
         HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
     )
     try:
-        return open_with(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.copy_head))
+        settings = store_settings(
+            plug, keep_text=config.keep_text or config.copy_head, keep_pictures=config.keep_pictures
+        )
+        return open_with(encoder, settings=settings)
     except StoreConflict:
         # An existing store may have other settings. PersonaCache checks the ones that the plug needs.
         return open_with(encoder)

@@ -19,8 +19,10 @@ from personaplug.errors import ConfigError, MissingData, StorageError
 from personaplug.infra.atomic_io import storage_errors
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.private_files import create_private, make_private_folder
+from personaplug.store.reads import check_pictures
 from personaplug.store.receipts import Secret
 from personaplug.store.refill import copy_erasures, user_pages
+from personaplug.store.writes import UserRow
 
 _KIND = "personaplug backup 1"
 _LONGEST_HEADER = 1000
@@ -100,10 +102,12 @@ def _secret_of_backup(file: Path, current: HistoryStore | None) -> Secret:
 
 def verify(store: HistoryStore) -> None:
     """Read all users' items and their checksums; raise StorageError if one is damaged."""
-    for _, users in user_pages(store):
+    for shard, users in user_pages(store):
         for user in users:
             store.load_history(user.tenant, user.user_id)
             store.list_items(user.tenant, user.user_id)
+            with store.database.read_transaction() as connection:
+                check_pictures(connection, shard, UserRow.of(user, tenant=user.tenant, user=user.user_id))
 
 
 def _copy_database(source: Path, copy: Path) -> None:

@@ -15,14 +15,22 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.encoders.base import encode_items
-from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
+from personaplug.errors import (
+    ConfigError,
+    EncoderMismatch,
+    ItemError,
+    MissingData,
+    StorageError,
+    StoreConflict,
+    UserError,
+)
 from personaplug.store import expiry, reads, secure_delete, writes
-from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table, sa
+from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table
 from personaplug.store.file_checks import check_is_database, check_not_emptied
 from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
@@ -160,7 +168,7 @@ class HistoryStore:
         changed = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
         if not changed:
             return AddResult(0, 0, len(items))
-        result = self.add_encoded(ticket, self._encode(ticket.user, changed))
+        result = self.add_encoded(ticket, self.encode([ticket.user] * len(changed), changed))
         return result._replace(same=len(items) - result.new - result.replaced)
 
     def replace_items(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str]) -> ReplaceResult:
@@ -175,22 +183,27 @@ class HistoryStore:
         return self._replace(ticket, items, ids=None)
 
     def _replace(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str] | None) -> ReplaceResult:
-        packed, new_ids = self.pack(self._encode(ticket.user, items)) if items else [], {item.id for item in items}
+        packed = self.pack(self.encode([ticket.user] * len(items), items)) if items else []
+        new_ids = {item.id for item in items}
         with self._user(ticket.tenant, ticket.user, lock=True) as (connection, shard, row):
             ticket.check(connection, [ticket.user])
-            old = _old_items(connection, shard, row.no, ids=ids) if row else {}
+            old = writes.find_old_items(connection, shard, row.no, ids=ids) if row else {}
             keys = [stored.key for (_, item_id), stored in old.items() if item_id not in new_ids]
             if row and keys:
                 writes.remove_items(connection, shard, row, keys)
             result = writes.write_items(connection, shard, packed, ticket=ticket, retention=self.retention)
         return ReplaceResult(*result, removed=len(keys))
 
-    def _encode(self, user: str, items: Sequence[HistoryItem]) -> EncodedItems:
+    def encode(self, users: Sequence[str], items: Sequence[HistoryItem]) -> EncodedItems:
+        """Encode items of users; raise ItemError if the encoder does not read a part of an item."""
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
         contents = [item.encoded(with_answer=self.settings.encodes_answers) for item in items]
-        vectors = encode_items(self.encoder, contents)
-        return EncodedItems([user] * len(items), items, vectors, self.encoder.identity)
+        try:
+            vectors = encode_items(self.encoder, contents)
+        except ConfigError as error:  # the encoder reads no pictures, or no vectors
+            raise ItemError(f"{error} Nothing was stored.") from None
+        return EncodedItems(users, items, vectors, self.encoder.identity)
 
     def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:
         """Store items of the ticket's users with their vectors, all or none.
@@ -225,6 +238,12 @@ class HistoryStore:
         with self._user(tenant, user) as (connection, shard, row):
             return reads.list_items(connection, shard, row, window=self.window(latest)) if row else []
 
+    def load_picture(self, tenant: str, user: str, item_id: str) -> Picture:
+        """Return the kept picture of an item; raise MissingData if there is none."""
+        check_id(item_id, owner="an item")
+        with self._user(tenant, user) as (connection, shard, row):
+            return reads.load_picture(connection, shard, existing(row), item_id, first_day=self.retention.first_day())
+
     def list_preferences(self, tenant: str, user: str) -> list[StoredItem]:
         """Return a user's stated preferences without their vectors, oldest first."""
         with self._user(tenant, user) as (connection, shard, row):
@@ -235,11 +254,14 @@ class HistoryStore:
         with self._user(tenant, user) as (connection, shard, row):
             return reads.count_items(connection, shard, row, first_day=self.retention.first_day()) if row else 0
 
-    def export(self, tenant: str, user: str, *, items_per_page: int = 100) -> Iterator[str]:
+    def export(self, tenant: str, user: str, *, items_per_page: int | None = None) -> Iterator[str]:
         """Return the pages of a JSON object with everything that is stored of a user.
 
         A page is read when the iterator reaches it, in a separate transaction. So a slow reader blocks nobody, and only
         one page is in memory. The export contains items that are added before their page is read.
+
+        Args:
+            items_per_page: None = 100 or, if the store keeps pictures, 2.
 
         Raises:
             MissingData: if the tenant has no such user; raised before the first page.
@@ -249,6 +271,7 @@ class HistoryStore:
             version, ticket = existing(row).version, self._ticket(connection, tenant, [user])
         head = {"tenant": tenant, "user": user, "version": version, "encoder": self.identity.to_dict()}
         start = json.dumps(head | {"labels": self.settings.labels}).removesuffix("}")
+        items_per_page = items_per_page or (2 if self.settings.keep_pictures else 100)
         pages = self._export_items(ticket, version, items_per_page=items_per_page)
         return chain([f'{start}, "items": ['], pages, ["]}"])
 
@@ -405,15 +428,6 @@ def existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row
-
-
-def _old_items(
-    connection: Connection, shard: Shard, user_no: int, *, ids: Sequence[str] | None
-) -> dict[tuple[int, str], sa.Row[Any]]:
-    """Return a user's stored items with these ids; None = the user's stated preferences."""
-    if ids is None:
-        return writes.find_preferences(connection, shard, user_no)
-    return writes.find_items(connection, shard, [(user_no, item_id) for item_id in ids])
 
 
 def _open_secret(secret: bytes | Path | None, database: Database, *, create: bool) -> Secret:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.base import encode_items
-from personaplug.errors import ConfigError, UserErased, UserError
+from personaplug.errors import ConfigError, UserErased
 from personaplug.store import writes
 from personaplug.store.database import Connection, execute
-from personaplug.store.history_store import AddResult, EncodedItems, HistoryStore
+from personaplug.store.history_store import AddResult, HistoryStore
 from personaplug.store.tickets import Ticket, chunks
 
 _USERS_AT_ONCE = 64
+_USERS_WITH_PICTURES_AT_ONCE = 4  # else a transaction with many megabytes would keep other writers waiting
 _ROW_ID = re.compile(r"row-\d+(/.*)?", re.ASCII)
 
 History = tuple[str, Sequence[HistoryItem]]
@@ -52,7 +52,7 @@ def load_histories(
     """
     users, erased, total = 0, 0, AddResult(0, 0, 0)
     named = [(user, _with_stable_ids(store, items)) for user, items in histories.items() if items]
-    for batch in chunks(named, _USERS_AT_ONCE):
+    for batch in chunks(named, _USERS_WITH_PICTURES_AT_ONCE if store.settings.keep_pictures else _USERS_AT_ONCE):
         allowed, result = _load(store, tenant, batch, include_erased=include_erased)
         users, erased = users + allowed, erased + len(batch) - allowed
         total = AddResult(*(old + new for old, new in zip(total, result, strict=True)))
@@ -122,9 +122,4 @@ def _digests(
 def _add(store: HistoryStore, ticket: Ticket, changed: Sequence[tuple[str, HistoryItem]]) -> AddResult:
     if not changed:
         return AddResult(0, 0, 0)
-    if store.encoder is None:
-        raise UserError("The store was opened without an encoder: open it with the encoder of its vectors.")
-    users, items = [user for user, _ in changed], [item for _, item in changed]
-    contents = [item.encoded(with_answer=store.settings.encodes_answers) for item in items]
-    vectors = encode_items(store.encoder, contents)
-    return store.add_encoded(ticket, EncodedItems(users, items, vectors, store.encoder.identity))
+    return store.add_encoded(ticket, store.encode([user for user, _ in changed], [item for _, item in changed]))

@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import Vectors, encode_items
+from personaplug.encoders.base import Vectors
+from personaplug.encoders.embedding_store import Float16Array
+from personaplug.encoders.joint import OUTSIDE, PICTURE
 from personaplug.errors import ConfigError, StoreConflict
 from personaplug.store.database import Connection, Database, execute, lock_table, sa
 from personaplug.store.history_store import EncodedItems, HistoryStore, StoredItem, StoreSettings
 from personaplug.store.reads import list_items
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import last_erasure, record_erasure
+from personaplug.store.tickets import chunks
 from personaplug.store.writes import (
     USER_COLUMNS,
     UserRow,
@@ -51,18 +56,22 @@ def open_target(
         raise ConfigError("The source and the target are the same store: name another target.")
     if save_secret and database.secret_file:
         source.secret.save(database.secret_file)
-    settings = replace(settings, keep_text=True, shards=source.settings.shards)
+    old = source.settings
+    settings = replace(settings, keep_text=True, keep_pictures=old.keep_pictures, shards=old.shards)
     return HistoryStore.open(location, encoder, settings=settings, secret=source.secret.key)
 
 
 def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[int], object] = lambda _: None) -> int:
     """Copy the users and erasures that the target lacks, and return the number of users copied.
 
-    Users who were erased from one of the stores are not copied. A newer history in the target stays unchanged.
+    Users who were erased from one of the stores are not copied. A newer history in the target stays unchanged. An item
+    loses a part, such as its picture, that the target's encoder does not read.
 
     Args:
         target: from `open_target`.
         progress: called with the number of users examined since its last call.
+    Raises:
+        StoreConflict: if the target's encoder reads a part of an item that the source does not keep.
     """
     copy_erasures(source, target)
     count = _copy_users(source, target, progress)
@@ -110,22 +119,44 @@ def _erase_in_shard(
 
 
 def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
-    assert target.encoder is not None
-    with_answer, count = target.settings.encodes_answers, 0
+    count, users_at_once = 0, 1 if source.settings.keep_pictures else _USERS_PER_PAGE
     for shard, users in user_pages(source):
         # The version is read before the items. If the items change in between, the next run copies the user again.
         stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
-        with source.database.read_transaction() as connection:
-            window = source.window(None)
-            rows = [UserRow.of(user, tenant=user.tenant, user=user.user_id) for user in stale]
-            histories = [list_items(connection, shard, row, window=window, by_arrival=True) for row in rows]
-        contents = [item.encoded(with_answer=with_answer) for items in histories for item in items]
-        vectors = encode_items(target.encoder, contents)
-        for user, items in zip(stale, histories, strict=True):
-            count += _copy_user(source, target, user, items, vectors[: len(items)])
-            vectors = vectors[len(items) :]
+        for group in chunks(stale, users_at_once):
+            count += _copy_group(source, target, shard, group)
         progress(len(users))
     return count
+
+
+def _copy_group(source: HistoryStore, target: HistoryStore, shard: Shard, users: Sequence[sa.Row[Any]]) -> int:
+    """Encode the items of users at once, and copy the users; return the number of users copied."""
+    parts, count = [name for name, _ in target.identity.parts], 0
+    with source.database.read_transaction() as connection:
+        rows = [UserRow.of(user, tenant=user.tenant, user=user.user_id) for user in users]
+        read = partial(list_items, connection, shard, window=source.window(None), by_arrival=True, with_pictures=True)
+        histories = [[_with_parts(item, parts) for item in read(row)] for row in rows]
+    names = [user.user_id for user, items in zip(users, histories, strict=True) for _ in items]
+    vectors = target.encode(names, list(chain.from_iterable(histories))).vectors
+    for user, items in zip(users, histories, strict=True):
+        count += _copy_user(source, target, user, items, vectors[: len(items)])
+        vectors = vectors[len(items) :]
+    return count
+
+
+def _with_parts(item: StoredItem, parts: Sequence[str]) -> StoredItem:
+    """Return an item without the parts that the target's encoder does not read."""
+    if PICTURE in item.parts and PICTURE in parts and item.picture is None:
+        raise StoreConflict(
+            "An item of the source had a picture, but the source keeps no pictures, so the item cannot be encoded "
+            "again. Send the items with their pictures to a new store."
+        )
+    if OUTSIDE in item.parts and OUTSIDE in parts:
+        raise StoreConflict(
+            "An item of the source came with a vector from elsewhere. A store keeps only its encoded form, so the item "
+            "cannot be encoded again. Send the items with their vectors to a new store."
+        )
+    return item if PICTURE in parts else replace(item, picture=None)
 
 
 def user_pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
@@ -143,7 +174,11 @@ def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[A
 
 
 def _copy_user(
-    source: HistoryStore, target: HistoryStore, user: sa.Row[Any], items: Sequence[StoredItem], vectors: Vectors
+    source: HistoryStore,
+    target: HistoryStore,
+    user: sa.Row[Any],
+    items: Sequence[StoredItem],
+    vectors: Vectors | Float16Array,
 ) -> bool:
     """Replace a user's rows in the target unless they are newer or the user was erased; return whether it happened."""
     shard, hashed_user = target.shard_of(user.tenant, user.user_id), source.hash_user(user.tenant, user.user_id)

@@ -16,8 +16,12 @@ from personaplug.errors import StorageError
 Words = npt.NDArray[np.uint64]
 
 
-def checksum(*values: str | int, text: bytes | None = None) -> int:
-    """Return a checksum of a row's values; -1 if `text` has a wrong type, which no stored checksum equals."""
+def checksum(*values: str | int | None, text: bytes | None = None) -> int:
+    """Return a checksum of a row's values; -1 if `text` has a wrong type, which no stored checksum equals.
+
+    Args:
+        text: the long value of the row, such as a text in UTF-8 or a picture.
+    """
     if not isinstance(text, bytes | None):
         return -1
     return zlib.crc32(text or b"", zlib.crc32(repr(values).encode("utf-8", "surrogatepass")))

@@ -1,6 +1,6 @@
 """Tables of the history store, and its settings.
 
-All rows of a user are in one shard. A shard has three tables, which are rewritten when a user is erased. They are small
+All rows of a user are in one shard. A shard has four tables, which are rewritten when a user is erased. They are small
 enough for this. The rewriting is needed because in SQLite and PostgreSQL, pages may still contain deleted rows.
 """
 
@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError, MissingData, StoreConflict, UserErro
 from personaplug.store.database import Connection, execute, insert_rows, sa
 from personaplug.store.row_checksums import checksum, damaged
 
-FORMAT = 4
+FORMAT = 5
 
 MAX_ITEMS_PER_USER = 2**24
 """The largest number of items of a user, deleted items included. An item's key is user number × this + item number."""
@@ -59,10 +59,12 @@ _SHARD = (
     "items_received INTEGER NOT NULL, items INTEGER NOT NULL, checksum BIGINT NOT NULL, UNIQUE (tenant, user_id))",
     # The keys keep a user's rows together on disk. `body` has the values that the plug reads, with their own checksum.
     "CREATE TABLE items_{shard} (key {key}, user_no BIGINT NOT NULL, day INTEGER NOT NULL, dated BOOLEAN NOT NULL, "
-    "arrived BIGINT NOT NULL, label_id SMALLINT NOT NULL, kind_id SMALLINT NOT NULL, item_id TEXT NOT NULL, "
-    "digest {bytes} NOT NULL, checksum BIGINT NOT NULL, body {bytes} NOT NULL, UNIQUE (user_no, item_id))",
-    # A separate table of texts keeps the reading of vectors fast.
+    "arrived BIGINT NOT NULL, label_id SMALLINT NOT NULL, kind_id SMALLINT NOT NULL, part_ids SMALLINT NOT NULL, "
+    "item_id TEXT NOT NULL, digest {bytes} NOT NULL, checksum BIGINT NOT NULL, body {bytes} NOT NULL, "
+    "UNIQUE (user_no, item_id))",
+    # Separate tables of texts and pictures keep the reading of vectors fast.
     "CREATE TABLE texts_{shard} (key {key}, body {bytes} NOT NULL)",
+    "CREATE TABLE pictures_{shard} (key {key}, checksum BIGINT NOT NULL, body {bytes} NOT NULL)",
 )
 
 
@@ -74,12 +76,14 @@ class StoreSettings:
         labels: the task's closed set of answers, if it has one.
         encodes_answers: encode whole items (PPlug's Table 7), else items without the user's answer.
         keep_text: store the items' fields; otherwise no user text reaches the database.
+        keep_pictures: store the items' pictures, with or without texts; otherwise only their vectors are stored.
         shards: number of shards; an erasure rewrites one shard.
     """
 
     labels: tuple[str, ...] = ()
     encodes_answers: bool = True
     keep_text: bool = False
+    keep_pictures: bool = False
     shards: int = 64
 
     def __post_init__(self) -> None:
@@ -103,6 +107,15 @@ class Shard(NamedTuple):
     @property
     def texts(self) -> str:
         return f"texts_{self.number:04d}"
+
+    @property
+    def pictures(self) -> str:
+        return f"pictures_{self.number:04d}"
+
+    @property
+    def tables_of_items(self) -> tuple[str, ...]:
+        """The tables with a row for an item's key."""
+        return self.items, self.texts, self.pictures
 
 
 @dataclass(frozen=True)
@@ -236,6 +249,7 @@ def _disable_statistics(connection: Connection, shard: Shard) -> None:
         shard.users: ("tenant", "user_id"),
         shard.items: ("item_id", "digest", "checksum", "body"),
         shard.texts: ("body",),
+        shard.pictures: ("checksum", "body"),
     }
     for table, names in columns.items():
         changes = ", ".join(f"ALTER COLUMN {name} SET STATISTICS 0" for name in names)

@@ -85,14 +85,14 @@ def rewrite_shard(database: Database, shard: Shard) -> tuple[str, ...]:
         return ("tables", "log")
     with database.autocommit() as connection:
         _await_older_readers(connection, wait_s=database.wait_s)
-        for table in (shard.users, shard.items, shard.texts):
+        for table in (shard.users, *shard.tables_of_items):
             execute(connection, f"VACUUM (FULL) {table}")
         return ("tables", "log") if _empty_postgres_log(connection) else ("tables",)
 
 
 def _rewrite_sqlite_tables(connection: Connection, shard: Shard) -> None:
     """Copy the rows into new tables and drop the old tables, whose pages SQLite fills with zeros."""
-    tables = (shard.users, shard.items, shard.texts)
+    tables = (shard.users, *shard.tables_of_items)
     for table in tables:
         execute(connection, f"ALTER TABLE {table} RENAME TO old_{table}")
     create_tables(connection, shard)

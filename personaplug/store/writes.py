@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.data.ids import as_id
+from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem
 from personaplug.data.values import Flaw
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
 from personaplug.encoders.encoded_sample import PREFERENCE_KIND, kind_ids, label_ids, style_of_answers
+from personaplug.encoders.joint import OUTSIDE, PICTURE
 from personaplug.encoders.style_features import FEATURES, StyleArray
 from personaplug.errors import ItemError, ShapeMismatch
 from personaplug.store.database import Connection, execute, for_update, insert_rows, lock_table, sa
@@ -30,6 +32,7 @@ from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_bodies, en
 LabelIds = npt.NDArray[np.int16]
 
 USER_COLUMNS = "no, tenant, user_id, version, items_received, items, checksum"
+_PARTS = (PICTURE, OUTSIDE)
 _FOUND = "SELECT user_no, item_id, key, arrived, digest FROM"
 _ITEMS_PER_QUERY = 500
 _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
@@ -88,6 +91,8 @@ class PackedItem(NamedTuple):
     style: bytes
     vector: bytes
     text: bytes | None
+    part_ids: int
+    picture: Picture | None  # None unless the store keeps pictures
 
 
 @dataclass(slots=True)
@@ -139,9 +144,10 @@ def check_id(value: str, *, owner: str) -> None:
 
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
-    """Return 16 bytes that identify an item's content; only with the key can texts be tested against them."""
+    """Return 16 bytes that identify an item's content; only with the key can contents be tested against them."""
     day = item.date and item.date.toordinal()
-    return _digest(json.dumps([item.kind, item.fields, item.answer_name, day]).encode(), key)
+    more = [item.picture and item.picture.digest.hex(), item.vector and item.vector.hex()]
+    return _digest(json.dumps([item.kind, item.fields, item.answer_name, day, *more]).encode(), key)
 
 
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
@@ -163,9 +169,14 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
     for user, item, label_id, kind_id, style_row, vector in columns:
         day = item.date.toordinal() if item.date else None
         content = f"{day} {label_id} {kind_id} ".encode() + style_row + vector
+        content += item.picture.digest if item.picture else b""
         digest = digest_of(item, key=digest_key) if item.fields else _digest(content, digest_key)
         text = pack_text(item) if settings.keep_text else None
-        packed.append(PackedItem(user, item.id, day, label_id, kind_id, digest, style_row, vector, text))
+        picture = item.picture if settings.keep_pictures else None
+        parts = part_ids_of(item)
+        packed.append(
+            PackedItem(user, item.id, day, label_id, kind_id, digest, style_row, vector, text, parts, picture)
+        )
     return packed
 
 
@@ -226,8 +237,9 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
     )
     rows, texts = [], []
     for key, day, arrived, item, body in zip(keys, days, arrivals, items, bodies, strict=True):
-        meta = (item.day is not None, arrived, item.label_id, item.kind_id, item.id)
-        check = checksum_of_item(key, day, *meta, text=item.text)
+        picture_bytes = _insert_picture(connection, shard, key, item.picture) if item.picture else None
+        meta = (item.day is not None, arrived, item.label_id, item.kind_id, item.part_ids, item.id)
+        check = checksum_of_item(key, day, *meta, picture_bytes=picture_bytes, text=item.text)
         rows.append((key, key // MAX_ITEMS_PER_USER, day, *meta, item.digest, check, body))
         if item.text is not None:
             texts.append((key, item.text))
@@ -236,10 +248,27 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
 
 
 def checksum_of_item(
-    key: int, day: int, dated: bool, arrived: int, label_id: int, kind_id: int, item_id: str, *, text: bytes | None
+    key: int,
+    day: int,
+    dated: bool,
+    arrived: int,
+    label_id: int,
+    kind_id: int,
+    part_ids: int,
+    item_id: str,
+    *,
+    picture_bytes: int | None,
+    text: bytes | None,
 ) -> int:
-    """Return a checksum of an item's columns, except the body, and of its text."""
-    return checksum(key, day, bool(dated), arrived, label_id, kind_id, item_id, text=text)
+    """Return a checksum of an item's columns, except the body, of its text, and of the size of its kept picture."""
+    return checksum(key, day, bool(dated), arrived, label_id, kind_id, part_ids, item_id, picture_bytes, text=text)
+
+
+def _insert_picture(connection: Connection, shard: Shard, key: int, picture: Picture) -> int:
+    """Insert one picture, so that only one is in memory; return its number of bytes."""
+    content = picture.read()
+    insert_rows(connection, shard.pictures, [(key, checksum(key, text=content), content)])
+    return len(content)
 
 
 def remove_items(connection: Connection, shard: Shard, user: UserRow, keys: Sequence[int]) -> None:
@@ -251,14 +280,15 @@ def remove_items(connection: Connection, shard: Shard, user: UserRow, keys: Sequ
 
 
 def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:
-    for table in (shard.items, shard.texts) if keys else ():
+    for table in shard.tables_of_items if keys else ():
         execute(connection, f"DELETE FROM {table} WHERE key = :key", [{"key": key} for key in keys])
 
 
 def delete_all_items(connection: Connection, shard: Shard, user_no: int) -> int:
     """Delete all items of a user and return their number."""
     keys = {"first": user_no * MAX_ITEMS_PER_USER, "last": (user_no + 1) * MAX_ITEMS_PER_USER - 1}
-    execute(connection, f"DELETE FROM {shard.texts} WHERE key BETWEEN :first AND :last", keys)
+    for table in (shard.texts, shard.pictures):
+        execute(connection, f"DELETE FROM {table} WHERE key BETWEEN :first AND :last", keys)
     return execute(connection, f"DELETE FROM {shard.items} WHERE key BETWEEN :first AND :last", keys).rowcount
 
 
@@ -329,8 +359,12 @@ def find_items(
     }
 
 
-def find_preferences(connection: Connection, shard: Shard, user_no: int) -> dict[tuple[int, str], sa.Row[Any]]:
-    """Return a user's stated preferences in the form of `find_items`."""
+def find_old_items(
+    connection: Connection, shard: Shard, user_no: int, *, ids: Sequence[str] | None
+) -> dict[tuple[int, str], sa.Row[Any]]:
+    """Return a user's items with these ids in the form of `find_items`; None = the user's stated preferences."""
+    if ids is not None:
+        return find_items(connection, shard, [(user_no, item_id) for item_id in ids])
     sql = f"{_FOUND} {shard.items} WHERE user_no = :no AND kind_id = {PREFERENCE_KIND}"
     return {(row.user_no, row.item_id): row for row in execute(connection, sql, {"no": user_no})}
 
@@ -347,6 +381,17 @@ def _check_preferences(connection: Connection, shard: Shard, user_no: int) -> No
             f"A user can have at most {MAX_PREFERENCES} preferences; found {count}. Nothing was stored; remove some "
             f"preferences first."
         )
+
+
+def part_ids_of(item: HistoryItem) -> int:
+    """Return which parts besides its text an item has, as a sum of powers of two."""
+    has_part = {PICTURE: item.picture is not None, OUTSIDE: item.vector is not None}
+    return sum(has_part[name] << index for index, name in enumerate(_PARTS))
+
+
+def parts_of(part_ids: int) -> tuple[str, ...]:
+    """Invert `part_ids_of`: return the names of the parts."""
+    return tuple(name for index, name in enumerate(_PARTS) if part_ids >> index & 1)
 
 
 def pack_text(item: HistoryItem) -> bytes:

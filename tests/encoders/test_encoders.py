@@ -429,7 +429,7 @@ def test_openvino_without_bfloat16_runs_in_float32_if_required(
 def test_openvino_import_loads_no_telemetry() -> None:
     needs_openvino()
     code = (
-        "import sys; from personaplug.encoders import openvino; openvino._import_openvino();"
+        "import sys; from personaplug.encoders import openvino; openvino.import_openvino();"
         "assert sys.modules.get('openvino_telemetry') is None, 'OpenVINO would send telemetry'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -56,6 +56,7 @@ ROUTES = [
     ("POST", "/v1/users/{user}/history"),
     ("GET", "/v1/users/{user}/history"),
     ("DELETE", "/v1/users/{user}/history/{item}"),
+    ("GET", "/v1/users/{user}/history/{item}/picture"),
     ("DELETE", "/v1/users/{user}/feedback/{request}"),
     ("PUT", "/v1/users/{user}/preferences"),
     ("GET", "/v1/users/{user}/preferences"),

@@ -131,8 +131,8 @@ def test_open_later_format_raises(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     place.open().close()
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE history_store SET format = 5")
-    with pytest.raises(UserError, match="format 5; this version reads format 4"):
+        connection.execute("UPDATE history_store SET format = 6")
+    with pytest.raises(UserError, match="format 6; this version reads format 5"):
         place.open()
 
 

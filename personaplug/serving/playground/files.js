@@ -23,7 +23,7 @@ function parseJson(content) {
 function parseCsv(content) {
   const [head] = content.split(/\r\n?|\n/, 1);
   const separator = head.includes(";") && !head.includes(",") ? ";" : ",";
-  const field = new RegExp(`("(?:[^"]|"")*"|[^"${separator}\\r\\n]*)(${separator}|\\r\\n?|\\n|$)`, "y");
+  const field = new RegExp(`("[^"]*(?:""[^"]*)*"|[^"${separator}\\r\\n]*)(${separator}|\\r\\n?|\\n|$)`, "y");
   const rows = [[]];
   while (field.lastIndex < content.length) {
     const start = field.lastIndex;

@@ -143,7 +143,8 @@ async function build(model, tasks) {
 
   await refreshUsers();
   const pair = map.farthest();
-  await Promise.all(columns.map((column, index) => column.choose(pair[index])));
+  const choose = (column, index) => column.input.value || column.choose(pair[index]); // keeps an id that was typed meanwhile
+  await Promise.all(columns.map(choose));
   await drawExamples();
 }
 

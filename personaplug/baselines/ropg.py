@@ -24,7 +24,7 @@ from personaplug.baselines.retrievers import Retriever, rank_answers
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, frozen_queries
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
@@ -164,7 +164,7 @@ class RopgObjective:
         self.device = torch.device("cpu")
         self.targets, self.table = targets, table
         self.rows = {sample.id: sample.rows[targets[sample.id].candidates] for sample in samples}
-        vectors = encoder.query_encoder().encode([sample.query for sample in samples])
+        vectors = frozen_queries(encoder).encode([sample.query for sample in samples])
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,28 @@ class QueryEncoder(nn.Module, ABC):
         return vectors
 
 
+class FrozenQueries(Protocol):
+    """A frozen encoder of queries."""
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Return (n, E) float32 unit vectors in the texts' order."""
+
+
+def frozen_queries(encoder: Encoder) -> FrozenQueries:
+    """Return an encoder of queries that is not trained: the encoder's own if it has a faster one, else its copy."""
+    if isinstance(encoder, HasFrozenQueries):
+        return encoder.frozen_queries()
+    return encoder.query_encoder().eval().requires_grad_(False)
+
+
+@runtime_checkable
+class HasFrozenQueries(Protocol):
+    """An encoder whose untrained queries take a faster way than its trainable copy."""
+
+    def frozen_queries(self) -> FrozenQueries:
+        """Return an encoder of queries that is not trained."""
+
+
 def to_unit(vectors: Tensor) -> Tensor:
     """Scale (B, E) vectors to length 1. A zero vector, for example of an empty text, becomes a fixed unit vector."""
     fixed = nn.functional.pad(torch.ones_like(vectors[:, :1]), (0, vectors.shape[1] - 1))

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.data.records import Content, ItemContent
-from personaplug.encoders.base import Encoder, EncoderIdentity, QueryEncoder, Vectors
+from personaplug.encoders.base import (
+    Encoder,
+    EncoderIdentity,
+    FrozenQueries,
+    QueryEncoder,
+    Vectors,
+    frozen_queries,
+)
 from personaplug.encoders.pictures import PictureEncoder
 from personaplug.errors import ConfigError, ItemError
 
@@ -124,6 +131,21 @@ class JointEncoder:
     def query_encoder(self) -> QueryEncoder:
         """Return the text encoder's copy for queries, with zeros in place of the other parts."""
         return _JointQueryEncoder(self.text.query_encoder(), width=self.width)
+
+    def frozen_queries(self) -> FrozenQueries:
+        """Return the text encoder for queries that are not trained, with zeros in place of the other parts."""
+        return _PaddedQueries(frozen_queries(self.text), width=self.width)
+
+
+@dataclass(frozen=True)
+class _PaddedQueries:
+    text: FrozenQueries
+    width: int
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        vectors = self.text.encode(texts)
+        padded: Vectors = np.pad(vectors, [(0, 0), (0, self.width - vectors.shape[1])])
+        return padded
 
 
 class _JointQueryEncoder(QueryEncoder):

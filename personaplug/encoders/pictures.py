@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,16 +56,16 @@ def decode(picture: Picture) -> Image.Image:
         raise MissingExtra("Reading pictures", extra="pictures") from None
     content = picture.read()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns below our limit
-            file = Image.open(io.BytesIO(content), formats=_FORMATS)
-            width, height = file.size
-            is_small = width * height <= MAX_PIXELS
-            image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
+        file = Image.open(io.BytesIO(content), formats=_FORMATS)
+        width, height = file.size
+        is_small = width * height <= MAX_PIXELS
+        image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
+    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
+        image = None
     except Exception as error:  # decoders of damaged files raise errors of many types
         raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
     if image is None:
-        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found {width} × {height}.")
+        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found more. Nothing was stored.")
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
 

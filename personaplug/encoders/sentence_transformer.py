@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders import openvino
-from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors, check_finite, to_numpy, to_unit
+from personaplug.encoders.base import (
+    EncoderIdentity,
+    FrozenQueries,
+    QueryEncoder,
+    Vectors,
+    check_finite,
+    to_numpy,
+    to_unit,
+)
 from personaplug.encoders.text_length import TokenCounter, limit_length, max_length_of
 from personaplug.errors import ConfigError, MissingExtra, MissingModel
 from personaplug.infra.model_hub import find_model, fingerprint, revision_of
@@ -26,10 +34,14 @@ if TYPE_CHECKING:
 
 ENGINES = ("torch", "openvino", "auto")
 
+_Features = Callable[[Sequence[str]], dict[str, Tensor]]
+
 MIN_BULK_TEXTS = 128  # compiling for OpenVINO takes as long as encoding a few hundred texts with torch
 
 # Tokens per text of a batch. CPU caches hold about a thousand tokens; a GPU needs larger batches.
 _CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
+
+_QUERY_BATCH = 16
 
 _MAX_CHARACTERS_PER_TOKEN = 64  # average over a text
 
@@ -55,8 +67,8 @@ class SentenceEncoder:
         dtype: dtype of the weights; vectors are float32.
         query_prompt, document_prompt: prefix of queries and of items; None = the model's prompt, which may be empty.
         max_length: number of tokens, special ones included, at which texts are cut; None = the model's own limit.
-        engine: `torch`, `openvino` or `auto`, for many texts at once. `auto` uses OpenVINO if it is installed, faster
-            on this CPU, and gives the same vectors for test texts. Queries always use torch.
+        engine: `torch`, `openvino` or `auto`, for many texts at once and for frozen queries. `auto` uses OpenVINO if
+            it is installed, faster on this CPU, and gives the same vectors for test texts.
     """
 
     def __init__(
@@ -121,26 +133,43 @@ class SentenceEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # The compiled model belongs to this process; another process compiles its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_compiled")}
 
     def query_encoder(self) -> QueryEncoder:
         """Return a trainable float32 copy with the query prompt, in eval mode."""
         return _TextQueryEncoder(copy.deepcopy(self._model), identity=self.identity)
 
+    def frozen_queries(self) -> FrozenQueries:
+        """Return an encoder of queries that is not trained, compiled if the engine is OpenVINO."""
+        if self._compiled_queries is None:
+            return self.query_encoder().requires_grad_(False)
+        return _CompiledQueries(self._compiled_queries, self._query_features, width=self.width)
+
     @cached_property
     def _compiled(self) -> openvino.OpenVINOEncoder | None:
-        """The model compiled by OpenVINO at first use; None = torch encodes all texts."""
+        """The model for documents, compiled by OpenVINO at first use; None = torch encodes all texts."""
+        return self._compile(self._features, task="document")
+
+    @cached_property
+    def _compiled_queries(self) -> openvino.OpenVINOEncoder | None:
+        """The model for queries; see `_compiled`."""
+        return self._compile(self._query_features, task="query")
+
+    def _compile(self, features: _Features, *, task: str) -> openvino.OpenVINOEncoder | None:
         if self._engine == "torch":
             return None
         return openvino.compile_encoder(
             self._model,
-            partial(_embed, task="document"),
-            probes=[self._features(texts) for texts in _PROBES],
+            partial(_embed, task=task),
+            probes=[features(texts) for texts in _PROBES],
             required=self._engine == "openvino",
         )
 
     def _features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return _features(self._model, texts, prompt=self.identity.prompt, task="document")
+
+    def _query_features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return _features(self._model, texts, prompt=self.identity.query_prompt, task="query")
 
     def _batches(
         self, texts: Sequence[str], lengths: Sequence[int], *, max_tokens: int
@@ -151,6 +180,22 @@ class SentenceEncoder:
             size = max(1, max_tokens // max(1, lengths[order[0]]))
             indices, order = order[:size], order[size:]
             yield indices, self._features([texts[index] for index in indices])
+
+
+class _CompiledQueries:
+    """The frozen model for queries, compiled by OpenVINO: a third of torch's time for a single query."""
+
+    def __init__(self, compiled: openvino.OpenVINOEncoder, features: _Features, *, width: int) -> None:
+        self._compiled, self._features, self._width = compiled, features, width
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        vectors = np.zeros((len(texts), self._width), dtype=np.float32)
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        batches = (order[start : start + _QUERY_BATCH] for start in range(0, len(order), _QUERY_BATCH))
+        features = ((batch, self._features([texts[index] for index in batch])) for batch in batches)
+        self._compiled.encode_into(vectors, features)
+        check_finite(vectors)
+        return vectors
 
 
 class _TextQueryEncoder(QueryEncoder):

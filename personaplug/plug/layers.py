@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders import Encoder, QueryEncoder
+from personaplug.encoders.base import FrozenQueries, frozen_queries
 from personaplug.encoders.embedding_store import content_key
 from personaplug.encoders.encoded_sample import PREFERENCE_KIND, Int8Array
 from personaplug.errors import ShapeMismatch
@@ -44,8 +45,8 @@ class FrozenQueryEncoder:
             self._cache.update(zip(missing, vectors, strict=True))
 
     @cached_property
-    def _encoder(self) -> QueryEncoder:
-        return self._source.query_encoder().eval().requires_grad_(False)
+    def _encoder(self) -> FrozenQueries:
+        return frozen_queries(self._source)
 
 
 class QueryHead(QueryEncoder):

@@ -13,8 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, SentenceEncoder, open_encoder, openvino
-from personaplug.encoders.base import Vectors
+from personaplug.encoders import (
+    Encoder,
+    EncoderIdentity,
+    HashEncoder,
+    QueryEncoder,
+    SentenceEncoder,
+    open_encoder,
+    openvino,
+)
+from personaplug.encoders.base import Vectors, frozen_queries
 from personaplug.encoders.sentence_transformer import _features
 from personaplug.errors import ConfigError, MissingExtra, MissingModel, UserError
 from personaplug.infra.model_hub import find_model
@@ -310,9 +318,28 @@ def test_openvino_equals_torch(minilm: SentenceEncoder, openvino_minilm: Sentenc
 
 
 @pytest.mark.usefixtures("low_bulk_threshold")
-def test_few_texts_and_queries_use_torch(minilm: SentenceEncoder, openvino_minilm: SentenceEncoder) -> None:
+def test_few_texts_and_trained_queries_use_torch(minilm: SentenceEncoder, openvino_minilm: SentenceEncoder) -> None:
     np.testing.assert_allclose(openvino_minilm.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(openvino_minilm.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
+
+
+def test_frozen_queries_are_compiled_and_equal_torch(minilm: SentenceEncoder, openvino_minilm: SentenceEncoder) -> None:
+    queries = frozen_queries(openvino_minilm)
+    assert not isinstance(queries, QueryEncoder)
+    expected = frozen_queries(minilm).encode(MANY)
+    assert cosines(expected, queries.encode(MANY)).min() > openvino.MIN_COSINE
+    for index in (0, len(MANY) - 1):  # alone, without padding
+        assert cosines(expected[index : index + 1], queries.encode([MANY[index]]))[0] > openvino.MIN_COSINE
+    assert queries.encode([]).shape == (0, minilm.width)
+
+
+def test_compiled_queries_have_the_prompt_of_queries(tiny: str) -> None:
+    needs_openvino()
+    queries = frozen_queries(SentenceEncoder(tiny, engine="openvino")).encode(MANY)
+    encoder = SentenceEncoder(tiny)
+    as_queries, as_items = encoder.query_encoder().encode(MANY), encoder.encode(MANY)
+    assert cosines(as_queries, queries).min() > openvino.MIN_COSINE
+    assert np.abs(queries - as_queries).max() < np.abs(queries - as_items).max() / 2
 
 
 @pytest.mark.usefixtures("low_bulk_threshold")

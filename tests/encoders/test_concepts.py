@@ -105,6 +105,12 @@ def test_all_items_of_a_shown_name_count_and_their_number_is_limited() -> None:
     assert about.text.count("name: bo;") == 1  # equal texts are written once
 
 
+def test_long_facts_are_cut() -> None:
+    (long,) = concepts_of(TASK, [item("bo", info="He barks. " * 10_000)])
+    assert len(long.text) == 1000
+    assert find_concepts([long], "bo?").text == f"The user has noted:\n{long.text}\n"
+
+
 @pytest.mark.parametrize(
     "change", [{"name_field": "title"}, {"name_field": "info", "answer_field": "info"}, {"name_field": ""}]
 )

@@ -168,8 +168,8 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
     """Convert SOURCE, a file or folder of a published benchmark, to LaMP's layout.
 
-    BENCHMARK is lamp-qa, longlamp, personal-llm, peft-u, prefeval-explicit, prefeval-choice, prefeval-persona, or a
-    benchmark from a plugin.
+    BENCHMARK is lamp-qa, longlamp, personal-llm, peft-u, prefeval-explicit, prefeval-choice, prefeval-persona, rap, or
+    a benchmark from a plugin.
     """
     from personaplug.data import write_lamp
     from personaplug.data.benchmarks import open_benchmark

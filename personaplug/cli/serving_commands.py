@@ -111,6 +111,12 @@ class _NumberRange(click.FloatRange):
     "a trained plug+copy-head; a new store then stores texts.",
 )
 @click.option(
+    "--picture-threshold",
+    type=_NumberRange(-1, 1),
+    show_default="that of the encoder",
+    help="Smallest cosine at which a picture in a question shows a concept of its user.",
+)
+@click.option(
     "--playground/--no-playground",
     "has_playground",
     default=None,

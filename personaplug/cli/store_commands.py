@@ -67,6 +67,7 @@ def load(
     if bool(files) == bool(data):
         raise ConfigError("Give either log files or --data with a data folder.")
     run = find_run(run_folder, data=data, task_name=task_name)
+    keep_text = keep_text or run.task.name_field is not None  # concepts are texts before questions
     histories = histories_of_data(data, run) if data else histories_of_log(files, LogOptions(**options), run)
     encoder, load_plug = open_parts(run, seed=seed)
     plug = load_plug(None)

@@ -40,6 +40,8 @@ class Task:
             is not used.
         image_field: the field with an item's picture; None = items have no pictures.
         vector_field: the field with an embedding of the item that was computed elsewhere; None = there is none.
+        name_field: the field of `item_fields` with the name of a concept, such as a pet; None = items are no concepts.
+            A question that names or shows a concept gets the item's fields as text, see `encoders.concepts`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     history_after: str = ""
     image_field: str | None = None
     vector_field: str | None = None
+    name_field: str | None = None
 
     @property
     def field_names(self) -> tuple[str, ...]:

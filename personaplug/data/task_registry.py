@@ -101,6 +101,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     history_after: str = ""
     image_field: _Text | None = None
     vector_field: _Text | None = None
+    name_field: _Text | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -114,11 +115,14 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
         extra = [name for name in (self.image_field, self.vector_field) if name is not None]
         if len({*extra}) < len(extra) or {*extra} & {*self.item_fields, self.answer_field}:
             raise ValueError("'image_field' and 'vector_field' name fields of their own, not those of texts")
+        if self.name_field is not None and self.name_field not in {*self.item_fields} - {self.answer_field}:
+            raise ValueError("'name_field' should be one of 'item_fields', and not 'answer_field'")
         if (self.kind in ("text", "chat")) == bool(self.labels):
             raise ValueError("the kinds 'label' and 'rating' need 'labels'; 'text' and 'chat' have none")
         if self.kind == "chat" and (self.query_after or self.query_pattern):
             raise ValueError("'chat' takes any prompt; remove 'query_after' and 'query_pattern'")
-        if self.kind == "chat" and (len(self.item_fields) != 2 or self.answer_field != self.item_fields[1]):
+        is_exchange = len(self.item_fields) == 2 and self.answer_field == self.item_fields[1]
+        if self.kind == "chat" and self.name_field is None and not is_exchange:
             raise ValueError("an item of 'chat' has two fields: the question, then 'answer_field'")
         if self.kind == "rating":
             try:
@@ -177,7 +181,9 @@ def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
         if key not in _KEYS:
             raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, _KEYS)}")
     merged = {**_inherited(values, source), **{key: value for key, value in values.items() if key != "like"}}
-    defaults = _KIND_DEFAULTS.get(str(merged.get("kind")), {})
+    defaults = dict(_KIND_DEFAULTS.get(str(merged.get("kind")), {}))
+    if merged.get("name_field") is not None:  # the items are concepts, not exchanges
+        defaults.pop("answer_field", None)
     try:
         return Task(**dict(_Declaration.model_validate({**defaults, **merged})))
     except ValidationError as error:

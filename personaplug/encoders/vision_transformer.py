@@ -64,10 +64,11 @@ class VisionTransformer:
         """Return (n, E) float32 unit vectors; a repeated picture is encoded once."""
         distinct = list(dict.fromkeys(pictures))
         vectors = np.zeros((len(distinct), self.width), dtype=np.float32)
+        request = self._compiled.create_infer_request()  # of its own, because other threads may encode too
         for start in range(0, len(distinct), _BATCH):
             batch = distinct[start : start + _BATCH]
             pixels = np.stack([self._pixels(picture) for picture in batch])
-            vectors[start : start + len(batch)] = _pooled(self._compiled([pixels])[0])
+            vectors[start : start + len(batch)] = _pooled(request.infer([pixels])[0])
         check_finite(vectors)
         index_of = {picture: index for index, picture in enumerate(distinct)}
         return vectors[[index_of[picture] for picture in pictures]]

@@ -36,6 +36,7 @@ class ServingConfig:
     keep_text: bool = False
     keep_pictures: bool = False
     copy_head: bool = False
+    picture_threshold: float | None = None
     retention: Retention | None = None
     encoder_engine: str = "auto"
     max_rows: int = 16

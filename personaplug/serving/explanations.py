@@ -22,6 +22,7 @@ from personaplug.plug.layers import ColdStart
 from personaplug.serving.openai_protocol import check_json
 from personaplug.serving.served_task import ServedPlug, ServedTask
 from personaplug.serving.service import Service
+from personaplug.serving.snapshots import snapshot
 from personaplug.store.reads import StoredItem
 
 
@@ -104,17 +105,11 @@ class Explainer:
 
     def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
         """Return the items that the plug uses, and their vectors, from one version of the history."""
-        for _ in range(3):
-            version = self.store.version(tenant, user)
-            items = self.store.list_items(tenant, user, latest=latest)
-            history = self.store.load_history(tenant, user, latest=latest)
-            if not version or not items:
-                raise MissingData("The tenant has no such user, or the user has no items.")
-            if history.version == version == self.store.version(tenant, user):
-                used_rows = self.personas.plug.known_items(history.kind_ids)
-                return [items[row] for row in used_rows], history.select(used_rows)
-        message = "The user's history changed during the request. Try again."
-        raise RequestError(message, http_status=409, code="busy")
+        items, history = snapshot(self.store, tenant, user, latest=latest)
+        if not items:
+            raise MissingData("The tenant has no such user, or the user has no items.")
+        used_rows = self.personas.plug.known_items(history.kind_ids)
+        return [items[row] for row in used_rows], history.select(used_rows)
 
     def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
         with self.personas.plug_lock:

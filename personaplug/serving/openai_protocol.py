@@ -50,6 +50,7 @@ HARMLESS = frozenset((
 MAX_DEPTH = 100
 """Maximum nesting depth of lists and objects in a body."""
 
+_IMAGE = "image_url"  # the type of a part with a picture
 _MAX_MESSAGES = 2048
 _MAX_FIELDS = 128  # undeclared fields of one object
 _SURROGATE = re.compile("[\ud800-\udfff]")  # matches lone surrogates, because Python joins pairs
@@ -149,6 +150,23 @@ class Message(_OpenModel):
         texts = [part.get("text") for part in self.content if part.get("type") == "text"]
         return "\n".join(text for text in texts if isinstance(text, str))
 
+    @property
+    def picture_urls(self) -> list[object]:
+        """The URLs of the parts of type `image_url`, not yet checked; None for a part in another form."""
+        images = [part.get("image_url") for part in self._parts if part.get("type") == _IMAGE]
+        return [image.get("url") if isinstance(image, dict) else None for image in images]
+
+    def with_text_before(self, text: str, *, keeps_pictures: bool) -> Message:
+        """Return the message with a text before its own."""
+        if not isinstance(self.content, list):
+            return self.model_copy(update={"content": text + (self.content or "")})
+        parts = [part for part in self._parts if keeps_pictures or part.get("type") != _IMAGE]
+        return self.model_copy(update={"content": [{"type": "text", "text": text}, *parts] if text else parts})
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        return self.content if isinstance(self.content, list) else []
+
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
 
@@ -179,6 +197,15 @@ class _GenerationRequest(_OpenModel, ABC):
     def can_ask(self, kind: TaskKind) -> bool:
         """True if `prompt_text` may be a prompt of a task of this kind."""
 
+    @property
+    def picture_urls(self) -> Sequence[object]:
+        """The URLs of the pictures in the user's last turn, not yet checked."""
+        return ()
+
+    @abstractmethod
+    def with_text_before(self, text: str, *, keeps_pictures: bool) -> Self:
+        """Return the request with a text before `prompt_text`, and with or without the pictures of that turn."""
+
     def to_openai(self) -> dict[str, Any]:
         """Return the fields that the caller set, without `personaplug` and the harmless fields."""
         return self.model_dump(exclude_unset=True, exclude={"personaplug", *HARMLESS})
@@ -208,8 +235,22 @@ class ChatRequest(_GenerationRequest):
     @property
     def prompt_text(self) -> str:
         """The text of the user's last turn."""
-        turns = [message for message in self.messages if message.role == "user"]
-        return (turns or self.messages)[-1].text
+        return self.messages[self._last_turn].text
+
+    @property
+    def picture_urls(self) -> Sequence[object]:
+        return self.messages[self._last_turn].picture_urls
+
+    def with_text_before(self, text: str, *, keeps_pictures: bool) -> Self:
+        messages, place = list(self.messages), self._last_turn
+        messages[place] = messages[place].with_text_before(text, keeps_pictures=keeps_pictures)
+        return self.model_copy(update={"messages": messages})
+
+    @property
+    def _last_turn(self) -> int:
+        """The place of the user's last message; without one, of the last message."""
+        users = [place for place, message in enumerate(self.messages) if message.role == "user"]
+        return users[-1] if users else len(self.messages) - 1
 
     @property
     def characters(self) -> int:
@@ -233,6 +274,9 @@ class CompletionRequest(_GenerationRequest):
     @property
     def prompt_text(self) -> str:
         return self.prompt
+
+    def with_text_before(self, text: str, *, keeps_pictures: bool) -> Self:
+        return self.model_copy(update={"prompt": text + self.prompt})
 
     def can_ask(self, kind: TaskKind) -> bool:
         """False for chat tasks, because the model continues a text here and does not answer a message."""

@@ -49,6 +49,11 @@ class ServedPlug:
         """The personas of the first task."""
         return self.tasks[0].personas
 
+    @property
+    def concept_task(self) -> Task | None:
+        """The first task whose items are concepts; None if there is none."""
+        return next((served.task for served in self.tasks if served.task.name_field is not None), None)
+
     def forget(self, tenant: str, user: str) -> None:
         """Drop the cached personas of an erased user."""
         for served in self.tasks:

@@ -12,7 +12,9 @@ from typing import Any
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
+from personaplug.encoders.concepts import Concept, FoundConcepts
 from personaplug.errors import ConfigError, RequestError, UserErased
+from personaplug.serving.concepts import ConceptFinder, read_pictures
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
 from personaplug.serving.feedback import (
@@ -45,6 +47,7 @@ class ServiceReply:
     id: str
     model: str  # the name of the model that answered
     reason: str = ""  # why the reply does not use the user's own persona
+    concepts: Sequence[Concept] = ()  # whose texts stand before the question
 
 
 class Service:
@@ -55,6 +58,10 @@ class Service:
         apply_off_task: use personas also for prompts that match no task, although training had no such prompts.
         others: further tasks. Their plugs share the first plug's persona head, and their personas its store.
         plugs: further plugs for the engine's model, with their names. Their personas share the first plug's store.
+        picture_threshold: the smallest cosine at which a picture in a question shows a concept of its user; None = that
+            of the picture encoder.
+    Raises:
+        StoreConflict: if the items of a task are concepts and the store keeps no texts.
     """
 
     def __init__(
@@ -67,11 +74,15 @@ class Service:
         apply_off_task: bool = False,
         others: Sequence[ServedTask] = (),
         plugs: Sequence[ServedPlug] = (),
+        picture_threshold: float | None = None,
     ) -> None:
         tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
         self.plugs = (ServedPlug(tasks), *plugs)
         self.personas, self.store, self.engine = personas, personas.store, engine
         self.apply_off_task = apply_off_task
+        self.concepts = ConceptFinder(self.store, picture_threshold)
+        for served in (served for plug in self.plugs for served in plug.tasks):
+            self.concepts.check(served.task)
         self._has_warned_of_no_user = False
         self.recent_requests = RecentRequests()
         # Replies must not wait for encoding, erasing or explaining, which take long.
@@ -109,6 +120,7 @@ class Service:
         ticket = await self.admit(tenant, user) if user is not None else None
         served, query = await self.find_task(plug, tenant, request.prompt_text, can_ask=request.can_ask)
         choices = served.task.labels if query.is_on_task and not options.free else ()
+        found, request = await self._with_concepts(request, ticket, plug=plug)
         prepared = await self.engine.prepare(request, choices=choices)
         make_persona = partial(
             served.personas.persona,
@@ -130,7 +142,33 @@ class Service:
         if ticket:
             await self._check_not_erased(ticket, reply)
             reply = self._remember(ticket, reply, request_id=request_id, query=query, task=served.task)
-        return ServiceReply(reply, persona, request_id, self.name_of(plug), self._reason(persona, query, user=user))
+        reason = self._reason(persona, query, user=user)
+        return ServiceReply(reply, persona, request_id, self.name_of(plug), reason, found.concepts)
+
+    async def _with_concepts(
+        self, request: ChatRequest | CompletionRequest, ticket: Ticket | None, *, plug: ServedPlug
+    ) -> tuple[FoundConcepts, ChatRequest | CompletionRequest]:
+        """Return the concepts that a request mentions or shows, and the request with their texts before its question.
+
+        Without a picture encoder, pictures stay in the request, and the engine decides whether it supports them.
+        """
+        task, scale = plug.concept_task, request.personaplug.persona_scale
+        is_plain = (plug.personas.personalizer.persona_scale if scale is None else scale) == 0
+        if task is None or (is_plain and not request.picture_urls):
+            return FoundConcepts(), request
+        sees_pictures = self.concepts.sees_pictures(task)
+        pictures = read_pictures(request.picture_urls) if sees_pictures else []
+        if ticket is None or is_plain:
+            if pictures:
+                message = "A picture is compared with a user's concepts. Name the user, and set no persona_scale of 0."
+                raise RequestError(message, code="picture")
+            return FoundConcepts(), request
+        threads = self.slow if pictures else self.store_threads
+        find = partial(self.concepts.find, task, ticket, question=request.prompt_text, pictures=pictures)
+        found = await threads.run(ticket.tenant, ticket.user, find)
+        if not found.text:
+            return found, request
+        return found, request.with_text_before(found.text + "\n", keeps_pictures=not sees_pictures)
 
     async def _answer(self, request: EngineRequest, plug: ServedPlug) -> EngineReply:
         span = AnswerSpan(request.body.kind, model=self.name_of(plug))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -48,6 +48,8 @@ def open_service(
     """
     groups = {"": (run, *others), **(plugs or {})}
     runs = [each for group in groups.values() for each in group]
+    has_concepts = any(each.task.name_field for each in runs)
+    config = replace(config, keep_text=config.keep_text or has_concepts)  # of a new store
     registered = find_engine(config.engine)
     if config.copy_head:
         _check_copy_heads(runs, engine=registered, seed=config.seed)  # before the models are loaded
@@ -67,6 +69,7 @@ def open_service(
         apply_off_task=config.apply_off_task,
         others=first.tasks[1:],
         plugs=further,
+        picture_threshold=config.picture_threshold,
     )
     for each in service.plugs:
         log_tasks([served.prompts for served in each.tasks], model=each.name)

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,9 @@ def test_vision_transformer_finds_the_view_of_a_picture() -> None:
     np.testing.assert_array_equal(vectors[0], vectors[4])
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-4)
     assert vectors[1] @ vectors[3] > vectors[0] @ vectors[1]
+    with ThreadPoolExecutor(3) as threads:  # as in a server
+        at_once = list(threads.map(lambda index: encoder.encode([pictures[index % 4]]), range(6)))
+    np.testing.assert_allclose(np.concatenate(at_once), vectors[[0, 1, 2, 3, 0, 1]], atol=1e-5)
 
 
 def test_clip_encodes_texts_and_pictures(tiny_clip: Path) -> None:

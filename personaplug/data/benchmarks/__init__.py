@@ -12,6 +12,7 @@ from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader
 from personaplug.data.benchmarks.prefeval import PrefEvalReader
+from personaplug.data.benchmarks.rap import RapReader
 from personaplug.data.record_reader import Limits
 from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, nearest
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, ReaderFactory] = {
     "prefeval-explicit": partial(PrefEvalReader, form="explicit"),
     "prefeval-choice": partial(PrefEvalReader, form="choice"),
     "prefeval-persona": partial(PrefEvalReader, form="persona"),
+    "rap": RapReader,
 }
 
 

@@ -228,5 +228,9 @@ def _turn(message: Message) -> tuple[str, str]:
     parts = message.content if isinstance(message.content, list) else []
     unknown = {name for name, value in (message.model_extra or {}).items() if value and name not in _MESSAGE_FIELDS}
     if unknown or any(part.get("type") != "text" or part.keys() - _PART_FIELDS for part in parts):
-        raise RequestError("This engine supports text only: no images, files or calls.", code="messages")
+        raise RequestError(
+            "This engine supports text only: no images, files or calls. The last message may have pictures if the task "
+            "has a 'name_field' and the encoder a part +pictures:NAME.",
+            code="messages",
+        )
     return role, message.text

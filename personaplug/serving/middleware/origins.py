@@ -16,7 +16,7 @@ CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 CORS_HEADERS = ("*",)  # clients add headers such as `x-stainless-lang`; only allowed origins may send any
 EXPOSED_HEADERS = (
     *("Retry-After", "X-Request-Id", "X-Personaplug-Persona", "X-Personaplug-Items", "X-Personaplug-Persona-Scale"),
-    *("X-Personaplug-Reason", "X-Personaplug-Copy-Head", "X-Personaplug-Max-Tokens"),
+    *("X-Personaplug-Reason", "X-Personaplug-Concepts", "X-Personaplug-Copy-Head", "X-Personaplug-Max-Tokens"),
 )
 
 

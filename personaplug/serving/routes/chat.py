@@ -10,6 +10,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from personaplug.errors import EngineFailure, RequestError
+from personaplug.serving.concepts import header_of
 from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
 from personaplug.serving.json_bodies import JsonRoute
@@ -73,6 +74,7 @@ async def _respond(
         "X-Personaplug-Items": str(persona.items),
         "X-Personaplug-Persona-Scale": f"{persona.persona_scale:g}",
         **({"X-Personaplug-Reason": reply.reason} if reply.reason else {}),
+        **({"X-Personaplug-Concepts": header_of(reply.concepts)} if reply.concepts else {}),
         **reply.reply.headers,
         **retry_after(status),  # a busy vLLM server does not send Retry-After
     }

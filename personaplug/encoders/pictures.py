@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from personaplug.data.pictures import Picture
+from personaplug.data.pictures import MAX_PIXELS, Picture
 from personaplug.encoders.base import Vectors
 from personaplug.errors import ItemError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MAX_PIXELS = 50_000_000
-"""The largest number of pixels that a picture may have; decoding takes three bytes for each."""
 
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _GRID = 4  # cells of a side whose mean colors are features
@@ -64,11 +61,15 @@ def decode(picture: Picture) -> Image.Image:
             is_small = width * height <= MAX_PIXELS
             image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
     except Exception as error:  # decoders of damaged files raise errors of many types
-        raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
+        raise ItemError(f"{_named(picture)} cannot be decoded ({type(error).__name__}); nothing was stored.") from None
     if image is None:
-        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found {width} × {height}.")
+        raise ItemError(f"{_named(picture)} has {width} × {height} pixels; expected at most {MAX_PIXELS:,}.")
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
+
+
+def _named(picture: Picture) -> str:
+    return "A picture" if isinstance(picture.source, bytes) else f"The picture {picture.source}"
 
 
 class PixelEncoder:

@@ -162,7 +162,9 @@ class Plug(ModelHubMixin):
             )
             log = read_log([rows], options, max_dropped=skip_bad)
         run = Run.plan(folder / _RUN, config=config, task=log.task if log else load_task(str(rows), task=task))
-        form, models = log.form if log else None, open_models(run.config)
+        form = log.form if log else None
+        reader = log.reader() if log else open_dataset(str(rows), "train", task=run.task)
+        models = open_models(run.config, readers=[reader])
         plug = cls(run, form=form, data=folder / _DATA, models=models)
         if log is None:
             on_main(lambda: _link(Path(str(rows)), folder / _DATA))

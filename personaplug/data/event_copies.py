@@ -52,9 +52,7 @@ class Event:
         return sum(map(len, self.content)) + len(self.answer)
 
 
-def event_of(
-    content: Sequence[str], answer: str, moment: datetime | None, *, parts: tuple[bytes, ...] = ()
-) -> Event:
+def event_of(content: Sequence[str], answer: str, moment: datetime | None, *, parts: tuple[bytes, ...] = ()) -> Event:
     """Return the event of a row's fields without the answer, the answer and the time.
 
     Args:

@@ -108,7 +108,7 @@ def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
     yield _counts_of_rows(log, read)
     yield from (f"  {problem}" for problem in report.problems)
     if report.without_text:
-        yield f"{report.without_text:,} of the rows have a picture or a vector alone: histories hold them, but none is asked"
+        yield f"{report.without_text:,} of the kept rows have no text: they are in histories, and are not asked"
     if report.dropped.total() > _MANY_DROPPED * report.rows:
         yield f"warning: {report.dropped.total() / report.rows:.0%} of the rows cannot be used; see the reasons above"
     if sizes:

@@ -163,8 +163,7 @@ def test_texts_that_only_look_like_pictures_are_texts() -> None:
 def test_a_column_with_such_a_name_but_without_pictures_is_not_used(value: str, tmp_path: Path) -> None:
     rows = [row | {"photo": value.format(number)} for number, row in enumerate(log_rows())]
     log = _read(_csv(tmp_path / "log.csv", rows))
-    assert log.task.image_field is None
-    assert not (tmp_path / "data").exists()
+    assert (log.task.image_field, len(log.rows)) == (None, 30)
 
 
 def test_of_two_columns_of_pictures_the_name_decides_or_nothing() -> None:
@@ -175,7 +174,7 @@ def test_of_two_columns_of_pictures_the_name_decides_or_nothing() -> None:
     without_name = [{**{key: row[key] for key in row if key != "photo"}, "y": row["photo"]} for row in rows]
     assert _read(without_name).task.image_field == "thumbnail"
     unclear = [{key: row[key] for key in row if key != "thumbnail"} for row in without_name]
-    with pytest.raises(ConfigError, match="unclear which column is the image. It may be 'x', 'y'"):
+    with pytest.raises(ConfigError, match=r"unclear which column is the image\. It may be 'x', 'y'"):
         _read(unclear)
     assert _read(unclear, image="y").task.image_field == "y"
 

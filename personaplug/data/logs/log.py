@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +148,8 @@ def read_log(
 def read_rows(source: object, form: RowForm, **settings: Any) -> EventLogReader:
     """Read rows with the columns of an earlier log; raise RecordError if a row cannot be used.
 
+    Rows with pictures or vectors need no question.
+
     Args:
         settings: of EventLogReader.
     """
@@ -155,7 +158,11 @@ def read_rows(source: object, form: RowForm, **settings: Any) -> EventLogReader:
     report = LogReport(max_dropped=0)
     parts = replace(options, image=mapping.image, vector=mapping.vector, detects_parts=False)
     (name,), rows = _read_rows([source], parts, report)
-    check_named(_columns(rows), options)
+    columns = _columns(rows)
+    if any(row.parts for row in rows):
+        others = [column.name for column in columns if column.name not in form.columns]
+        options = replace(options, questions=tuple(q for q in form.questions if get_close_matches(q, others)))
+    check_named(columns, options)
     events = _events(rows, form, event_id=None, report=report)
     return EventLogReader(events, mapping, form.task, origin=name, **settings)
 

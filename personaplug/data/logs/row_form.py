@@ -61,7 +61,8 @@ class RowForm:
     @property
     def columns(self) -> tuple[str, ...]:
         mapping = self.mapping
-        return tuple(filter(None, (mapping.user, *self.questions, mapping.answer, mapping.date)))
+        others = (mapping.answer, mapping.date, mapping.image, mapping.vector)
+        return tuple(filter(None, (mapping.user, *self.questions, *others)))
 
     def prompt_of(self, question: str) -> str:
         """Return the prompt that asks a question; the log has one column of questions."""

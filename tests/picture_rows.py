@@ -45,3 +45,8 @@ def log_rows(users: int = 6, *, days: int = 5) -> list[dict[str, Any]]:
                 "verdict": "kept" if color == ("red", "blue")[user % 2] else "returned",
             })  # fmt: skip
     return rows
+
+
+def packed(*numbers: float) -> bytes:
+    """Return a vector as items hold it."""
+    return struct.pack(f"<{len(numbers)}f", *numbers)

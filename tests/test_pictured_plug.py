@@ -186,6 +186,6 @@ def test_vectors_may_come_without_pictures(tmp_path: Path) -> None:
     plug = Plug.train(rows, **columns, out=tmp_path / "out", **{**TOY, "encoder": "hash:32+vectors:cat:2"})
     one, other = (
         plug.probabilities(QUESTION, history=[{"verdict": "kept", "embedding": vector}])
-        for vector in (np.float32([1, 0]), [0.0, 1.0])
+        for vector in (np.array([1, 0], dtype=np.float32), [0.0, 1.0])
     )
     assert one != other

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from picture_rows import BLUE, GREEN, RED, png
+from picture_rows import BLUE, GREEN, RED, packed, png
 
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.lamp_writer import PICTURES, copy_with_train
@@ -29,8 +28,8 @@ TASK = Task(
 )
 PARTS: list[tuple[Picture | None, bytes | None]] = [
     (Picture(png(RED)), None),
-    (Picture(png(BLUE)), np.float32([0.1, -2]).tobytes()),
-    (None, np.float32([1e-30, 3]).tobytes()),
+    (Picture(png(BLUE)), packed(0.1, -2)),
+    (None, packed(1e-30, 3)),
     (None, None),
     (Picture(png(RED)), None),
 ]
@@ -114,10 +113,12 @@ def test_no_picture_is_written_outside_the_data_set(tmp_path: Path) -> None:
     assert not (tmp_path / "copies" / "red.png").exists()
 
 
-@pytest.mark.parametrize("field", ["image_field", "vector_field"])
-def test_items_with_parts_that_the_task_does_not_declare_are_refused(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "task", [replace(TASK, image_field=None), replace(TASK, vector_field=None)], ids=["picture", "vector"]
+)
+def test_items_with_parts_that_the_task_does_not_declare_are_refused(task: Task, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the fields of an item differ from those of the task"):
-        write_lamp(_samples(), tmp_path, "train", task=replace(TASK, **{field: None}))
+        write_lamp(_samples(), tmp_path, "train", task=task)
     assert not list(tmp_path.iterdir())  # no pictures either
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_rows import RED, data_url, png
+from picture_rows import RED, data_url, packed, png
 
 from personaplug.data import load_task, read_items
 from personaplug.data.parsing import Flaw, item_of, numbers_of, record_of, vector_of
@@ -39,7 +39,7 @@ def _item(**values: object) -> HistoryItem:
 def test_an_item_has_a_text_a_picture_and_a_vector() -> None:
     item = _item(product="lamp", verdict="kept", photo=data_url(PNG), embedding=[1, 0.5])
     assert (item.text, item.answer, item.picture) == ("product: lamp verdict: kept", "kept", Picture(PNG))
-    assert item.vector == np.float32([1, 0.5]).tobytes()
+    assert item.vector == packed(1, 0.5)
     assert item.encoded(with_answer=False) == ItemContent("product: lamp", Picture(PNG), item.vector)
     assert record_of(item) == {"product": "lamp", "verdict": "kept"}
     assert SECRET not in repr(_item(product=SECRET, verdict="kept", photo=data_url(PNG)))
@@ -82,7 +82,12 @@ def test_other_tasks_ignore_keys_with_these_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[0.1, -2, 1e-30, 16_777_217], (0.1, -2.0, 1e-30, 16_777_216.0), np.float32([0.1, -2, 1e-30, 2**24])]
+    "value",
+    [
+        [0.1, -2, 1e-30, 16_777_217],
+        (0.1, -2.0, 1e-30, 16_777_216.0),
+        np.array([0.1, -2, 1e-30, 2**24], dtype=np.float32),
+    ],
 )
 def test_vectors_are_float32_and_keep_their_digits(value: object) -> None:
     packed = vector_of(value, "it")

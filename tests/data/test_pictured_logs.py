@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from picture_rows import BLUE, RED, cut_png, data_url, log_rows, png
+from picture_rows import BLUE, RED, cut_png, data_url, log_rows, packed, png
 
 from personaplug.cli.main import main
 from personaplug.data import open_dataset
@@ -238,7 +238,7 @@ VECTORS: dict[str, Callable[[Path, Rows], object]] = {
     "Parquet": lambda folder, rows: _vectors_in_parquet(folder, rows, size=-1),
     "Parquet, fixed size": lambda folder, rows: _vectors_in_parquet(folder, rows, size=3),
     "JSON lines": lambda folder, rows: _jsonl(folder / "log.jsonl", rows),
-    "rows": lambda _, rows: [row | {"embedding": np.float64(row["embedding"])} for row in rows],
+    "rows": lambda _, rows: [row | {"embedding": np.array(row["embedding"])} for row in rows],
     "CSV": lambda folder, rows: _csv(folder / "log.csv", rows),
 }
 
@@ -265,7 +265,7 @@ def test_vectors_are_read_and_written(form: str, tmp_path: Path) -> None:
     assert (log.task.image_field, log.task.vector_field) == (None, "embedding")
     write_log(log, tmp_path / "data")
     (items,) = [s.history for s in open_dataset(tmp_path / "data", "dev") if s.user_id == "c0"]
-    assert [item.vector for item in items] == [np.float32([day, -0.5, 0.1]).tobytes() for day in range(4)]
+    assert [item.vector for item in items] == [packed(day, -0.5, 0.1) for day in range(4)]
 
 
 def test_rows_with_broken_vectors_are_dropped() -> None:
@@ -311,7 +311,7 @@ def test_the_form_of_rows_is_saved_with_its_columns() -> None:
     form = RowForm.from_dict(json.loads(json.dumps(log.form.to_dict())), task=log.task)
     row = {"customer": "a", "product": "lamp", "verdict": "kept", "day": "2026-01-01", "photo": png(BLUE)}
     ((_, (item,)),) = read_rows([row | {"embedding": [3, 4]}], form).histories()
-    assert (item.picture, item.vector) == (Picture(png(BLUE)), np.float32([3, 4]).tobytes())
+    assert (item.picture, item.vector) == (Picture(png(BLUE)), packed(3, 4))
     ((_, (item,)),) = read_rows([{key: row[key] for key in row if key != "photo"}], form).histories()
     assert (item.picture, item.vector) == (None, None)
     with pytest.raises(RecordError, match="row 1: it is a row with a damaged picture"):
@@ -341,13 +341,13 @@ def test_a_user_split_with_pictures_can_be_written_again(tmp_path: Path) -> None
         rows = log_rows()
         rows[0]["photo"] = change or rows[0]["photo"]
         log = _read(rows)
-        write = [log, log.reader("dev", dev_queries=4), tmp_path / "data"]
+        reader = log.reader("dev", dev_queries=4)
         if change is None:
-            parts = write_user_split(*write, dev_share=0.4)
+            parts = write_user_split(log, reader, tmp_path / "data", dev_share=0.4)
             assert (parts.train_users, parts.dev_users) == (4, 2)
         else:
             with pytest.raises(UserError, match="holds data of other rows"):
-                write_user_split(*write, dev_share=0.4)
+                write_user_split(log, reader, tmp_path / "data", dev_share=0.4)
 
 
 def test_a_log_in_which_no_row_can_be_used_says_why() -> None:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from picture_rows import RED, png
+from picture_rows import RED, packed, png
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
@@ -58,7 +57,7 @@ def pictured(tmp_path: Path) -> Path:
     ],
 )
 def test_parts_of_encoder_and_task_are_compared(encoder: str, task: Task, message: str, tmp_path: Path) -> None:
-    vector = np.float32([1, 2, 3, 4, 5]).tobytes() if task.vector_field else None
+    vector = packed(1, 2, 3, 4, 5) if task.vector_field else None
     reader = open_dataset(_data(tmp_path / "data", task, vector=vector), "train")
     identity = open_encoder(encoder).identity
     if not message:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +26,23 @@ SECRET = "zanzibar"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     rows = [row | {"embedding": [1, number % 2]} for number, row in enumerate(log_rows())]
-    columns = {"user": "customer", "question": "product", "answer": "verdict", "image": "photo", "vector": "embedding"}
-    settings = {"encoder": "hash:32+pictures:pixels+vectors:cat:2", "dtype": "float32", "controls": False}
-    more: dict[str, Any] = {"max_steps": 2, "batch_size": 4, "learning_rate": 0.1, "llm": "toy"}
-    return Plug.train(rows, **columns, out=tmp_path_factory.mktemp("pictured"), **settings, **more).run
+    plug = Plug.train(
+        rows,
+        user="customer",
+        question="product",
+        answer="verdict",
+        image="photo",
+        vector="embedding",
+        out=tmp_path_factory.mktemp("pictured"),
+        llm="toy",
+        encoder="hash:32+pictures:pixels+vectors:cat:2",
+        dtype="float32",
+        controls=False,
+        max_steps=2,
+        batch_size=4,
+        learning_rate=0.1,
+    )
+    return plug.run
 
 
 def _item(photo: object, **others: object) -> dict[str, object]:

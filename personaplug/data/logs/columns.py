@@ -166,11 +166,13 @@ class _Finder:
 
     def image(self, task: Task | None) -> str | None:
         counts = {name: column.pictures for name, column in self.all.items()}
-        return self._part("image", counts, named=self.options.image, task=task, field=task and task.image_field)
+        field = task.image_field if task else None
+        return self._part("image", counts, named=self.options.image, task=task, field=field)
 
     def vector(self, task: Task | None) -> str | None:
         counts = {name: column.vectors for name, column in self.all.items()}
-        return self._part("vector", counts, named=self.options.vector, task=task, field=task and task.vector_field)
+        field = task.vector_field if task else None
+        return self._part("vector", counts, named=self.options.vector, task=task, field=field)
 
     def _part(
         self, role: str, counts: Mapping[str, int], *, named: str | None, task: Task | None, field: str | None

@@ -63,7 +63,7 @@ def decode(picture: Picture) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise errors of many types
         raise ItemError(f"{_named(picture)} cannot be decoded ({type(error).__name__}); nothing was stored.") from None
     if image is None:
-        raise ItemError(f"{_named(picture)} has {width} × {height} pixels; expected at most {MAX_PIXELS:,}.")
+        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found {width} × {height}.")
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
 

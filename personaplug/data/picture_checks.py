@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 from personaplug.data.pictures import MAX_PIXELS, Picture
 
@@ -15,14 +14,12 @@ def is_damaged(picture: Picture) -> bool:
     except ModuleNotFoundError:
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns below our limit
-            image = Image.open(io.BytesIO(picture.read()))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                return True
-            image.draft("RGB", (64, 64))  # reads a JPEG at a lower resolution
-            image.load()
+        image = Image.open(io.BytesIO(picture.read()))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            return True
+        image.draft("RGB", (64, 64))  # reads a JPEG at a lower resolution
+        image.load()
     except Exception:  # decoders of damaged files raise errors of many types
         return True
     return False

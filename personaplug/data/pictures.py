@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 from personaplug.data.values import Flaw
 from personaplug.errors import MissingData
@@ -36,20 +36,32 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII)
 _FORMS = "a data URL such as data:image/png;base64,…"
 
 
+class StoredBytes(Protocol):
+    """Bytes that are stored somewhere else than in a named file."""
+
+    @property
+    def digest(self) -> bytes:
+        """See `Picture.digest`."""
+
+    def read(self) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Picture:
     """A picture. Two pictures are equal if their bytes are.
 
     Attributes:
-        source: the bytes, or the file that holds them; a file is read when the bytes are needed.
+        source: the bytes, or the place that holds them; they are read when they are needed.
     """
 
-    source: bytes | Path
+    source: bytes | Path | StoredBytes
 
     def read(self) -> bytes:
         """Return the bytes; raise MissingData if the file is gone."""
         if isinstance(self.source, bytes):
             return self.source
+        if not isinstance(self.source, Path):
+            return self.source.read()
         try:
             return self.source.read_bytes()
         except OSError as error:
@@ -60,6 +72,8 @@ class Picture:
         """The 16-byte hash of the bytes."""
         if isinstance(self.source, bytes):
             return _digest(self.source)
+        if not isinstance(self.source, Path):
+            return self.source.digest
         try:
             status = self.source.stat()
         except OSError as error:
@@ -83,7 +97,7 @@ class Picture:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return "Picture(bytes)" if isinstance(self.source, bytes) else "Picture(file)"
+        return "Picture(file)" if isinstance(self.source, Path) else "Picture(bytes)"
 
 
 def picture_of(value: object, what: str, *, folder: Path | None = None) -> Picture | None:

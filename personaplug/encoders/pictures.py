@@ -6,6 +6,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -69,7 +70,7 @@ def decode(picture: Picture) -> Image.Image:
 
 
 def _named(picture: Picture) -> str:
-    return "A picture" if isinstance(picture.source, bytes) else f"The picture {picture.source}"
+    return f"The picture {picture.source}" if isinstance(picture.source, Path) else "A picture"
 
 
 class PixelEncoder:

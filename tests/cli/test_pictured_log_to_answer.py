@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from personaplug.serving.service import Service
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 
+OPENED = Path("/proc/self/fd")
 TOY = ("llm=toy", "encoder=hash:32+pictures:pixels", "dtype=float32", "batch_size=8", "max_steps=3", "controls=false")
 PROMPT = "Which verdict would this user choose? Answer with one of: kept, returned. product: a lamp"
 
@@ -36,24 +37,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _kept() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("personaplug-pictures-*"))
+def _deleted_files() -> int:
+    """Return the number of open files without a name."""
+    return sum(os.readlink(link).endswith("(deleted)") for link in OPENED.iterdir() if link.is_symlink())
 
 
-def test_the_log_is_loaded_and_no_picture_is_left_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, while_serving = _kept(), list[set[Path]]()
+def test_the_log_is_loaded_and_its_pictures_are_left_in_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not OPENED.is_dir():
+        pytest.skip("open files are listed on Linux alone")
+    before, while_serving = _deleted_files(), list[int]()
 
     def serve(service: Service, **_: object) -> None:
-        while_serving.append(_kept() - before)
+        while_serving.append(_deleted_files())
         service.store.close()
 
     monkeypatch.setattr("personaplug.serving.app.serve", serve)
     place = ("--run", folder / "run", "--store", folder / "histories.db")
     done = call("serve", *place, "--port", 0, "--load", folder / "orders.parquet")
     assert done.stdout == "loaded: 6 users; 30 items new, 0 replaced, 0 as before\n"
-    assert while_serving == [set()]
+    assert while_serving == [before]
     assert "30 items new" not in call("load", *place, folder / "orders.parquet", "--image", "photo").stdout
-    assert _kept() == before
+    content = b"".join(path.read_bytes() for path in folder.glob("histories.db*"))
+    assert not any(row["photo"] in content for row in log_rows())
 
 
 @pytest.mark.parametrize("as_url", [True, False], ids=["data URL", "path"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from personaplug.data.logs.row_form import RowForm
 from personaplug.data.logs.writing import describe_columns, describe_rows, write_log, write_user_split
 from personaplug.data.pictures import Picture
 from personaplug.data.task_registry import parse_task
-from personaplug.errors import ConfigError, MissingData, RecordError, UserError
+from personaplug.errors import ConfigError, MissingData, RecordError, StorageError, UserError
 
 Rows = list[dict[str, Any]]
 DECLARED: dict[str, Any] = {
@@ -120,19 +121,31 @@ def test_import_prints_the_column_of_pictures(tmp_path: Path) -> None:
     assert "30 rows read, 30 kept, 0 dropped" in result.output
 
 
-def test_pictures_of_a_file_are_not_held_in_memory_and_disappear_with_the_log(tmp_path: Path) -> None:
-    def kept() -> set[Path]:
-        return set(Path(tempfile.gettempdir()).glob("personaplug-pictures-*"))
+def test_pictures_of_a_file_are_in_a_file_without_a_name_as_long_as_an_item_needs_them(tmp_path: Path) -> None:
+    if not (opened := Path("/proc/self/fd")).is_dir():
+        pytest.skip("open files are listed on Linux alone")
 
-    before, log = kept(), _read(FILES["JSON lines, data URLs"](tmp_path))
-    (folder,) = kept() - before
-    assert len(list(folder.iterdir())) == 12
-    assert folder.stat().st_mode & 0o077 == 0  # pictures are private
-    items = [item for _, items in log.reader().histories() for item in items]
+    def deleted() -> dict[str, int]:
+        links = {link: os.readlink(link) for link in opened.iterdir() if link.is_symlink()}
+        return {str(link): link.stat().st_size for link, target in links.items() if target.endswith("(deleted)")}
+
+    before, log = deleted(), _read(FILES["JSON lines, data URLs"](tmp_path))
+    (size,) = [size for link, size in deleted().items() if link not in before]
+    assert size == sum(map(len, {row["photo"] for row in log_rows()}))  # each picture once
+    item = next(items[0] for _, items in log.reader().histories())
     del log
-    assert items[0].picture == Picture(log_rows()[0]["photo"])  # an item keeps its picture
-    del items
-    assert not folder.exists()
+    assert item.picture == Picture(log_rows()[0]["photo"])
+    assert len(deleted()) == len(before) + 1
+    del item
+    assert deleted() == before
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", **options))  # noqa: SIM115
+    with pytest.raises(StorageError, match=r"do not fit into a temporary file in .* by the variable TMPDIR"):
+        _read(FILES["JSON lines, data URLs"](tmp_path))
 
 
 @pytest.mark.parametrize("as_path", [str, Path], ids=["text", "Path"])

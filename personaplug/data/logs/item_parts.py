@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from personaplug.data.logs.options import LogOptions
 from personaplug.data.parsing import vector_of
 from personaplug.data.pictures import PICTURE_KEYS, Picture, format_of, picture_of
 from personaplug.data.values import Flaw
+from personaplug.errors import StorageError
 from personaplug.infra.json_parsing import parse_json
 
 Vector = npt.NDArray[np.float32]
@@ -26,31 +27,56 @@ Part = Picture | Vector | Flaw
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp"})
 
 
-class PictureFiles:
-    """A temporary folder for the pictures of a log, so that they are not held in memory.
+class PictureFile:
+    """A temporary file for the pictures of a log, so that they are not held in memory.
 
-    It exists as long as one of its pictures does, and is then deleted.
+    The file has no name, so nothing of it is left when the last of its pictures or the process is gone.
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as this object
+        self._places: dict[bytes, tuple[int, int]] = {}  # start and size by digest
+        weakref.finalize(self, self._file.close)
 
     def keep(self, picture: Picture) -> Picture:
-        """Write a picture to a file, unless an equal one is there, and return the file."""
+        """Write a picture to the file, unless an equal one is there, and return the stored one.
+
+        Raises:
+            StorageError: if the disk is full.
+        """
         if isinstance(picture.source, Path):
             return picture
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="personaplug-pictures-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / picture.digest.hex()
-        if not path.exists():
-            path.write_bytes(picture.source)
-        return _KeptPicture(path, self)
+        digest = picture.digest
+        if digest not in self._places:
+            self._places[digest] = self._write(picture.read())
+        return Picture(_FilePart(self, *self._places[digest], digest))
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, start)
+
+    def _write(self, content: bytes) -> tuple[int, int]:
+        start = self._file.tell()
+        try:
+            written = self._file.write(content)
+        except OSError:
+            written = -1
+        if written != len(content):
+            raise StorageError(
+                f"The pictures of the log do not fit into a temporary file in {tempfile.gettempdir()}. Name a larger "
+                f"folder by the variable TMPDIR."
+            )
+        return start, len(content)
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class _KeptPicture(Picture):
-    files: PictureFiles
+@dataclass(frozen=True, slots=True, repr=False)
+class _FilePart:
+    file: PictureFile
+    start: int
+    size: int
+    digest: bytes
+
+    def read(self) -> bytes:
+        return self.file.read(self.start, self.size)
 
 
 @dataclass(frozen=True)
@@ -59,12 +85,12 @@ class PartReader:
 
     Attributes:
         folder: of relative paths.
-        files: where pictures are kept; None = in memory, because the caller holds them anyway.
+        file: where pictures are kept; None = in memory, because the caller holds them anyway.
     """
 
     options: LogOptions
     folder: Path
-    files: PictureFiles | None
+    file: PictureFile | None
     _names: dict[str, tuple[bool, bool]] = field(default_factory=dict)
 
     def part_of(self, name: str, value: object) -> Part | None:
@@ -73,7 +99,7 @@ class PartReader:
             part = self._find(name, value)
         except Flaw as flaw:
             return flaw
-        return self.files.keep(part) if self.files and isinstance(part, Picture) else part
+        return self.file.keep(part) if self.file and isinstance(part, Picture) else part
 
     def _find(self, name: str, value: object) -> Part | None:
         options = self.options

@@ -18,7 +18,7 @@ from personaplug.data.logs.answers import AnswerKind, check_answers, decide_answ
 from personaplug.data.logs.columns import Column, FoundColumns, check_named, find_columns
 from personaplug.data.logs.declaration import declare, declare_for, field_name, is_request
 from personaplug.data.logs.file_form import find_form
-from personaplug.data.logs.item_parts import PartReader, PictureFiles
+from personaplug.data.logs.item_parts import PartReader, PictureFile
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import Parts, RowForm, Texts, is_missing, texts_and_parts
 from personaplug.data.pictures import Picture
@@ -169,11 +169,11 @@ def read_rows(source: object, form: RowForm, **settings: Any) -> EventLogReader:
 
 def _read_rows(sources: Sequence[object], options: LogOptions, report: LogReport) -> tuple[list[str], list[_Row]]:
     """Return the names of the sources and their rows."""
-    names, rows, files = list[str](), list[_Row](), PictureFiles()
+    names, rows, file = list[str](), list[_Row](), PictureFile()
     for source in sources:
         name, how, records = _open(source, options, report)
         is_file = isinstance(source, str | Path)
-        reader = PartReader(options, Path(name).parent if is_file else Path(), files if is_file else None)
+        reader = PartReader(options, Path(name).parent if is_file else Path(), file if is_file else None)
         names.append(name)
         report.files.append(f"{name}: {how}")
         for position, _, record in records:

@@ -179,20 +179,16 @@ class _Finder:
     ) -> str | None:
         """Return the column of the pictures or of the vectors, if there is one."""
         if named:
-            if task and not field:
-                raise ConfigError(
-                    f"The run's task {task.name} has no {role}_field, so its items have none. Leave out "
-                    f"{self.options.option(role)}, or give a run that was trained on such items."
-                )
-            if not counts[named]:
-                raise ConfigError(f"The column {named!r} holds no {_PARTS[role]}: expected {_PART_FORMS[role]}.")
+            self._check_part(role, counts, named=named, task=task, field=field)
             return self._take(role, named, f"{self.options.option(role)}; {counts[named]:,} of them")
+        if task and not field:
+            return None
         reserved = {*self.options.named_columns, *(each.columns[0] for each in self.roles)}
         among = [
             name for name, count in counts.items()
             if name not in reserved and count and count >= _MIN_PARTS * self.all[name].values
         ]  # fmt: skip
-        if not among or (task and not field):
+        if not among:
             return None
         if field in among:
             return self._take(role, field, "the run's task has this field")
@@ -202,6 +198,17 @@ class _Finder:
         others = [other for other in among if other != name]
         also = f", not {self._quoted(others)} ({option} gives another)" if others else ""
         return self._take(role, name, f"{counts[name]:,} of its values are {_PARTS[role]}{also}")
+
+    def _check_part(
+        self, role: str, counts: Mapping[str, int], *, named: str, task: Task | None, field: str | None
+    ) -> None:
+        if task and not field:
+            raise ConfigError(
+                f"The run's task {task.name} has no {role}_field, so its items have none. Leave out "
+                f"{self.options.option(role)}, or give a run that was trained on such items."
+            )
+        if not counts[named]:
+            raise ConfigError(f"The column {named!r} holds no {_PARTS[role]}: expected {_PART_FORMS[role]}.")
 
     def user(self) -> str:
         name, reason = self.options.user, self.options.option("user")

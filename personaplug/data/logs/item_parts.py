@@ -7,6 +7,8 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from io import FileIO
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -34,9 +36,13 @@ class PictureFile:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as this object
         self._places: dict[bytes, tuple[int, int]] = {}  # start and size by digest
-        weakref.finalize(self, self._file.close)
+
+    @cached_property
+    def _file(self) -> FileIO:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as this object
+        weakref.finalize(self, file.close)
+        return file
 
     def keep(self, picture: Picture) -> Picture:
         """Write a picture to the file, unless an equal one is there, and return the stored one.
@@ -144,12 +150,14 @@ def _picture_of(value: object, folder: Path) -> Picture | None:
 
 def _must_be_picture(value: object) -> bool:
     """Return True for a value that is a picture and cannot be a text."""
+    if isinstance(value, str):
+        return value.startswith("data:image/")
     if isinstance(value, bytes | bytearray | memoryview):
         start = bytes(value[:32])
         return format_of(start) is not None and b"\0" in start
     if isinstance(value, Mapping):
         return value.keys() == PICTURE_KEYS
-    return hasattr(value, "getbands") or (isinstance(value, str) and value.startswith("data:image/"))
+    return hasattr(value, "getbands")
 
 
 def _vector_of(value: object) -> Vector | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +27,8 @@ Texts = dict[str, str | None]
 
 Parts = Mapping[str, Part]
 """The pictures and vectors of a row by their columns."""
+
+_NO_PARTS: Parts = MappingProxyType({})
 
 _WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
@@ -113,11 +116,13 @@ class RowForm:
             (self.mapping.image, Picture, "with a damaged picture"),
             (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers"),
         ):
-            part = parts.get(column or "")
-            if column is None or (part is None and row.get(column, "") is not None and is_missing(row.get(column, ""))):
+            if column is None:
                 continue
-            if part is None and kind is Picture and row[column] is not None:
-                return "whose picture file does not exist"
+            part, text = parts.get(column), row.get(column, "")
+            if part is None and text is not None:
+                if is_missing(text):
+                    continue
+                return "whose picture file does not exist" if kind is Picture else defect
             if part is None or not isinstance(part, kind) or self._is_damaged(part):
                 return defect
             found[column] = part
@@ -156,7 +161,7 @@ def texts_and_parts(record: Mapping[Any, object], reader: PartReader) -> tuple[T
         if part is not None:
             parts[name] = part
         texts[name] = _text(value) if part is None or is_path(value) else None
-    return texts, parts
+    return texts, parts or _NO_PARTS
 
 
 def user_name(text: str) -> str:

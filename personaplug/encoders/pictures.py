@@ -6,7 +6,6 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -62,15 +61,11 @@ def decode(picture: Picture) -> Image.Image:
             is_small = width * height <= MAX_PIXELS
             image = ImageOps.exif_transpose(file).convert("RGBA") if is_small else None
     except Exception as error:  # decoders of damaged files raise errors of many types
-        raise ItemError(f"{_named(picture)} cannot be decoded ({type(error).__name__}); nothing was stored.") from None
+        raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
     if image is None:
         raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found {width} × {height}.")
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
-
-
-def _named(picture: Picture) -> str:
-    return f"The picture {picture.source}" if isinstance(picture.source, Path) else "A picture"
 
 
 class PixelEncoder:

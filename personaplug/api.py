@@ -95,6 +95,8 @@ class Plug(ModelHubMixin):
         question: str | int = "question",
         answer: str | int = "answer",
         date: str | int | None = None,
+        image: str | int | None = None,
+        vector: str | int | None = None,
         date_format: str | None = None,
         kind: str | None = None,
         labels: Sequence[object] = (),
@@ -117,6 +119,10 @@ class Plug(ModelHubMixin):
             question: the column of the question.
             answer: the column of the user's answer.
             date: the column of the time; None = the rows of a user are in time order.
+            image: the column of pictures: bytes, data URLs, paths, or images of Pillow; None = there are none. The
+                encoder needs a part for them: encoder="…+pictures:NAME".
+            vector: the column of lists of numbers, embeddings of the items that you have computed; None = there are
+                none. The encoder needs a part for them: encoder="…+vectors:NAME:WIDTH".
             date_format: of the dates, as for `datetime.strptime`; None = the forms that `personaplug import` reads.
             kind: label, rating, text or chat; None = decide by the answers.
             labels: the closed set of answers; none = decide by the answers.
@@ -128,21 +134,25 @@ class Plug(ModelHubMixin):
             skip_bad: leave out at most this many rows that cannot be used.
             settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.
         """
-        if (_is_folder(rows) and (kind or labels)) or (task and not _is_folder(rows)):
+        is_folder = _is_folder(rows)
+        if (is_folder and (kind or labels or image or vector)) or (task and not is_folder):
             raise ConfigError(
-                "Only a folder in LaMP's layout takes `task`; only other rows take `kind` and `labels`. Remove the "
-                "arguments that do not apply."
+                "Only a folder in LaMP's layout takes `task`; only other rows take `kind`, `labels`, `image` and "
+                "`vector`. Remove the arguments that do not apply."
             )
         config = with_values(Config(), settings if llm is None else {"llm": llm, **settings})
         folder = Path(out) if out else Path("runs", _name_of(rows))
         connect(choose_device(config.model.device))
         log = None
-        if not _is_folder(rows):
+        if not is_folder:
             options = LogOptions(
                 user=str(user),
                 questions=(str(question),),
                 answer=str(answer),
-                date=None if date is None else str(date),
+                date=_column(date),
+                image=_column(image),
+                vector=_column(vector),
+                detects_parts=False,
                 date_formats=(date_format,) if date_format else (),
                 no_date=date is None,
                 kind=kind,
@@ -152,7 +162,9 @@ class Plug(ModelHubMixin):
             )
             log = read_log([rows], options, max_dropped=skip_bad)
         run = Run.plan(folder / _RUN, config=config, task=log.task if log else load_task(str(rows), task=task))
-        form, models = log.form if log else None, open_models(run.config)
+        form = log.form if log else None
+        reader = log.reader() if log else open_dataset(str(rows), "train", task=run.task)
+        models = open_models(run.config, readers=[reader])
         plug = cls(run, form=form, data=folder / _DATA, models=models)
         if log is None:
             on_main(lambda: _link(Path(str(rows)), folder / _DATA))
@@ -205,7 +217,7 @@ class Plug(ModelHubMixin):
         Args:
             user: a user of the training rows; these rows are the history.
             history: the items, in place of `user`: mappings with the columns of the training rows, or HistoryItems;
-                [] = a new user.
+                [] = a new user. A picture is bytes, a data URL, a path or an image of Pillow.
             copy_head: also copy tokens of the question and of past answers, with the run's trained copy head.
         Raises:
             MissingData: if the run has no trained copy head.
@@ -382,6 +394,10 @@ def _write_data(log: Log, folder: Path, *, dev_share: float, **limits: int) -> N
     logger.info("%s", "\n".join(describe_rows(log, reader.report)))
     counts = (parts.train, parts.train_users, parts.dev, parts.dev_users)
     logger.info("train: %d questions of %d users; held out for evaluation: %d questions of %d users", *counts)
+
+
+def _column(name: str | int | None) -> str | None:
+    return None if name is None else str(name)
 
 
 def _is_folder(rows: object) -> bool:

@@ -58,7 +58,8 @@ class ItemInfluence:
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f"  effect {self.effect:+.3f}"
-        return f"weight {self.weight:.3f}{effect}  {self.item.text}"
+        picture = " (with a picture)" if self.item.picture else ""
+        return f"weight {self.weight:.3f}{effect}  {self.item.text}{picture}"
 
 
 def generate(

@@ -33,6 +33,7 @@ from personaplug.data.wording import Wording, learn_wordings
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encoded, samples_fingerprint
+from personaplug.encoders.item_parts import check_item_parts
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json, read_json
@@ -68,15 +69,17 @@ class Models:
     llm: LanguageModel
 
 
-def open_models(config: Config) -> Models:
+def open_models(config: Config, *, readers: Sequence[Reader] = ()) -> Models:
     """Load encoder and language model.
 
     Raises:
+        ConfigError: if the encoder has no part for the pictures or the vectors of `readers`.
         MissingModel: if a model is not found.
         MissingExtra: if the encoder's engine is not installed.
     """
     device, engine = choose_device(config.model.device), config.model.encoder_engine
     encoder = open_encoder(config.model.encoder, device=device, engine=engine)
+    check_item_parts(encoder.identity, *readers)  # before the language model is loaded, which may take minutes
     return Models(encoder, open_llm(config.model))
 
 
@@ -327,11 +330,7 @@ class Run:
             )
 
     def check_models(self, models: Models) -> None:
-        """Check that prompts contain the run's date, if the chat template writes a date.
-
-        Raises:
-            RunConflict: if the models were opened with another `chat_date`.
-        """
+        """Raise RunConflict if the chat template of the models writes another date than the run's."""
         day, of_run = models.llm.identity.chat_date, self.config.model.chat_date
         if day not in (None, of_run):
             raise RunConflict(

@@ -59,8 +59,8 @@ def import_command(
     """Convert FILES, logs of an app or conversations, to a data set with a train and a dev split.
 
     A log (CSV, TSV, JSONL, JSON or Parquet, also .gz) has a row for each answer of a user. The command detects the
-    roles of the columns and prints them; options override them. The last row of each user goes to dev, earlier rows go
-    to train.
+    roles of the columns and prints them; options override them. A column may hold pictures. The last row of each user
+    goes to dev, earlier rows go to train.
 
     Conversations (JSONL, JSON, Parquet) must name their user and should have a time. They are split by user.
     """

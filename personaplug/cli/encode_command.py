@@ -90,6 +90,7 @@ def _encode_items(
     from personaplug.encoders import open_encoder
     from personaplug.encoders.embedding_store import EmbeddingStore
     from personaplug.encoders.encoded_sample import encoded
+    from personaplug.encoders.item_parts import check_item_parts
 
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")
@@ -99,6 +100,7 @@ def _encode_items(
         for split in splits
     }
     encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
+    check_item_parts(encoder.identity, *readers.values())
     table = EmbeddingStore.open(vectors, encoder)
     for split, reader in readers.items():
         old_count = len(table)

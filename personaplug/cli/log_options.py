@@ -23,6 +23,8 @@ _COLUMNS = (
     click.option("--answer", metavar="COLUMN", help="Column with the user's answer, rating or text."),
     click.option("--date", metavar="COLUMN", help="Column with the date of the row."),
     click.option("--id", metavar="COLUMN", help="Column with a unique name of the row."),
+    click.option("--image", metavar="COLUMN", help="Column with a picture: bytes, a data URL, or a path."),
+    click.option("--vector", metavar="COLUMN", help="Column with a list of numbers, an embedding of the item."),
     click.option(
         "--date-format", "date_formats", multiple=True, help="Format of the dates, such as %d/%m/%Y; may be repeated."
     ),

@@ -174,7 +174,7 @@ def train(
     run = Run.plan(out, config=config, task=declared, vectors=vectors)
     with synchronized():
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
-        models = open_models(config)
+        models = open_models(config, readers=[reader])
     run.start()  # after data and models are open, so that a failed start leaves no files
     trained = train_run(run, reader, models=models, parts=parts)
     disconnect()
@@ -329,7 +329,7 @@ def estimate(
     reader = open_dataset(
         data, "train", task=load_task(data, task=task), skip_bad=skip_bad, max_history=config.plug.max_history
     )
-    costs = estimate_run(config, reader, models=open_models(config))
+    costs = estimate_run(config, reader, models=open_models(config, readers=[reader]))
     tell_read(reader, "train")
     if json_file is not None:
         write_json(json_file, asdict(costs))

@@ -182,6 +182,7 @@ def serve(
         service = open_service(run, config, others=others, plugs=plugs)
         if histories:
             load_into(service.store, OPEN_TENANT, histories)
+        del histories  # with the temporary file of their pictures, which an erasure would not reach
         serve_service(
             service,
             api_keys=api_keys,

@@ -37,7 +37,7 @@ def train_together(
             open_dataset(folder, "train", task=task, skip_bad=skip_bad, max_history=config.plug.max_history)
             for folder, task in zip(folders, tasks, strict=True)
         ]
-        models = open_models(shared.runs[0].config)
+        models = open_models(shared.runs[0].config, readers=readers)
     shared.start()  # after data and models are open, so that a failed start leaves no files
     trained = train_shared(shared, readers, models=models)
     disconnect()

@@ -10,12 +10,24 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from string import Formatter
 from typing import Unpack
 
 from personaplug.data.dates import check_date_format
 from personaplug.data.event_copies import Event, event_of, find_copies
-from personaplug.data.parsing import Flaw, as_datetime, as_record, field_of, id_of, query_of, target_of, value_of
+from personaplug.data.parsing import (
+    Flaw,
+    as_datetime,
+    as_record,
+    field_of,
+    id_of,
+    query_of,
+    target_of,
+    value_of,
+    vector_of,
+)
+from personaplug.data.pictures import Picture, picture_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
@@ -41,6 +53,9 @@ class ColumnMapping:
         date: the column of the date or time; without it, the rows are in time order.
         date_format: the format of the dates for `datetime.strptime`, such as `%d.%m.%Y`; None for ISO and similar
             forms, and for epoch times (`personaplug.data.dates.as_datetime`).
+        image: the column of pictures, if the task has an `image_field`: bytes, data URLs, or paths from the log's
+            folder (from the working folder for rows in memory).
+        vector: the column of lists of numbers, if the task has a `vector_field`.
     """
 
     user: str
@@ -50,6 +65,8 @@ class ColumnMapping:
     id: str | None = None
     date: str | None = None
     date_format: str | None = None
+    image: str | None = None
+    vector: str | None = None
 
     def __post_init__(self) -> None:
         if self.date_format is not None:
@@ -100,7 +117,9 @@ class EventLogReader(RecordReader):
                 raise ConfigError(f"{name} should be at least {minimum}, found {value}.")
         self._source = record_source(source, delimiter=delimiter)
         super().__init__(task, origin=origin or self._source.name, **limits)
+        _check_parts(mapping, task)
         self._mapping, self._template = mapping, _parse_template(mapping, task)
+        self._picture_folder = Path(source).parent if isinstance(source, str | Path) else Path()
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
         self._has_reported = False
@@ -140,7 +159,8 @@ class EventLogReader(RecordReader):
         users: dict[str, list[_Row]] = {}
         events: dict[str, tuple[str, _Row]] = {}
         mapping, report = self._mapping, self.report
-        columns = [mapping.user, *mapping.fields.values(), mapping.answer, *filter(None, (mapping.id, mapping.date))]
+        others = filter(None, (mapping.id, mapping.date, mapping.image, mapping.vector))
+        columns = [mapping.user, *mapping.fields.values(), mapping.answer, *others]
         for position, number, values in self._source.read(list(dict.fromkeys(columns))):
             report.rows += 1
             try:
@@ -182,8 +202,21 @@ class EventLogReader(RecordReader):
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)
         day = moment.date() if moment else None
-        item = HistoryItem(row_id, fields, task.answer_field, day, answer_labels=task.labels)
+        picture, vector = self._parts(values)
+        item = HistoryItem(
+            row_id, fields, task.answer_field, day, answer_labels=task.labels, picture=picture, vector=vector
+        )
         return user, _Row(item, target, moment, position, tuple(texts.items()))
+
+    def _parts(self, values: Mapping[str, object]) -> tuple[Picture | None, bytes | None]:
+        """Return the picture and the vector of a row."""
+        image, vector = self._mapping.image, self._mapping.vector
+        pixels = value_of(values, image) if image and image in values else None
+        numbers = value_of(values, vector) if vector and vector in values else None
+        return (
+            picture_of(pixels, f"its {image!r}", folder=self._picture_folder),
+            None if numbers is None else vector_of(numbers, f"its {vector!r}"),
+        )
 
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
         row = rows[index]
@@ -193,6 +226,9 @@ class EventLogReader(RecordReader):
             return None
         if row.is_unclear:
             self.report.unclear += 1
+            return None
+        if not row.has_question:
+            self.report.left_out["questions without a text"] += 1
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
@@ -213,9 +249,20 @@ class _Row:
 
     @property
     def event(self) -> Event:
+        picture, vector = self.item.picture, self.item.vector
+        parts = tuple(filter(None, (picture.digest if picture else b"", vector)))
+        return event_of(self._content, self.target, self.moment, parts=parts)
+
+    @property
+    def has_question(self) -> bool:
+        """False if the row has a picture or a vector, and all its texts are blank: it can be shown, but not asked."""
+        has_parts = self.item.picture is not None or self.item.vector is not None
+        return not has_parts or any(text.strip() for text in self._content)
+
+    @property
+    def _content(self) -> list[str]:
         fields = [*self.item.fields, *self.prompt_fields]
-        content = [text for name, text in fields if name != self.item.answer_name]
-        return event_of(content, self.target, self.moment)
+        return [text for name, text in fields if name != self.item.answer_name]
 
     def is_same_event(self, other: _Row) -> bool:
         """Return True if two rows with one id differ only in the time."""
@@ -228,6 +275,19 @@ _Template = tuple[tuple[str, str | None], ...]
 def as_literal(text: str) -> str:
     """Double the braces of a text, so that a `ColumnMapping`'s prompt shows them."""
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def _check_parts(mapping: ColumnMapping, task: Task) -> None:
+    """Raise ConfigError if the mapping names a column for which the task declares no field."""
+    for role, column, field in (
+        ("image", mapping.image, task.image_field),
+        ("vector", mapping.vector, task.vector_field),
+    ):
+        if column is not None and field is None:
+            raise ConfigError(
+                f"The mapping's {role} is the column {column!r}, but task {task.name} has no {role}_field. Declare "
+                f"one, or leave out the column."
+            )
 
 
 def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:

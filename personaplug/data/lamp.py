@@ -58,14 +58,20 @@ def splits_in(folder: Path) -> list[str]:
     return sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
 
 
-def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[HistoryItem, ...]:
+def read_items(
+    source: str | Path | Iterable[object], *, task: Task, folder: Path | None = None
+) -> tuple[HistoryItem, ...]:
     """Read one user's items: mappings, or a file with a JSON list or one JSON object per line, plain or gzipped.
 
     An item has the task's fields, and may have a "date" and an "id"; the default id is its line number or its number in
     the list. Items are sorted by time if all have a date.
+
+    Args:
+        folder: where relative paths of pictures start: in a file's own folder; otherwise None = paths are refused, as
+            in items from strangers.
     """
     name, unit, records = _item_records(source)
-    folder = Path(source).parent if isinstance(source, str | Path) else None
+    folder = Path(source).parent if isinstance(source, str | Path) else folder
     items = []
     for number, record in records:
         try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from personaplug.data.json_stream import stream_values
 from personaplug.data.parsing import (
     Flaw,
     as_id,
@@ -27,10 +28,48 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
 from personaplug.errors import ConfigError, RunConflict, StorageError
-from personaplug.infra.atomic_io import atomic_folder, atomic_write, write_json
+from personaplug.infra.atomic_io import atomic_folder, write_json
 
 PICTURES = "pictures"
-"""The folder of a data set's pictures."""
+"""The folder of a data set's pictures; the name of a file is the hash of its bytes."""
+
+
+class _PictureFolder:
+    """Writes pictures as files of a data set: into a draft, until the samples have passed the checks."""
+
+    def __init__(self, draft: Path, *, finished: Path) -> None:
+        self._draft, self._finished = draft, finished
+        self._files: dict[bytes, Picture] = {}
+
+    def files_of(self, sample: Sample) -> Sample:
+        """Write the pictures of a sample, and return the sample with these files."""
+        if all(item.picture is None for item in sample.history):
+            return sample
+        items = [replace(item, picture=item.picture and self._file(item.picture)) for item in sample.history]
+        return replace(sample, history=tuple(items))
+
+    def finish(self) -> None:
+        """Move the new files to the data set."""
+        if self._draft.is_dir():
+            self._finished.mkdir(exist_ok=True)
+            for path in self._draft.iterdir():
+                os.replace(path, self._finished / path.name)
+
+    def _file(self, picture: Picture) -> Picture:
+        digest = picture.digest
+        if digest not in self._files:
+            self._files[digest] = self._written(picture, digest.hex())
+        return self._files[digest]
+
+    def _written(self, picture: Picture, name: str) -> Picture:
+        """Return the file of a picture, which is new unless the data set has it."""
+        content = picture.read()
+        file = f"{name}.{format_of(content)}"
+        if (self._finished / file).exists():
+            return Picture(self._finished / file)
+        self._draft.mkdir(exist_ok=True)
+        (self._draft / file).write_bytes(content)
+        return Picture(self._draft / file)
 
 
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
@@ -48,7 +87,9 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         # The drafts replace the files only after the last sample has passed the checks.
         with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
             draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
-            has_targets = _write_drafts(_with_files(samples, folder), draft_questions, draft_outputs, task)
+            pictures = _PictureFolder(Path(drafts, PICTURES), finished=folder / PICTURES)
+            has_targets = _write_drafts(map(pictures.files_of, samples), draft_questions, draft_outputs, task)
+            pictures.finish()
             for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
                 old.unlink(missing_ok=True)
             if has_targets:
@@ -78,8 +119,32 @@ def copy_with_train(source: Path, target: Path, samples: Iterable[Sample], *, ta
         for path in sorted(source.glob("*_*.json*")):
             if not path.name.startswith("train_"):
                 shutil.copyfile(path, draft / path.name)
-        if (source / PICTURES).is_dir():
-            shutil.copytree(source / PICTURES, draft / PICTURES, dirs_exist_ok=True)
+        if task.image_field:
+            _copy_pictures(source, draft, task.image_field)
+
+
+def _copy_pictures(source: Path, target: Path, image_field: str) -> None:
+    """Copy the pictures that a data set's splits without train name by relative paths."""
+    for questions in sorted(source.glob("*_questions.json*")):
+        if questions.name.startswith("train_"):
+            continue
+        for _, question in stream_values(questions, "item", opening=b"[", unit="question"):
+            for name in _paths_in(question, image_field):
+                copy = target / name
+                if (source / name).is_file() and not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / name, copy)
+
+
+def _paths_in(question: object, image_field: str) -> Iterator[PurePath]:
+    """Yield the relative paths of a question's pictures; readers report broken values."""
+    profile = question.get("profile") if isinstance(question, Mapping) else None
+    for item in profile if isinstance(profile, list) else ():
+        value = item.get(image_field) if isinstance(item, Mapping) else None
+        if isinstance(value, str) and value and not value.startswith("data:"):
+            path = PurePath(value)
+            if not path.is_absolute() and ".." not in path.parts:
+                yield path
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:
@@ -122,25 +187,6 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
             raise Flaw("the fields of an item differ from those of the task")
     except Flaw as flaw:
         raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
-
-
-def _with_files(samples: Iterable[Sample], folder: Path) -> Iterator[Sample]:
-    """Write the pictures of each sample as files of the data set, and yield the sample with these files."""
-    for sample in samples:
-        items = [replace(item, picture=_written(item.picture, folder)) for item in sample.history]
-        yield replace(sample, history=tuple(items))
-
-
-def _written(picture: Picture | None, folder: Path) -> Picture | None:
-    """Write a picture into a data set, unless it is there, and return the file. Its name is the digest of its bytes."""
-    if picture is None:
-        return None
-    content = picture.read()
-    path = folder / PICTURES / f"{picture.digest.hex()}.{format_of(content)}"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, lambda draft: draft.write_bytes(content))
-    return Picture(path)
 
 
 def _question(sample: Sample, task: Task) -> dict[str, Any]:

@@ -25,14 +25,22 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedReco
         with parquet.ParquetFile(source) as file:
             names = file.schema_arrow.names
             check_columns(path, names, columns or names)
-            # A row with all columns may contain a whole history, so batches of such rows are small.
-            batches = file.iter_batches(1 << 16, columns=list(columns)) if columns else file.iter_batches(64)
+            # A row with all columns may contain a whole history or pictures, so batches of such rows are small.
+            is_flat = columns and not any(_is_large(file.schema_arrow.field(name).type) for name in columns)
+            batches = file.iter_batches(1 << 16 if is_flat else 64, columns=list(columns) or None)
             for batch in batches:
                 for values in batch_records(batch):
                     number += 1
                     yield f"row {number}", number, values
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError):
         raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
+
+
+def _is_large(kind: Any) -> bool:
+    """Return whether a value of a type may be a picture or a list."""
+    pyarrow, _ = import_pyarrow()
+    types = pyarrow.types
+    return bool(types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def batch_records(batch: Any) -> Iterator[object]:

@@ -219,8 +219,8 @@ def vector_of(value: object, what: str) -> bytes:
 
 
 def numbers_of(vector: bytes) -> list[float]:
-    """Return the numbers of a vector that `vector_of` has converted."""
-    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+    """Return the numbers of a vector that `vector_of` has converted, with the digits of single precision."""
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(vector) // 4}f", vector)]
 
 
 def _fields_of(

@@ -5,17 +5,25 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 from personaplug.data.values import Flaw
 from personaplug.errors import MissingData
 
 MAX_PICTURE_BYTES = 32 * 2**20
 """The largest picture that a reader accepts."""
+
+MAX_PIXELS = 50_000_000
+"""The largest number of pixels that a picture may have; decoding takes three bytes for each."""
+
+PICTURE_KEYS = frozenset({"bytes", "path"})
+"""The keys of a picture in the data sets of Hugging Face; one of them has a value."""
 
 _SIGNATURES = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -28,20 +36,32 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII)
 _FORMS = "a data URL such as data:image/png;base64,…"
 
 
+class StoredBytes(Protocol):
+    """Bytes that are stored somewhere else than in a named file."""
+
+    @property
+    def digest(self) -> bytes:
+        """See `Picture.digest`."""
+
+    def read(self) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Picture:
     """A picture. Two pictures are equal if their bytes are.
 
     Attributes:
-        source: the bytes, or the file that holds them; a file is read when the bytes are needed.
+        source: the bytes, or the place that holds them; they are read when they are needed.
     """
 
-    source: bytes | Path
+    source: bytes | Path | StoredBytes
 
     def read(self) -> bytes:
         """Return the bytes; raise MissingData if the file is gone."""
         if isinstance(self.source, bytes):
             return self.source
+        if not isinstance(self.source, Path):
+            return self.source.read()
         try:
             return self.source.read_bytes()
         except OSError as error:
@@ -52,6 +72,8 @@ class Picture:
         """The 16-byte hash of the bytes."""
         if isinstance(self.source, bytes):
             return _digest(self.source)
+        if not isinstance(self.source, Path):
+            return self.source.digest
         try:
             status = self.source.stat()
         except OSError as error:
@@ -75,24 +97,31 @@ class Picture:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return "Picture(bytes)" if isinstance(self.source, bytes) else "Picture(file)"
+        return "Picture(file)" if isinstance(self.source, Path) else "Picture(bytes)"
 
 
 def picture_of(value: object, what: str, *, folder: Path | None = None) -> Picture | None:
-    """Convert a value to a picture; None and an empty text are no picture.
+    """Convert a value to a picture; None, an empty text and empty bytes are no picture.
 
-    A value is bytes, a data URL, or a mapping with `bytes` or `path`, as in Parquet files of Hugging Face data sets.
+    A value is bytes, a data URL, a mapping with `bytes` or `path`, as in Parquet files of Hugging Face data sets, or an
+    image of Pillow.
 
     Args:
         what: the value in messages.
         folder: the folder of relative paths; None = paths are refused, because the value comes from a stranger.
     """
-    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+    if isinstance(value, Mapping) and PICTURE_KEYS & value.keys():
         value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
+    if isinstance(value, Picture):
+        return value
+    if value is None or (isinstance(value, str | bytes) and not value):
         return None
+    if hasattr(value, "getbands") and hasattr(value, "save"):
+        return _of_image(value, what)
     if isinstance(value, bytes | bytearray | memoryview):
         return _checked(bytes(value), what)
+    if isinstance(value, PurePath):
+        value = str(value)
     if not isinstance(value, str):
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
     if match := _DATA_URL.match(value):
@@ -116,6 +145,16 @@ def _decoded(text: str, what: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise Flaw(f"{what} is no picture: its base64 is not valid") from None
+
+
+def _of_image(image: Any, what: str) -> Picture:
+    """Return an image of Pillow as PNG."""
+    content = io.BytesIO()
+    try:
+        image.convert("RGBA").save(content, "PNG")
+    except Exception as error:  # Pillow reads the pixels of a file only now
+        raise Flaw(f"{what} is an image that cannot be read ({type(error).__name__})") from None
+    return _checked(content.getvalue(), what)
 
 
 def _checked(content: bytes, what: str) -> Picture:

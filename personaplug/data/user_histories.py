@@ -77,7 +77,7 @@ class Histories:
             return items
         if len(rows) < len(given):
             raise ConfigError("A history is a list of mappings, or of HistoryItems; found a list of something else.")
-        return _read_rows(rows, self.form) if self.form else read_items(rows, task=self.task)
+        return _read_rows(rows, self.form) if self.form else read_items(rows, task=self.task, folder=Path())
 
     @cached_property
     def _by_user(self) -> dict[str, tuple[HistoryItem, ...]]:

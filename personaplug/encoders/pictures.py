@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from personaplug.data.pictures import Picture
+from personaplug.data.pictures import MAX_PIXELS, Picture
 from personaplug.encoders.base import Vectors
 from personaplug.errors import ItemError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
-
-MAX_PIXELS = 50_000_000
-"""The largest number of pixels that a picture may have; decoding takes three bytes for each."""
 
 MAX_SIDE = 2048
 """The largest width and height of a decoded picture, in pixels; no encoder reads more."""

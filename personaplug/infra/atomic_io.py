@@ -104,8 +104,9 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        for path in temporary.iterdir():
-            _sync(path)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
         if replace and target.exists():
             shutil.rmtree(target)
         try:

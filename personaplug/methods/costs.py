@@ -11,6 +11,7 @@ import numpy as np
 
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
+from personaplug.encoders.base import encode_items
 
 _TIMED_ITEMS = 128
 _BYTES_PER_VALUE = 2  # item vectors are stored in half precision
@@ -43,7 +44,7 @@ class CostMeter:
     def __init__(self, sizes: Sequence[int], timed: Sequence[Sample], *, encoder: Encoder) -> None:
         self.encoder = encoder
         self.items = float(np.mean(sizes)) if len(sizes) else 0.0
-        self._texts = [item.text for sample in timed for item in sample.history][:_TIMED_ITEMS]
+        self._timed = [item for sample in timed for item in sample.history][:_TIMED_ITEMS]
 
     def embeddings(self) -> UserCost:
         """Return the cost of the vectors of a user's items."""
@@ -51,7 +52,7 @@ class CostMeter:
 
     def texts(self) -> UserCost:
         """Return the cost of the texts of a user's items."""
-        sizes = [len(text.encode()) for text in self._texts]
+        sizes = [len(item.text.encode()) for item in self._timed]
         return UserCost(self.items * float(np.mean(sizes)) if sizes else 0.0)
 
     def labels(self) -> UserCost:
@@ -61,9 +62,10 @@ class CostMeter:
     @cached_property
     def _seconds_per_item(self) -> float:
         """The time to encode an item, measured on first use."""
-        if not self._texts:
+        if not self._timed:
             return 0.0
-        self.encoder.encode(self._texts[:8])  # the first call warms up
+        contents = [item.encoded(with_answer=True) for item in self._timed]
+        encode_items(self.encoder, contents[:8])  # the first call warms up
         started = time.monotonic()
-        self.encoder.encode(self._texts)
-        return (time.monotonic() - started) / len(self._texts)
+        encode_items(self.encoder, contents)
+        return (time.monotonic() - started) / len(contents)

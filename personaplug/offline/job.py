@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from personaplug.config import SPEED_ONLY, Config
+from personaplug.encoders.joint import OUTSIDE
 from personaplug.errors import ConfigError
 from personaplug.offline.input_files import PROMPT, Input, InputFile, read_input
 from personaplug.offline.row_reader import RowReader
 from personaplug.offline.rows import Row, RowParser, check_columns
-from personaplug.plug.saving import ABOUT, WEIGHTS
+from personaplug.plug.saving import ABOUT, WEIGHTS, read_description
 from personaplug.run import Run
 
 Command = Literal["generate", "encode"]
@@ -119,6 +120,7 @@ class Job:
             wordings=run.wordings,
             is_plain=self.is_plain,
             needs_user=self.store is not None,
+            vector_width=None if self.is_plain else _vector_width(run, seed=self.seed),
         )
 
     def read_rows(self, shard: Shard, *, reader: RowReader, parser: RowParser) -> list[Row]:
@@ -178,6 +180,11 @@ def plug_fingerprint(run: Run, *, seed: int) -> str:
     """Return a hash of the files of a run's plug; MissingData if its training has not finished."""
     folder = run.check_trained("plug", seed=seed)
     return _hash(*((folder / name).read_bytes() for name in (ABOUT, WEIGHTS)))
+
+
+def _vector_width(run: Run, *, seed: int) -> int | None:
+    _, spec, _ = read_description(run.check_trained("plug", seed=seed))
+    return dict(spec.encoder.parts).get(OUTSIDE)
 
 
 def uses_prompts(job: Job) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 from personaplug.data import read_items
 from personaplug.data.ids import as_id
-from personaplug.data.parsing import Flaw, as_name, as_record, context_of
+from personaplug.data.parsing import Flaw, as_name, as_record, context_of, numbers_of
+from personaplug.data.picture_checks import is_damaged
 from personaplug.data.records import PREFERENCE, REJECTED, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
@@ -52,6 +53,7 @@ class RowParser:
         wordings: of the training prompts.
         is_plain: whether the plain model answers, which takes any prompt and no history.
         needs_user: whether a store has the histories.
+        vector_width: number of values of an item's vector; None = the encoder reads no vectors.
     """
 
     task: Task
@@ -59,6 +61,7 @@ class RowParser:
     wordings: Sequence[Wording] = ()
     is_plain: bool = False
     needs_user: bool = False
+    vector_width: int | None = None
 
     def parse(self, values: Mapping[str, Any], *, default_id: str) -> Row:
         """Parse a row; an invalid row has an `error`, and keeps its user."""
@@ -98,7 +101,21 @@ class RowParser:
             return ()
         if not isinstance(value, list):
             raise Flaw("its 'history' is neither a list of items nor JSON of such a list")
-        return read_items([_item_values(item, self.task) for item in value], task=self.task)
+        items = read_items([_item_values(item, self.task) for item in value], task=self.task)
+        for item in items:
+            self._check_parts(item)
+        return items
+
+    def _check_parts(self, item: HistoryItem) -> None:
+        """Raise a Flaw for a picture or a vector that the encoder would refuse, which would stop the job."""
+        if item.picture is not None and is_damaged(item.picture):
+            raise Flaw("a picture of its 'history' cannot be decoded")
+        if item.vector is not None and self.vector_width is not None:
+            numbers = len(item.vector) // 4
+            if numbers != self.vector_width:
+                raise Flaw(f"a vector of its 'history' has {numbers} numbers; expected {self.vector_width}")
+            if not any(numbers_of(item.vector)):
+                raise Flaw("a vector of its 'history' has only zeros")
 
 
 def _prompt_of(value: object) -> Prompt:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from personaplug.config import Config
@@ -16,6 +17,7 @@ from personaplug.config_resolution import resolved
 from personaplug.data.records import Sample, characters
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader
+from personaplug.encoders.base import encode_items
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.encoders.encoded_sample import encoded
 from personaplug.errors import MissingData
@@ -156,11 +158,12 @@ def _planned_steps(config: Config, samples: int) -> tuple[int, float]:
 
 def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
     """Return the seconds per item."""
-    texts = [item.text for sample in samples for item in sample.history][:_TIMED_ITEMS]
-    models.encoder.encode(texts)  # the first call may build a faster engine
+    items = islice((item for sample in samples for item in sample.history), _TIMED_ITEMS)
+    contents = [item.encoded(with_answer=True) for item in items]
+    encode_items(models.encoder, contents)  # the first call may build a faster engine
     started = time.monotonic()
-    models.encoder.encode(texts)
-    return (time.monotonic() - started) / max(1, len(texts))
+    encode_items(models.encoder, contents)
+    return (time.monotonic() - started) / max(1, len(contents))
 
 
 def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:

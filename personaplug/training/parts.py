@@ -21,6 +21,7 @@ from personaplug.baselines.retrievers import Retrieval
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.item_parts import check_item_parts, warn_of_unused_parts
 from personaplug.encoders.joint import OUTSIDE, PICTURE, TEXT, part_slice
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import main_first, on_main, synchronized
@@ -300,6 +301,8 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
         RunConflict: if another process trains in the run's folder.
     """
     parts = default_parts(run) if parts is None else parts
+    check_item_parts(models.encoder.identity, reader)
+    warn_of_unused_parts(models.encoder.identity, [run.task])
     for part in parts:
         part.check_run(run, models)
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from personaplug.config import TrainingConfig
 from personaplug.data.task import Reader
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.item_parts import check_item_parts, warn_of_unused_parts
 from personaplug.infra.distributed import on_main
 from personaplug.infra.locks import sole_trainer
 from personaplug.infra.memory import peak_memory, reset_peak_memory
@@ -127,6 +128,8 @@ def train_shared(shared: SharedRun, readers: Sequence[Reader], *, models: Models
         ConfigError, TrainingDiverged, StorageError: see `fit`.
         RunConflict: if another process trains in the folder, or a run was started on other data.
     """
+    check_item_parts(models.encoder.identity, *readers)
+    warn_of_unused_parts(models.encoder.identity, [run.task for run in shared.runs])
     with ExitStack() as stack:
         for folder in (shared.folder, *(run.folder for run in shared.runs)):
             on_main(lambda folder=folder: stack.enter_context(sole_trainer(folder)))  # type: ignore[misc]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 USER_NAMES = (
     "user_id", "userid", "user", "uid", "user_name", "username", "user_email", "customer_id", "customer", "client_id",
     "client", "account_id", "account", "member_id", "member", "subscriber_id", "reviewer_id", "reviewer", "author_id",
@@ -34,7 +37,29 @@ ID_NAMES = (
     "response_id", "uuid", "guid", "nr", "no",
 )  # fmt: skip
 
+IMAGE_NAMES = (
+    "image", "picture", "photo", "img", "pic", "photograph", "thumbnail", "screenshot", "bild", "foto", "imagen",
+    "imagem", "immagine",
+)  # fmt: skip
+
+VECTOR_NAMES = ("embedding", "embeddings", "vector", "emb", "vec")
+
 OTHER_DATE_WORDS = (
     "birth", "born", "dob", "updated", "modified", "deleted", "expires", "geburt", "signup", "registered",
 )  # fmt: skip
 """Parts of the names of dates that are not those of the event."""
+
+
+def key_of(name: str) -> str:
+    """Return the name of a column in small letters with underscores: `userId` and `User ID` are `user_id`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    return re.sub(r"[^\w]+|_+", "_", words.casefold()).strip("_")
+
+
+def rank_of(key: str, common: Sequence[str]) -> int | None:
+    """Return the place of a name among common names. A name that contains one, `star_rating_2`, comes after all."""
+    if key in common:
+        return common.index(key)
+    words = key.split("_")
+    places = [common.index(word) for word in words if word in common]
+    return len(common) + min(places) if places else None

@@ -1,4 +1,4 @@
-"""Find the meaning of each column of a log: the user, the question, the answer, the date, the id of the event.
+"""Find the meaning of each column of a log: user, question, answer, date, id of the event, picture and vector.
 
 A well-known name decides, and the values confirm it. A column without such a name is taken only if no other column can
 have its meaning.
@@ -16,37 +16,59 @@ from personaplug.data.logs.column_names import (
     ANSWER_NAMES,
     DATE_NAMES,
     ID_NAMES,
+    IMAGE_NAMES,
     OTHER_DATE_WORDS,
     QUESTION_NAMES,
     USER_NAMES,
+    VECTOR_NAMES,
+    key_of,
+    rank_of,
 )
 from personaplug.data.logs.date_forms import DateColumn, learn_dates
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.numbers import number_or_none
+from personaplug.data.task import Task
 from personaplug.errors import ConfigError, nearest
 
 _MIN_DATES = 0.8  # share of a column's values that are dates
 _MIN_TEXT_LENGTH = 12  # characters on average, if the values are texts
 _MAX_SHOWN = 30
 _MAX_DATE_LENGTH = 80
+_PARTS = {"image": "pictures", "vector": "vectors"}
+_PART_FORMS = {
+    "image": "bytes, data URLs, or paths of PNG, JPEG, GIF, WebP or BMP files that start in the log's folder",
+    "vector": "lists of finite numbers",
+}
 _YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)", re.ASCII)
-_ORDER = ("user", "date", "question", "answer", "id")
+_MIN_PARTS = 0.5  # share of a column's values that are pictures or vectors
+_ORDER = ("user", "date", "question", "image", "vector", "answer", "id")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column and its values as texts, without the missing values."""
+    """A column and its values as texts, without the missing values.
+
+    Attributes:
+        values: how many values are not missing.
+        pictures, vectors: how many values are pictures, also by their path, or vectors.
+    """
 
     name: str
     texts: Sequence[str] = field(repr=False)
     rows: int
-    is_nested: bool = False
+    values: int
+    pictures: int = 0
+    vectors: int = 0
+
+    @property
+    def is_nested(self) -> bool:
+        """True if most values are no texts."""
+        return self.values - len(self.texts) > len(self.texts)
 
     @property
     def key(self) -> str:
-        """The name in small letters with underscores: `userId` and `User ID` are `user_id`."""
-        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", self.name)
-        return re.sub(r"[^\w]+|_+", "_", words.casefold()).strip("_")
+        """See `key_of`."""
+        return key_of(self.name)
 
     @cached_property
     def distinct(self) -> int:
@@ -66,6 +88,9 @@ class Column:
 
     def describe(self) -> str:
         """Name the column and count its values, without showing one."""
+        if self.pictures or self.vectors:
+            counts = f"{self.pictures:,} pictures" if self.pictures else f"{self.vectors:,} vectors"
+            return f"{short_id(self.name)!r} ({counts})"
         if self.is_nested:
             return f"{short_id(self.name)!r} (lists or objects, which are not read)"
         kind = "numbers" if self.is_number and self.texts else "texts"
@@ -95,37 +120,38 @@ class FoundColumns:
     answer: str
     date: str | None
     id: str | None
+    image: str | None
+    vector: str | None
     dates: DateColumn | None
     roles: tuple[Role, ...]
     unused: tuple[str, ...]
 
 
-def find_columns(
-    columns: Sequence[Column],
-    options: LogOptions,
-    *,
-    fields: Sequence[str] = (),
-    answer_field: str | None = None,
-) -> FoundColumns:
+def find_columns(columns: Sequence[Column], options: LogOptions, *, task: Task | None = None) -> FoundColumns:
     """Find the meaning of each column; raise ConfigError if one is unclear.
 
     Args:
-        fields, answer_field: of a run's task: columns of these names are the questions and the answer.
+        task: of a run: columns with the names of its fields are the questions, the answer, the picture and the vector.
     """
     check_named(columns, options)
-    finder = _Finder({column.name: column for column in columns if column.texts or column.is_nested}, options)
+    finder = _Finder({column.name: column for column in columns if column.values}, options)
     user = finder.user()
+    image = finder.image(task)
+    vector = finder.vector(task)
     date, dates = finder.date()
     event = finder.id()
-    answer = finder.answer(answer_field)
-    questions = finder.questions(fields)
+    answer = finder.answer(task.answer_field if task else None)
+    questions = finder.questions([name for name in task.field_names if name != task.answer_field] if task else [])
     roles = sorted(finder.roles, key=lambda role: _ORDER.index(role.role))
-    return FoundColumns(user, questions, answer, date, event, dates, tuple(roles), tuple(finder.free))
+    unused = [name for name, column in finder.free.items() if not column.is_nested]
+    return FoundColumns(
+        user, questions, answer, date, event, image, vector, dates, roles=tuple(roles), unused=tuple(unused)
+    )
 
 
 def check_named(columns: Sequence[Column], options: LogOptions) -> None:
     """Raise ConfigError unless the log has a column with values for each name in the options."""
-    names = [column.name for column in columns if column.texts or column.is_nested]
+    names = [column.name for column in columns if column.values]
     for name in options.named_columns:
         if name not in names:
             raise ConfigError(f"The log has no column {name!r} with values; {nearest(name, names)}")
@@ -137,6 +163,52 @@ class _Finder:
     def __init__(self, columns: Mapping[str, Column], options: LogOptions) -> None:
         self.all, self.options, self.roles = columns, options, list[Role]()
         self.free = {name: column for name, column in columns.items() if not column.is_nested}
+
+    def image(self, task: Task | None) -> str | None:
+        counts = {name: column.pictures for name, column in self.all.items()}
+        field = task.image_field if task else None
+        return self._part("image", counts, named=self.options.image, task=task, field=field)
+
+    def vector(self, task: Task | None) -> str | None:
+        counts = {name: column.vectors for name, column in self.all.items()}
+        field = task.vector_field if task else None
+        return self._part("vector", counts, named=self.options.vector, task=task, field=field)
+
+    def _part(
+        self, role: str, counts: Mapping[str, int], *, named: str | None, task: Task | None, field: str | None
+    ) -> str | None:
+        """Return the column of the pictures or of the vectors, if there is one."""
+        if named:
+            self._check_part(role, counts, named=named, task=task, field=field)
+            return self._take(role, named, f"{self.options.option(role)}; {counts[named]:,} of them")
+        if task and not field:
+            return None
+        reserved = {*self.options.named_columns, *(each.columns[0] for each in self.roles)}
+        among = [
+            name for name, count in counts.items()
+            if name not in reserved and count and count >= _MIN_PARTS * self.all[name].values
+        ]  # fmt: skip
+        if not among:
+            return None
+        if field in among:
+            return self._take(role, field, "the run's task has this field")
+        common = IMAGE_NAMES if role == "image" else VECTOR_NAMES
+        name = self._choose(among, common, role=role)
+        option = self.options.option(role)
+        others = [other for other in among if other != name]
+        also = f", not {self._quoted(others)} ({option} gives another)" if others else ""
+        return self._take(role, name, f"{counts[name]:,} of its values are {_PARTS[role]}{also}")
+
+    def _check_part(
+        self, role: str, counts: Mapping[str, int], *, named: str, task: Task | None, field: str | None
+    ) -> None:
+        if task and not field:
+            raise ConfigError(
+                f"The run's task {task.name} has no {role}_field, so its items have none. Leave out "
+                f"{self.options.option(role)}, or give a run that was trained on such items."
+            )
+        if not counts[named]:
+            raise ConfigError(f"The column {named!r} holds no {_PARTS[role]}: expected {_PART_FORMS[role]}.")
 
     def user(self) -> str:
         name, reason = self.options.user, self.options.option("user")
@@ -165,7 +237,7 @@ class _Finder:
             for name, column in self.free.items()
             if name not in reserved and not _has_any(column.key, OTHER_DATE_WORDS)
         }
-        named = {name for name in learned if _rank(self.free[name].key, DATE_NAMES) is not None}
+        named = {name for name in learned if rank_of(self.free[name].key, DATE_NAMES) is not None}
         readable = {
             name for name, dates in learned.items()
             if dates.readable >= _MIN_DATES and (name in named or not dates.is_numeric)
@@ -197,9 +269,9 @@ class _Finder:
         if field in self.free:
             return self._take("answer", field, "the run's task has this field")
         free = self._free_except(self.options.questions)
-        if any(_rank(column.key, ANSWER_NAMES) is not None for column in free.values()):
+        if any(rank_of(column.key, ANSWER_NAMES) is not None for column in free.values()):
             return self._take("answer", *self._by_name(ANSWER_NAMES, role="answer", among=free))
-        others = {name: column for name, column in free.items() if _rank(column.key, QUESTION_NAMES) is None}
+        others = {name: column for name, column in free.items() if rank_of(column.key, QUESTION_NAMES) is None}
         short = [name for name, column in others.items() if not column.is_text]
         if len(short) == 1 and len(free) > 1:
             return self._take("answer", short[0], "the only other column of short values")
@@ -210,7 +282,7 @@ class _Finder:
             return self._take_questions(self.options.questions, self.options.option("question"))
         if fields and all(name in self.free for name in fields):
             return self._take_questions(fields, "the run's task has these fields")
-        named = [name for name, column in self.free.items() if _rank(column.key, QUESTION_NAMES) is not None]
+        named = [name for name, column in self.free.items() if rank_of(column.key, QUESTION_NAMES) is not None]
         if named:
             name, reason = self._by_name(QUESTION_NAMES, role="question")
             others = [other for other in self.free if other != name and self.free[other].is_text]
@@ -240,7 +312,7 @@ class _Finder:
         self, common: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
     ) -> tuple[str, str]:
         columns = self._free_except(self.options.named_columns) if among is None else among
-        names = [name for name, column in columns.items() if _rank(column.key, common) is not None]
+        names = [name for name, column in columns.items() if rank_of(column.key, common) is not None]
         if not names:
             raise self._unclear(role)
         chosen = self._choose(names, common, role=role)
@@ -250,7 +322,7 @@ class _Finder:
 
     def _choose(self, names: Sequence[str], common: Sequence[str], *, role: str) -> str:
         """Return the column with the earliest common name; refuse a tie."""
-        places = {name: _rank(self.free[name].key, common) for name in names}
+        places = {name: rank_of(self.all[name].key, common) for name in names}
         ranks = {name: 2 * len(common) if place is None else place for name, place in places.items()}
         ranked = sorted(names, key=ranks.__getitem__)
         if len(ranked) > 1 and ranks[ranked[0]] == ranks[ranked[1]]:
@@ -284,15 +356,6 @@ class _Finder:
 
     def _quoted(self, names: Sequence[str]) -> str:
         return ", ".join(repr(short_id(name)) for name in names)
-
-
-def _rank(key: str, common: Sequence[str]) -> int | None:
-    """Return the place of a name among common names. A name that contains one, `star_rating_2`, comes after all."""
-    if key in common:
-        return common.index(key)
-    words = key.split("_")
-    places = [common.index(word) for word in words if word in common]
-    return len(common) + min(places) if places else None
 
 
 def _are_like_dates(texts: Sequence[str]) -> bool:

@@ -29,7 +29,14 @@ class Declaration:
 
 
 def declare(
-    name: str, *, questions: Sequence[str], answer: str, answers: AnswerKind, prompt: str | None = None
+    name: str,
+    *,
+    questions: Sequence[str],
+    answer: str,
+    answers: AnswerKind,
+    image: str | None = None,
+    vector: str | None = None,
+    prompt: str | None = None,
 ) -> Declaration:
     """Declare the task of a log.
 
@@ -37,12 +44,13 @@ def declare(
     field's name is the marker of the query.
 
     Args:
-        questions, answer: columns.
+        questions, answer, image, vector: columns.
         prompt: a wording in place of the default one.
     """
+    parts = {"image_field": image and field_name(image), "vector_field": vector and field_name(vector)}
     if answers.kind == "chat":
         field, _ = CHAT.item_fields
-        task = parse_task({"name": name, "kind": "chat"})
+        task = parse_task({"name": name, "kind": "chat", **parts})
         return Declaration(task, {field: questions[0]}, prompt or f"{{{field}}}")
     fields = {field_name(column): column for column in questions}
     answer_field = field_name(answer)
@@ -57,6 +65,7 @@ def declare(
         "item_fields": list(fields),
         "answer_field": answer_field,
         "query_after": marker,
+        **parts,
     }
     if answers.labels:
         declared["labels"] = list(answers.labels)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from personaplug.data.delimited_files import NumberedRecord
 from personaplug.data.event_log import ColumnMapping, EventLogReader
@@ -15,8 +18,10 @@ from personaplug.data.logs.answers import AnswerKind, check_answers, decide_answ
 from personaplug.data.logs.columns import Column, FoundColumns, check_named, find_columns
 from personaplug.data.logs.declaration import declare, declare_for, field_name, is_request
 from personaplug.data.logs.file_form import find_form
+from personaplug.data.logs.item_parts import PartReader, PictureFile
 from personaplug.data.logs.options import LogOptions
-from personaplug.data.logs.row_form import RowForm, Texts, is_missing, texts_of
+from personaplug.data.logs.row_form import Parts, RowForm, Texts, is_missing, texts_and_parts
+from personaplug.data.pictures import Picture
 from personaplug.data.record_files import DELIMITED_KINDS, kind_of, record_source
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw
@@ -32,6 +37,7 @@ class LogReport:
 
     Attributes:
         files: how each file was read.
+        without_text: rows with a picture or a vector, but no text to ask.
         dropped: rows that are left out, by the reason in words ("without a user").
         repeated: names that several columns of a file have; these columns are not read.
         problems: positions of the first rows that are no records, and their defects.
@@ -39,6 +45,7 @@ class LogReport:
     """
 
     rows: int = 0
+    without_text: int = 0
     files: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -84,6 +91,7 @@ class _Row(NamedTuple):
     source: str
     position: str
     texts: Texts
+    parts: Parts
 
 
 def read_log(
@@ -100,10 +108,8 @@ def read_log(
     """
     report = LogReport(max_dropped=max_dropped)
     names, rows = _read_rows(sources, options, report)
-    answer_field = task.answer_field if task else None
-    fields = [name for name in task.field_names if name != answer_field] if task else []
     try:
-        found = find_columns(_columns(rows), options, fields=fields, answer_field=answer_field)
+        found = find_columns(_columns(rows), options, task=task)
     except ConfigError as error:
         if not report.repeated:
             raise
@@ -112,10 +118,16 @@ def read_log(
         answers = _decide(rows, found, options)
         name = options.name or Path(names[0]).name.partition(".")[0] or "log"
         declaration = declare(
-            name, questions=found.questions, answer=found.answer, answers=answers, prompt=options.prompt
+            name,
+            questions=found.questions,
+            answer=found.answer,
+            answers=answers,
+            image=found.image,
+            vector=found.vector,
+            prompt=options.prompt,
         )
     else:
-        has_same_name = field_name(found.answer) == answer_field
+        has_same_name = field_name(found.answer) == task.answer_field
         check_answers(_answers(rows, found), column=found.answer, task=task, has_same_name=has_same_name)
         answers, declaration = labels_of(task), declare_for(task, questions=found.questions)
     mapping = ColumnMapping(
@@ -124,6 +136,8 @@ def read_log(
         answer=found.answer,
         prompt=declaration.prompt,
         date=found.date,
+        image=found.image,
+        vector=found.vector,
     )
     form = RowForm(declaration.task, mapping, found.dates.forms if found.dates else None)
     event_id = found.id if found.id and (options.id or _tells_rows_apart(rows, found)) else None
@@ -134,29 +148,38 @@ def read_log(
 def read_rows(source: object, form: RowForm, **settings: Any) -> EventLogReader:
     """Read rows with the columns of an earlier log; raise RecordError if a row cannot be used.
 
+    Rows with pictures or vectors need no question.
+
     Args:
         settings: of EventLogReader.
     """
     mapping = form.mapping
     options = LogOptions(user=mapping.user, questions=form.questions, answer=mapping.answer, date=mapping.date)
     report = LogReport(max_dropped=0)
-    (name,), rows = _read_rows([source], options, report)
-    check_named(_columns(rows), options)
+    parts = replace(options, image=mapping.image, vector=mapping.vector, detects_parts=False)
+    (name,), rows = _read_rows([source], parts, report)
+    columns = _columns(rows)
+    if any(row.parts for row in rows):
+        others = [column.name for column in columns if column.name not in form.columns]
+        options = replace(options, questions=tuple(q for q in form.questions if get_close_matches(q, others)))
+    check_named(columns, options)
     events = _events(rows, form, event_id=None, report=report)
     return EventLogReader(events, mapping, form.task, origin=name, **settings)
 
 
 def _read_rows(sources: Sequence[object], options: LogOptions, report: LogReport) -> tuple[list[str], list[_Row]]:
     """Return the names of the sources and their rows."""
-    names, rows = list[str](), list[_Row]()
+    names, rows, file = list[str](), list[_Row](), PictureFile()
     for source in sources:
         name, how, records = _open(source, options, report)
+        is_file = isinstance(source, str | Path)
+        reader = PartReader(options, Path(name).parent if is_file else Path(), file if is_file else None)
         names.append(name)
         report.files.append(f"{name}: {how}")
         for position, _, record in records:
             report.rows += 1
             if isinstance(record, Mapping):
-                rows.append(_Row(name, position, texts_of(record)))
+                rows.append(_Row(name, position, *texts_and_parts(record, reader)))
                 continue
             error = RecordError(name, position, reason=str(record if isinstance(record, Flaw) else "it is no object"))
             report.drop("that are no records", error)
@@ -195,14 +218,17 @@ def _repeated(names: Sequence[str]) -> str:
 
 def _columns(rows: Sequence[_Row]) -> list[Column]:
     """Return the columns with the values of rows that are spread over the log."""
-    sniffed = [row.texts for row in rows[:: max(1, len(rows) // _SNIFFED_ROWS)]]
-    names = dict.fromkeys(name for row in sniffed for name in row)
+    sniffed = rows[:: max(1, len(rows) // _SNIFFED_ROWS)]
+    names = dict.fromkeys(name for row in sniffed for name in row.texts)
     columns = []
     for name in names:
-        values = [row.get(name, "") for row in sniffed]
+        values = [row.texts.get(name, "") for row in sniffed]
         texts = [text for text in values if text is not None and not is_missing(text)]
-        is_nested = sum(value is None for value in values) > len(texts)
-        columns.append(Column(name, texts, len(sniffed), is_nested))
+        filled = len(texts) + sum(value is None for value in values)
+        parts = [row.parts.get(name) for row in sniffed]
+        pictures = sum(isinstance(part, Picture) for part in parts)
+        vectors = sum(isinstance(part, np.ndarray) for part in parts)
+        columns.append(Column(name, texts, len(sniffed), filled, pictures, vectors))
     return columns
 
 
@@ -222,7 +248,7 @@ def _tells_rows_apart(rows: Sequence[_Row], found: FoundColumns) -> bool:
     """Return True if rows with one id are copies of each other."""
     names = (found.user, *found.questions, found.answer)
     first: dict[str, tuple[str | None, ...]] = {}
-    for _, _, row in rows:
+    for _, _, row, _ in rows:
         event_id, content = row.get(found.id or ""), tuple(row.get(name) for name in names)
         if event_id is None or is_missing(event_id) or first.setdefault(event_id, content) != content:
             return False
@@ -232,13 +258,14 @@ def _tells_rows_apart(rows: Sequence[_Row], found: FoundColumns) -> bool:
 def _events(rows: Sequence[_Row], form: RowForm, *, event_id: str | None, report: LogReport) -> list[dict[str, Any]]:
     """Return the rows that can be used, and count the others by their reason."""
     events = []
-    for source, position, row in rows:
-        event = form.event_of(row)
+    for source, position, row, parts in rows:
+        event = form.event_of(row, parts)
         if isinstance(event, str):
             report.drop(event, RecordError(source, position, reason=f"it is a row {event}"))
             continue
         if event_id:
             event[event_id] = row.get(event_id)
+        report.without_text += not any(event[name].strip() for name in form.questions)
         events.append(event)
     if not events:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())

@@ -13,6 +13,8 @@ class LogOptions:
 
     Attributes:
         questions: columns of what was asked, in the order of the prompt.
+        image, vector: columns of pictures and of lists of numbers.
+        detects_parts: also look for pictures and vectors in columns that the options do not name.
         date_formats: formats of `strptime`; they are tried before the known forms.
         no_date: the rows are in time order, whatever dates they have.
         kind: label, rating, text or chat.
@@ -27,6 +29,9 @@ class LogOptions:
     answer: str | None = None
     date: str | None = None
     id: str | None = None
+    image: str | None = None
+    vector: str | None = None
+    detects_parts: bool = True
     date_formats: tuple[str, ...] = ()
     no_date: bool = False
     encoding: str | None = None
@@ -39,7 +44,12 @@ class LogOptions:
 
     @property
     def named_columns(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.user, *self.questions, self.answer, self.date, self.id)))
+        return tuple(filter(None, (self.user, *self.questions, self.answer, self.date, self.id, *self.named_parts)))
+
+    @property
+    def named_parts(self) -> tuple[str, ...]:
+        """The named columns of pictures and vectors."""
+        return tuple(filter(None, (self.image, self.vector)))
 
     def option(self, name: str, value: str = "") -> str:
         """Return an option as its caller writes it: `--date-format` in a command, `date_format=` in Python."""

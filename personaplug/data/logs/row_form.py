@@ -6,17 +6,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, Self
+
+import numpy as np
 
 from personaplug.data.event_log import ColumnMapping
 from personaplug.data.ids import as_id
 from personaplug.data.logs.answers import AnswerKind, labels_of
 from personaplug.data.logs.date_forms import DateForms
+from personaplug.data.logs.item_parts import Part, PartReader, is_path
+from personaplug.data.picture_checks import is_damaged
+from personaplug.data.pictures import PICTURE_KEYS, Picture
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text
 
 Texts = dict[str, str | None]
 """The values of a row as texts; None for a value that is no text, such as a list."""
+
+Parts = Mapping[str, Part]
+"""The pictures and vectors of a row by their columns."""
+
+_NO_PARTS: Parts = MappingProxyType({})
 
 _WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
@@ -52,15 +64,20 @@ class RowForm:
     @property
     def columns(self) -> tuple[str, ...]:
         mapping = self.mapping
-        return tuple(filter(None, (mapping.user, *self.questions, mapping.answer, mapping.date)))
+        others = (mapping.answer, mapping.date, mapping.image, mapping.vector)
+        return tuple(filter(None, (mapping.user, *self.questions, *others)))
 
     def prompt_of(self, question: str) -> str:
         """Return the prompt that asks a question; the log has one column of questions."""
         (field,) = self.mapping.fields
         return self.mapping.prompt_of({field: question}, task=self.task)
 
-    def event_of(self, row: Texts) -> dict[str, Any] | str:
-        """Return the values of a row, or the reason why it cannot be used: "without a user"."""
+    def event_of(self, row: Texts, parts: Parts) -> dict[str, Any] | str:
+        """Return the values of a row, or the reason why it cannot be used: "without a user".
+
+        Args:
+            parts: the pictures and vectors of the row by their columns.
+        """
         mapping, first = self.mapping, self.questions[0]
         user, answer = row.get(mapping.user, ""), row.get(mapping.answer, "")
         questions = {name: row.get(name, "") for name in self.questions}
@@ -77,9 +94,12 @@ class RowForm:
         label = self._answers.read(answer)
         if label is None:
             return "whose answer is none of the labels"
-        if not (questions[first] or "").strip():
+        found = self._parts_of(row, parts)
+        if isinstance(found, str):
+            return found
+        if not (questions[first] or "").strip() and not found:
             return f"without a value in {first!r}"
-        values: dict[str, Any] = {mapping.user: user, **questions, mapping.answer: label}
+        values: dict[str, Any] = {mapping.user: user, **questions, mapping.answer: label, **found}
         if mapping.date and self.dates:
             date = row.get(mapping.date, "")
             if date is None or is_missing(date):
@@ -89,6 +109,38 @@ class RowForm:
                 return "with a date that cannot be read"
         return values
 
+    def _parts_of(self, row: Texts, parts: Parts) -> dict[str, Part] | str:
+        """Return the picture and the vector of a row by their columns, or the reason why the row cannot be used."""
+        found: dict[str, Part] = {}
+        for column, kind, defect in (
+            (self.mapping.image, Picture, "with a damaged picture"),
+            (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers"),
+        ):
+            if column is None:
+                continue
+            part, text = parts.get(column), row.get(column, "")
+            if part is None and text is not None:
+                if is_missing(text):
+                    continue
+                return "whose picture file does not exist" if kind is Picture else defect
+            if part is None or not isinstance(part, kind) or self._is_damaged(part):
+                return defect
+            found[column] = part
+        return found
+
+    def _is_damaged(self, part: Part) -> bool:
+        if not isinstance(part, Picture):
+            return False
+        checked, digest = self._checked, part.digest
+        if digest not in checked:
+            checked[digest] = is_damaged(part)
+        return checked[digest]
+
+    @cached_property
+    def _checked(self) -> dict[bytes, bool]:
+        """Whether pictures are damaged, by their digests."""
+        return {}
+
     @cached_property
     def _answers(self) -> AnswerKind:
         return labels_of(self.task)
@@ -97,6 +149,19 @@ class RowForm:
 def texts_of(record: Mapping[Any, object]) -> Texts:
     """Return the values of a record as texts."""
     return {str(name).strip(): _text(value) for name, value in record.items()}
+
+
+def texts_and_parts(record: Mapping[Any, object], reader: PartReader) -> tuple[Texts, Parts]:
+    """Return the values of a record as texts, and its pictures and vectors. A path is in both."""
+    texts: Texts = {}
+    parts: dict[str, Part] = {}
+    for key, value in record.items():
+        name = str(key).strip()
+        part = reader.part_of(name, value)
+        if part is not None:
+            parts[name] = part
+        texts[name] = _text(value) if part is None or is_path(value) else None
+    return texts, parts or _NO_PARTS
 
 
 def user_name(text: str) -> str:
@@ -112,8 +177,10 @@ def is_missing(text: str | None) -> bool:
 
 
 def _text(value: object) -> str | None:
-    if value is None:
+    if value is None or (isinstance(value, Mapping) and value.keys() == PICTURE_KEYS and not any(value.values())):
         return ""
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, bool):
         return str(value).lower()
     try:

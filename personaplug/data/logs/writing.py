@@ -107,6 +107,8 @@ def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
     report, sizes = log.report, read.rows_of_users
     yield _counts_of_rows(log, read)
     yield from (f"  {problem}" for problem in report.problems)
+    if report.without_text:
+        yield f"{report.without_text:,} of the kept rows have no text: they are in histories, and are not asked"
     if report.dropped.total() > _MANY_DROPPED * report.rows:
         yield f"warning: {report.dropped.total() / report.rows:.0%} of the rows cannot be used; see the reasons above"
     if sizes:
@@ -135,5 +137,7 @@ def _counts_in_error(log: Log, reader: EventLogReader) -> Iterator[None]:
 
 
 def _holds_same_files(one: Path, other: Path) -> bool:
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    names = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) for folder in (one, other)
+    ]
     return names[0] == names[1] and not any(filecmp.cmpfiles(one, other, names[0], shallow=False)[1:])

@@ -22,6 +22,7 @@ SIDE = 128
 _SAMPLES = 2  # of each pixel in each direction, so that edges are smooth
 _HUES = dict(zip(COLORS, (0, 28, 54, 85, 130, 178, 222, 272, 325), strict=True))  # degrees
 _MAX_OBJECTS = 3
+_REACH = 1.15  # of an object with radius 1; a corner of a square is outside of the radius
 
 
 def draw(color: str, shape: str, texture: str, *, rng: np.random.Generator) -> Picture:
@@ -36,10 +37,11 @@ def draw(color: str, shape: str, texture: str, *, rng: np.random.Generator) -> P
     canvas = _background(rng)
     for _ in range(int(rng.integers(1, _MAX_OBJECTS + 1))):
         tones = _tones(color, rng)
-        right, down, radius = _placed(rng)
+        frame, right, down, radius = _placed(rng)
         inside = _inside(shape, right, down)
-        canvas[inside] = tones[0]
-        canvas[inside & _second_tone(texture, right, down, scale=radius)] = tones[1]
+        part = canvas[frame]
+        part[inside] = tones[0]
+        part[inside & _second_tone(texture, right, down, scale=radius)] = tones[1]
     pixels = canvas.reshape(SIDE, _SAMPLES, SIDE, _SAMPLES, 3).mean(axis=(1, 3))
     return Picture(_png((pixels * 255).round().astype(np.uint8)))
 
@@ -64,14 +66,20 @@ def _tones(color: str, rng: np.random.Generator) -> tuple[Plane, Plane]:
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value)), np.array(colorsys.hsv_to_rgb(*second))
 
 
-def _placed(rng: np.random.Generator) -> tuple[Plane, Plane, float]:
-    """Return coordinates in which a randomly placed and turned object has radius 1, and its radius in sides."""
+def _placed(rng: np.random.Generator) -> tuple[tuple[slice, slice], Plane, Plane, float]:
+    """Place and turn an object at random.
+
+    Return the part of the canvas around it, coordinates of this part in which the object has radius 1, and its radius
+    in sides of the canvas.
+    """
     radius, angle = rng.uniform(0.18, 0.34), rng.uniform(0, 2 * math.pi)
     middle = rng.uniform(radius, 1 - radius, 2)
     axis = (np.arange(SIDE * _SAMPLES) + 0.5) / (SIDE * _SAMPLES)
-    right, down = np.meshgrid((axis - middle[0]) / radius, (axis - middle[1]) / radius)
+    across, along = ((axis - each) / radius for each in middle)
+    columns, rows = (slice(*np.flatnonzero(abs(each) < _REACH)[[0, -1]] + [0, 1]) for each in (across, along))
+    right, down = np.meshgrid(across[columns], along[rows])
     sine, cosine = math.sin(angle), math.cos(angle)
-    return cosine * right + sine * down, cosine * down - sine * right, float(radius)
+    return (rows, columns), cosine * right + sine * down, cosine * down - sine * right, float(radius)
 
 
 def _inside(shape: str, right: Plane, down: Plane) -> Mask:

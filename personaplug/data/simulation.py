@@ -3,7 +3,7 @@
 "rating": a score is the user's generosity and taste for the film's genre, plus noise. "style": a user has a casing, a
 length, a phrase and an emoji, and sometimes omits the phrase or the emoji. "manners": a user asks about everyday topics
 and has manners that a rule can check. "taste-category" and "taste-keywords": a user likes things with pictures, and is
-asked for a collection, or for keywords of a picture. The oracle knows the user but not the noise, so no method can expect a better
+asked for a collection or for keywords. The oracle knows the user but not the noise, so no method can expect a better
 score. No query of a user is in the user's history, and train and dev share no user.
 """
 
@@ -75,7 +75,11 @@ def _task_of(kind: SimulatedTask, split: str) -> Task:
     if split == _CLOSED:
         return CLOSED_QUESTIONS
     if split == _ASKED:
-        return replace(task, name=f"{task.name}_asked", metrics=("keywords_color", *(each for each in task.metrics if each != "keywords_color")))
+        return replace(
+            task,
+            name=f"{task.name}_asked",
+            metrics=("keywords_color", *(each for each in task.metrics if each != "keywords_color")),
+        )
     if not split.startswith(_INSTRUCTED):
         return task
     dimension = split.removeprefix(_INSTRUCTED)

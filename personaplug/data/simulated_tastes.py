@@ -20,14 +20,26 @@ from personaplug.data.drawn_pictures import draw
 from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulated_users import SimulatedQuery
-from personaplug.data.tastes import ATTRIBUTES, COLORS, SHAPES, TEXTURES, Taste
+from personaplug.data.tastes import (
+    ATTRIBUTES,
+    COLLECTIONS,
+    COLOR_GROUPS,
+    COLORS,
+    MOODS,
+    SHAPES,
+    TEXTURES,
+    THEMES,
+    Taste,
+)
 
 COLLECTION_INPUT = (
-    "Which collection would this user choose? Its name has a group of colors (warm, fresh, cool) and a theme (sea, "
-    'forest, city, space, desert, winter), such as "warm sea". object: '
+    f"Which collection would this user choose? Its name has a group of colors ({', '.join(COLOR_GROUPS)}) and a theme "
+    f'({", ".join(THEMES)}), such as "{COLLECTIONS[0]}". object: '
 )
 KEYWORDS_INPUT = (
-    "Write keywords for a picture that this user would like: a color, a shape, a texture, a theme and a mood. object: "
+    f"Write keywords for a picture that this user would like: one color ({', '.join(COLORS)}), one shape "
+    f"({', '.join(SHAPES)}), one texture ({', '.join(TEXTURES)}), one theme ({', '.join(THEMES)}), one mood "
+    f"({', '.join(MOODS)}). object: "
 )
 
 ASKED = ("color", "texture")

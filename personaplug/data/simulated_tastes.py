@@ -32,6 +32,8 @@ from personaplug.data.tastes import (
     Taste,
 )
 
+_EXAMPLE = Taste("teal", "stars", "dotted", "city", "calm")
+
 COLLECTION_INPUT = (
     f"Which collection would this user choose? Its name has a group of colors ({', '.join(COLOR_GROUPS)}) and a theme "
     f'({", ".join(THEMES)}), such as "{COLLECTIONS[0]}". object: '
@@ -39,7 +41,7 @@ COLLECTION_INPUT = (
 KEYWORDS_INPUT = (
     f"Write keywords for a picture that this user would like: one color ({', '.join(COLORS)}), one shape "
     f"({', '.join(SHAPES)}), one texture ({', '.join(TEXTURES)}), one theme ({', '.join(THEMES)}), one mood "
-    f"({', '.join(MOODS)}). object: "
+    f'({", ".join(MOODS)}), such as "{_EXAMPLE.keywords}". object: '
 )
 
 ASKED = ("color", "texture")

@@ -23,7 +23,8 @@ class Keywords(Metric):
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         met = [keywords_met(*pair) for pair in zip(predictions, golds, strict=True)]
         hits = [[each.get(name, False) for name in self.attributes] for each in met]
-        return np.array(hits, dtype=np.float64).reshape(-1, len(self.attributes)).mean(axis=1, keepdims=True)
+        shares = np.array(hits, dtype=np.float64).reshape(-1, len(self.attributes)).mean(axis=1, keepdims=True)
+        return np.asarray(shares)
 
 
 _GROUPS = {"pictures": PICTURED, "texts": TOLD, **{name: (name,) for name in ATTRIBUTES}}

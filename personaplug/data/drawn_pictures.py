@@ -90,22 +90,26 @@ def _inside(shape: str, right: Plane, down: Plane) -> Mask:
     if shape == "squares":
         return longest < 0.78
     if shape == "triangles":
-        return distance * np.cos((angle % (2 * math.pi / 3)) - math.pi / 3) < 0.5
+        height: Plane = distance * np.cos((angle % (2 * math.pi / 3)) - math.pi / 3)
+        return height < 0.5
     if shape == "crosses":
         return (shortest < 0.3) & (longest < 0.95)
-    turn = abs((angle % (2 * math.pi / 5)) - math.pi / 5) / (math.pi / 5)  # stars: 0 at a notch, 1 at a point
-    return distance * (math.sin(math.pi / 5) * turn + (1 - turn) * 1.1 + turn * 0.41) < 0.5 + 0.5 * turn**2
+    turn = abs((angle % (2 * math.pi / 5)) - math.pi / 5) / (math.pi / 5)  # of a star, the other shape
+    reach: Plane = distance * (math.sin(math.pi / 5) * turn + (1 - turn) * 1.1 + turn * 0.41)
+    return reach < 0.5 + 0.5 * turn**2
 
 
 def _second_tone(texture: str, right: Plane, down: Plane, *, scale: float) -> Mask:
     """Return where the texture shows its second tone; its pattern has the same size on large and small objects."""
     across, along = right * scale * 12, down * scale * 12
+    stripe: Plane = np.floor(across)
     if texture == "striped":
-        return np.floor(across) % 2 == 0
+        return stripe % 2 == 0
     if texture == "checkered":
-        return (np.floor(across) + np.floor(along)) % 2 == 0
+        return (stripe + np.floor(along)) % 2 == 0
     if texture == "dotted":
-        return np.hypot(across % 1.4 - 0.7, along % 1.4 - 0.7) < 0.42
+        from_dot: Plane = np.hypot(across % 1.4 - 0.7, along % 1.4 - 0.7)
+        return from_dot < 0.42
     return np.zeros(right.shape, dtype=bool)
 
 
@@ -115,5 +119,5 @@ def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
     except ModuleNotFoundError:
         raise MissingExtra("Drawing pictures", extra="pictures") from None
     file = io.BytesIO()
-    Image.fromarray(pixels, "RGB").save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

@@ -102,11 +102,12 @@ def _inside(shape: str, right: Plane, down: Plane) -> Mask:
 def _second_tone(texture: str, right: Plane, down: Plane, *, scale: float) -> Mask:
     """Return where the texture shows its second tone; its pattern has the same size on large and small objects."""
     across, along = right * scale * 12, down * scale * 12
-    stripe: Plane = np.floor(across)
+    column: Plane = np.floor(across) % 2
+    row: Plane = np.floor(along) % 2
     if texture == "striped":
-        return stripe % 2 == 0
+        return column == 0
     if texture == "checkered":
-        return (stripe + np.floor(along)) % 2 == 0
+        return column == row
     if texture == "dotted":
         from_dot: Plane = np.hypot(across % 1.4 - 0.7, along % 1.4 - 0.7)
         return from_dot < 0.42

@@ -105,9 +105,9 @@ def _second_tone(texture: str, right: Plane, down: Plane, *, scale: float) -> Ma
     column: Plane = np.floor(across) % 2
     row: Plane = np.floor(along) % 2
     if texture == "striped":
-        return column == 0
+        return column < 1
     if texture == "checkered":
-        return column == row
+        return abs(column - row) < 1
     if texture == "dotted":
         from_dot: Plane = np.hypot(across % 1.4 - 0.7, along % 1.4 - 0.7)
         return from_dot < 0.42

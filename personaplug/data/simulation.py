@@ -74,12 +74,6 @@ def _task_of(kind: SimulatedTask, split: str) -> Task:
     task = SIMULATED_TASKS[kind]
     if split == _CLOSED:
         return CLOSED_QUESTIONS
-    if split == _ASKED:
-        return replace(
-            task,
-            name=f"{task.name}_asked",
-            metrics=("keywords_color", *(each for each in task.metrics if each != "keywords_color")),
-        )
     if not split.startswith(_INSTRUCTED):
         return task
     dimension = split.removeprefix(_INSTRUCTED)

@@ -7,7 +7,7 @@ statistics, but not the texts, and are exact for every metric. Predictions and g
 `mae@median` scores the median of the label probabilities instead of the likeliest label. `nll` scores the probability
 of the right answer. `choice` and `margin` compare it with the probabilities of rejected answers. `divergence` is the
 distance from the plain model. The last four are in `likelihood_metrics.py`; measures of what is personal in a text are
-in `own_words.py` and `attribution_of_texts.py`.
+in `own_words.py` and `attribution_of_texts.py`, keywords in `keyword_metrics.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from personaplug.analysis.attribution_of_texts import AttributionFirst, AttributionRank
 from personaplug.analysis.form_distance import FormDistance
 from personaplug.analysis.identification_metrics import IdentifiedPersona
+from personaplug.analysis.keyword_metrics import KEYWORD_METRICS
 from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, NegativeLogLikelihood
 from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
 from personaplug.analysis.own_words import OwnWordsPrecision, OwnWordsRecall
@@ -258,6 +259,7 @@ _KINDS: tuple[type[Metric], ...] = (
     *(OwnWordsRecall, OwnWordsPrecision, FormDistance, AttributionRank, AttributionFirst),
     IdentifiedPersona,
     *MANNER_METRICS,
+    *KEYWORD_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 LIKELIHOOD_METRICS = (NegativeLogLikelihood.name, Choice.name, Margin.name)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from personaplug.data.logs.options import LogOptions
     from personaplug.data.records import Sample
 
+_KINDS = ("rating", "style", "manners", "taste-category", "taste-keywords")
+
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=FILE)
@@ -178,7 +180,7 @@ def synthesize(
 
 @click.command()
 @click.option("--out", required=True, type=FOLDER, help="Folder to write the data set to.")
-@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
+@click.option("--kind", type=click.Choice(_KINDS), default="rating", show_default=True)
 @click.option(
     "--users", default=400, show_default=True, help="Training users; dev gets a quarter of this number in addition."
 )
@@ -196,6 +198,10 @@ def simulate(out: Path, kind: str, users: int, closed_share: float, seed: int) -
     user's manners. Kind manners writes more folders: in OUT-instructed-length, -layout, -emoji and -casing, prompts
     tell dev users to break with a manner; OUT-closed asks questions with known answers. --closed-share adds such
     questions to train: a plug that was trained without them answers them wrongly.
+
+    taste-category, taste-keywords: users who like things with pictures and texts (needs the extra `pictures`). Asked is
+    which of 18 collections a user would choose, or the keywords of a picture that the user would like. In OUT-asked,
+    prompts ask for a color that is not the user's.
     """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 

@@ -2,7 +2,8 @@
 
 "rating": a score is the user's generosity and taste for the film's genre, plus noise. "style": a user has a casing, a
 length, a phrase and an emoji, and sometimes omits the phrase or the emoji. "manners": a user asks about everyday topics
-and has manners that a rule can check. The oracle knows the user but not the noise, so no method can expect a better
+and has manners that a rule can check. "taste-category" and "taste-keywords": a user likes things with pictures, and is
+asked for a collection or for keywords. The oracle knows the user but not the noise, so no method can expect a better
 score. No query of a user is in the user's history, and train and dev share no user.
 """
 
@@ -22,12 +23,14 @@ from personaplug.data.manner_wording import INSTRUCTIONS
 from personaplug.data.manners import DIMENSIONS
 from personaplug.data.records import Sample
 from personaplug.data.simulated_manners import MAX_TOPICS, MannerlyUser
+from personaplug.data.simulated_tastes import Question, TastefulUser
 from personaplug.data.simulated_users import Rater, SimulatedQuery, Writer
 from personaplug.data.task import Task
+from personaplug.data.tastes import ATTRIBUTES, COLLECTIONS
 from personaplug.errors import ConfigError
 from personaplug.infra.atomic_io import write_json
 
-SimulatedTask = Literal["rating", "style", "manners"]
+SimulatedTask = Literal["rating", "style", "manners", "taste-category", "taste-keywords"]
 
 SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
     "rating": Task("Simulated_rating", "rating", ("text",), "score", ("mae", "rmse", "accuracy"),
@@ -36,10 +39,18 @@ SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
                   query_after="message: ", max_new_tokens=48),
     "manners": Task("Manners", "chat", ("question", "answer"), "answer",
                     ("manners", "rouge_1", *(f"manners_{dimension}" for dimension in DIMENSIONS)), max_new_tokens=96),
+    "taste-category": Task("Tastes_category", "label", ("text",), None, ("accuracy",), labels=COLLECTIONS,
+                           query_after="object: ", max_new_tokens=8, image_field="picture"),
+    "taste-keywords": Task("Tastes_keywords", "text", ("text",), None,
+                           ("keywords", "keywords_pictures", "keywords_texts",
+                            *(f"keywords_{attribute}" for attribute in ATTRIBUTES)),
+                           query_after="object: ", max_new_tokens=24, image_field="picture"),
 }  # fmt: skip
 
+_User = Rater | Writer | MannerlyUser | TastefulUser
+
 _SPLITS = ("train", "dev")
-_INSTRUCTED, _CLOSED = "instructed-", "closed"
+_INSTRUCTED, _CLOSED, _ASKED = "instructed-", "closed", "asked"
 _CLOSED_QUESTIONS = 5  # per user, one of each kind
 _FEWEST_MANNERS = 4
 
@@ -48,10 +59,14 @@ def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
     """Return the splits of a simulation.
 
     "manners" has further splits: `instructed-{dimension}` asks the dev users again, with an instruction that
-    contradicts their manners in this dimension. `closed` asks them questions with known answers.
+    contradicts their manners in this dimension. `closed` asks them questions with known answers. "taste-keywords" has
+    the split `asked`: each of its questions asks for a color that is not the user's.
     """
-    further = (*(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS), _CLOSED)
-    return (*_SPLITS, *further) if kind == "manners" else _SPLITS
+    further: dict[str, tuple[str, ...]] = {
+        "manners": (*(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS), _CLOSED),
+        "taste-keywords": (_ASKED,),
+    }
+    return (*_SPLITS, *further.get(kind, ()))
 
 
 def _task_of(kind: SimulatedTask, split: str) -> Task:
@@ -99,7 +114,7 @@ class SimulationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require("task", self.task in SIMULATED_TASKS, "'rating', 'style' or 'manners'")
+        self._require("task", self.task in SIMULATED_TASKS, f"one of {', '.join(SIMULATED_TASKS)}")
         for name in ("users", "queries_per_user", "dev_users", "dev_queries_per_user"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("min_items", 0 <= self.min_items <= self.max_items, "from 0 to max_items")
@@ -204,6 +219,8 @@ def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQ
     rng = np.random.default_rng([config.seed, _SPLITS.index(part), user])
     simulated = _drawn_user(config, rng, part)
     name, items = f"{part}-{user:04d}", _drawn_items(config, rng)
+    if isinstance(simulated, TastefulUser) and split == _ASKED:
+        return simulated.asked(name, rng, items=items, queries=config.dev_queries_per_user)
     if isinstance(simulated, MannerlyUser) and split.startswith(_INSTRUCTED):
         return simulated.instructed(name, rng, items=items, dimension=split.removeprefix(_INSTRUCTED))
     if isinstance(simulated, MannerlyUser) and split == _CLOSED:
@@ -215,13 +232,16 @@ def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQ
     return queries
 
 
-def _drawn_user(config: SimulationConfig, rng: np.random.Generator, part: str) -> Rater | Writer | MannerlyUser:
+def _drawn_user(config: SimulationConfig, rng: np.random.Generator, part: str) -> _User:
     if config.task == "rating":
         sds = {"generosity_sd": config.generosity_sd, "taste_sd": config.taste_sd, "noise_sd": config.noise_sd}
         return Rater.drawn(rng, **sds)
     if config.task == "style":
         return Writer.drawn(rng, habit_chance=config.habit_chance)
-    return MannerlyUser.drawn(rng, seed=config.seed, is_dev=part == "dev", differing=config.differing)
+    if config.task == "manners":
+        return MannerlyUser.drawn(rng, seed=config.seed, is_dev=part == "dev", differing=config.differing)
+    question: Question = "collection" if config.task == "taste-category" else "keywords"
+    return TastefulUser.drawn(rng, question=question, is_dev=part == "dev", seed=config.seed)
 
 
 def _drawn_items(config: SimulationConfig, rng: np.random.Generator) -> int:

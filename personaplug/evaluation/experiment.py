@@ -13,7 +13,7 @@ max_eval_history: [0, 1, 2, 5, 10]    also score with only this many latest item
 item_kinds: [answers, preferences]    also score with only these items of each history
 persona_scales: [0, 0.5, 1.5]         also score at these scales
 runs: main-table                      experiment whose trained parts to use; default: this experiment
-trained_on: {Closed: Manners}         evaluate set Closed with the parts trained on set Manners (kind chat)
+trained_on: {Closed: Manners}         evaluate set Closed with the parts trained on Manners (kind chat, or equal tasks)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
+from personaplug.analysis.keyword_metrics import KEYWORD_METRICS
 from personaplug.analysis.metrics import (
     MANNER_METRICS,
     METRICS,
@@ -264,6 +265,7 @@ def test_rouge_is_fast_even_for_long_texts() -> None:
 
 ANSWER_METRICS = [name for name, metric in METRICS.items() if metric.of_answers]
 MANNER_NAMES = ("manners", *(metric.name for metric in MANNER_METRICS))
+KEYWORD_NAMES = tuple(metric.name for metric in KEYWORD_METRICS)  # test_keyword_metrics.py
 
 
 @pytest.mark.parametrize("name", ANSWER_METRICS)
@@ -277,7 +279,7 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     assert metric.greater_is_better is (name not in ("mae", "rmse"))
 
 
-@pytest.mark.parametrize("name", [name for name in ANSWER_METRICS if name not in MANNER_NAMES])
+@pytest.mark.parametrize("name", [name for name in ANSWER_METRICS if name not in MANNER_NAMES + KEYWORD_NAMES])
 def test_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])

@@ -200,7 +200,7 @@ def test_estimate_writes_the_cost_of_a_run(data: Path, tmp_path: Path) -> None:
     assert "time" in done.output
 
 
-@pytest.mark.parametrize("kind", ["style", "manners"])
+@pytest.mark.parametrize("kind", ["style", "manners", "taste-category", "taste-keywords"])
 def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path, kind: str) -> None:
     done = _call("simulate", "--out", tmp_path / "d", "--kind", kind, "--users", "6")
     assert done.exit_code == 0, done.output

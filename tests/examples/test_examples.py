@@ -132,6 +132,20 @@ def test_chat_app_chats_as_two_users_and_stops_the_server(run: Any) -> None:
     assert re.search(r"ben clicks thumbs down: \{.*\}", out)
 
 
+def test_picture_prompt_writes_a_generators_prompt_for_two_users(run: Any) -> None:
+    pytest.importorskip("PIL", reason="needs Pillow (extra: pictures)")
+    example = load("picture_prompt")
+    example.USERS = replace(example.USERS, users=6, max_items=9)
+    out = run(example, *TOY, "encoder=hash:32+pictures:pixels")
+    people = example.simulate(example.USERS, "dev").samples
+    assert re.findall(r"^(ann|ben) likes: (.*)$", out, flags=re.MULTILINE) == [
+        (user, sample.target) for user, sample in zip(("ann", "ben"), people, strict=True)
+    ]
+    prompts = re.findall(r"^((?:\w+ )?mug), strength ([12]): a picture of a ((?:\w+ )?mug), ", out, flags=re.MULTILINE)
+    assert [strength for _, strength, _ in prompts] == ["1", "1", "2"] * 2
+    assert all(asked == shown for asked, _, shown in prompts)
+
+
 def test_researchers_table_has_rivals_two_seeds_and_a_results_file(run: Any) -> None:
     example = load("researchers_table")
     example.USERS = replace(example.USERS, users=8, dev_users=4, max_items=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from personaplug.analysis.keyword_metrics import KEYWORD_METRICS
 from personaplug.analysis.metric_base import value_of
 from personaplug.analysis.metrics import METRICS, get_metric, has_estimate, is_instrument
 from personaplug.analysis.sampled_metrics import SampledMetric, can_be_sampled
@@ -38,7 +39,8 @@ def test_one_sampled_answer_has_the_score_of_the_metric_itself() -> None:
 def test_only_means_of_one_number_can_be_sampled() -> None:
     sampled = {name for name, kind in METRICS.items() if not kind.needs_labels and not kind.needs_scale
                and can_be_sampled(kind())}  # fmt: skip
-    assert sampled == {"rouge_1", "rouge_l", "rouge_1_unicode", "rouge_l_unicode", "answered", "manners"}
+    keywords = {kind.name for kind in KEYWORD_METRICS}
+    assert sampled == keywords | {"rouge_1", "rouge_l", "rouge_1_unicode", "rouge_l_unicode", "answered", "manners"}
     with pytest.raises(ConfigError, match="nll has no score of sampled answers"):
         get_metric("nll@expected")
     with pytest.raises(ConfigError, match=r"rouge_1@best needs sampled answers"):

@@ -151,10 +151,15 @@ def _of_image(image: Any, what: str) -> Picture:
     """Return an image of Pillow as PNG."""
     content = io.BytesIO()
     try:
-        image.convert("RGBA").save(content, "PNG")
+        eight_bits(image).convert("RGBA").save(content, "PNG")
     except Exception as error:  # Pillow reads the pixels of a file only now
         raise Flaw(f"{what} is an image that cannot be read ({type(error).__name__})") from None
     return _checked(content.getvalue(), what)
+
+
+def eight_bits(image: Any) -> Any:
+    """Return an image of Pillow with at most eight bits for a value; Pillow itself would cut gray values of 16 bits."""
+    return image.convert("I").point(lambda value: value / 256).convert("L") if image.mode[0] == "I" else image
 
 
 def _checked(content: bytes, what: str) -> Picture:

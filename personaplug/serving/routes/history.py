@@ -98,6 +98,8 @@ class ExplainPost(BaseModel):
     def _check_prompt(self) -> ExplainPost:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("send either `prompt` or `messages`")
+        if any(message.picture_urls for message in self.messages or ()):
+            raise ValueError("an explanation takes no pictures; leave them out of `messages`")
         return self
 
     @property

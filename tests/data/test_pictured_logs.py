@@ -286,7 +286,7 @@ def test_rows_with_broken_vectors_are_dropped() -> None:
     for number, value in enumerate([[1, None], [], "text", [1, float("nan")], None]):
         rows[number]["embedding"] = value
     log = _read(rows)
-    assert log.report.dropped == {"whose vector is no list of finite numbers": 4}
+    assert log.report.dropped == {"whose vector is no list of finite numbers or has only zeros": 4}
     assert len(log.rows) == 26
 
 

@@ -114,7 +114,7 @@ class RowForm:
         found: dict[str, Part] = {}
         for column, kind, defect in (
             (self.mapping.image, Picture, "with a damaged picture"),
-            (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers"),
+            (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers or has only zeros"),
         ):
             if column is None:
                 continue

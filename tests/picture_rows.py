@@ -27,8 +27,9 @@ def cut_png() -> bytes:
     return png(RED, side=64)[:50]
 
 
-def data_url(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+def data_url(content: bytes, *, kind: str = "png") -> str:
+    """Return a picture as a data URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def log_rows(users: int = 6, *, days: int = 5) -> list[dict[str, Any]]:

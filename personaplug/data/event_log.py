@@ -22,12 +22,12 @@ from personaplug.data.parsing import (
     as_record,
     field_of,
     id_of,
+    picture_in,
     query_of,
     target_of,
     value_of,
-    vector_of,
+    vector_in,
 )
-from personaplug.data.pictures import Picture, picture_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
@@ -202,21 +202,12 @@ class EventLogReader(RecordReader):
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)
         day = moment.date() if moment else None
-        picture, vector = self._parts(values)
+        picture = picture_in(values, mapping.image, folder=self._picture_folder)
+        vector = vector_in(values, mapping.vector)
         item = HistoryItem(
             row_id, fields, task.answer_field, day, answer_labels=task.labels, picture=picture, vector=vector
         )
         return user, _Row(item, target, moment, position, tuple(texts.items()))
-
-    def _parts(self, values: Mapping[str, object]) -> tuple[Picture | None, bytes | None]:
-        """Return the picture and the vector of a row."""
-        image, vector = self._mapping.image, self._mapping.vector
-        pixels = value_of(values, image) if image and image in values else None
-        numbers = value_of(values, vector) if vector and vector in values else None
-        return (
-            picture_of(pixels, f"its {image!r}", folder=self._picture_folder),
-            None if numbers is None else vector_of(numbers, f"its {vector!r}"),
-        )
 
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
         row = rows[index]

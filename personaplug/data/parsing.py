@@ -33,8 +33,8 @@ from personaplug.data.values import Flaw, as_text, plain_value
 
 __all__ = [
     "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "context_of", "field_of", "id_of",
-    "item_of", "name_of", "numbers_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of",
-    "value_of", "vector_of",
+    "item_of", "name_of", "numbers_of", "options_of", "picture_in", "query_of", "record_of", "short_id",
+    "target_of", "text_of", "value_of", "vector_in", "vector_of",
 ]  # fmt: skip
 
 _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -154,7 +154,7 @@ def item_of(
     values = as_record(record)
     stamp = value_of(values, date_key) if date_key in values else None
     moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
-    picture, vector = _picture(task, values, folder), _vector(task, values)
+    picture, vector = picture_in(values, task.image_field, folder=folder), vector_in(values, task.vector_field)
     kind, fields = _fields_of(task, values, has_more=picture is not None or vector is not None)
     declared_kind = None if "kind" in task.field_names else values.get("kind")
     if declared_kind in ITEM_KINDS and declared_kind != kind:
@@ -190,16 +190,15 @@ def context_of(value: object) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _picture(task: Task, values: Mapping[str, Any], folder: Path | None) -> Picture | None:
-    name = task.image_field
-    return picture_of(value_of(values, name), f"its {name!r}", folder=folder) if name and name in values else None
+def picture_in(record: Mapping[str, object], key: str | None, *, folder: Path | None) -> Picture | None:
+    """Return the picture at a key; None without a key, or if the record has none. `folder`: see `picture_of`."""
+    return picture_of(value_of(record, key), f"its {key!r}", folder=folder) if key and key in record else None
 
 
-def _vector(task: Task, values: Mapping[str, Any]) -> bytes | None:
-    """Return an item's vector as little-endian float32."""
-    name = task.vector_field
-    value = value_of(values, name) if name and name in values else None
-    return None if value is None else vector_of(value, f"its {name!r}")
+def vector_in(record: Mapping[str, object], key: str | None) -> bytes | None:
+    """Return the vector at a key as little-endian float32; None without a key, or if the record has none."""
+    value = value_of(record, key) if key and key in record else None
+    return None if value is None else vector_of(value, f"its {key!r}")
 
 
 def vector_of(value: object, what: str) -> bytes:

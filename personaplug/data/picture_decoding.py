@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from personaplug.data.pictures import MAX_PIXELS, Picture, eight_bits
+from personaplug.data.pictures import FORMATS, MAX_PIXELS, Picture, eight_bits
 from personaplug.data.values import Flaw
 from personaplug.errors import MissingData
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 2048
 """The largest width and height of a decoded picture, in pixels; no encoder reads more."""
 
-_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _ORIENTATION = 0x0112  # the EXIF tag
 _CHECKED_SIDE = 64  # of a picture that is only checked; a JPEG is then read at a lower resolution
 
@@ -30,7 +29,7 @@ def decoded(content: bytes, *, max_side: int = MAX_SIDE) -> Image.Image:
     from PIL import Image
 
     try:
-        file: Any = Image.open(io.BytesIO(content), formats=_FORMATS)
+        file: Any = Image.open(io.BytesIO(content), formats=[name.upper() for name in FORMATS])
         width, height = file.size
         is_small, turn = width * height <= MAX_PIXELS, _turn_of(file)
         image = _opaque(_turned(_shrunk(file, max_side), turn)) if is_small else None

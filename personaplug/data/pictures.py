@@ -7,7 +7,8 @@ import binascii
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -32,6 +33,9 @@ _SIGNATURES = {
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
     "bmp": re.compile(rb"BM"),
 }
+FORMATS = tuple(_SIGNATURES)
+"""The names of the formats that a picture may have."""
+
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII)
 _FORMS = "a data URL such as data:image/png;base64,…"
 
@@ -62,10 +66,8 @@ class Picture:
             return self.source
         if not isinstance(self.source, Path):
             return self.source.read()
-        try:
+        with _readable(self.source):
             return self.source.read_bytes()
-        except OSError as error:
-            raise MissingData(f"The picture {self.source} cannot be read: {error.strerror}.") from None
 
     @property
     def digest(self) -> bytes:
@@ -74,11 +76,9 @@ class Picture:
             return _digest(self.source)
         if not isinstance(self.source, Path):
             return self.source.digest
-        try:
+        with _readable(self.source):
             status = self.source.stat()
-        except OSError as error:
-            raise MissingData(f"The picture {self.source} cannot be read: {error.strerror}.") from None
-        return _digest_of_file(self.source, status.st_mtime_ns, status.st_size)
+            return _digest_of_file(self.source, status.st_mtime_ns, status.st_size)
 
     @property
     def format(self) -> str:
@@ -166,7 +166,7 @@ def _checked(content: bytes, what: str) -> Picture:
     if len(content) > MAX_PICTURE_BYTES:
         raise _too_large(what)
     if format_of(content) is None:
-        raise Flaw(f"{what} is no picture in one of the formats {', '.join(_SIGNATURES)}")
+        raise Flaw(f"{what} is no picture in one of the formats {', '.join(FORMATS)}")
     return Picture(content)
 
 
@@ -181,12 +181,20 @@ def _file(path: Path, what: str) -> Picture:
         raise _too_large(what)
     with path.open("rb") as file:
         if format_of(file.read(16)) is None:
-            raise Flaw(f"{what} names a file that is no picture in one of the formats {', '.join(_SIGNATURES)}")
+            raise Flaw(f"{what} names a file that is no picture in one of the formats {', '.join(FORMATS)}")
     return Picture(path.absolute())
 
 
 def _too_large(what: str) -> Flaw:
     return Flaw(f"{what} is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MissingData(f"The picture {path} cannot be read: {error.strerror}.") from None
 
 
 @lru_cache(maxsize=1 << 16)

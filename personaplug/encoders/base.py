@@ -6,7 +6,7 @@ Embedding stores and trained plugs save the identity, because vectors of two enc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -147,14 +147,11 @@ class QueryEncoder(nn.Module, ABC):
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors in the texts' order, without gradients or dropout."""
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
-        # Batches have texts of similar length, longest first, so that a lack of memory shows at once.
-        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                for start in range(0, len(order), batch_size):
-                    indices = order[start : start + batch_size]
+                for indices in batches_by_length(texts, batch_size):
                     vectors[indices] = to_numpy(self(self.features([texts[index] for index in indices])))
         finally:
             self.train(training)
@@ -182,6 +179,12 @@ class HasFrozenQueries(Protocol):
 
     def frozen_queries(self) -> FrozenQueries:
         """Return an encoder of queries that is not trained."""
+
+
+def batches_by_length(texts: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Yield the indices of texts of similar length, longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def to_unit(vectors: Tensor) -> Tensor:

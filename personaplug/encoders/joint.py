@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from personaplug.encoders.base import (
 )
 from personaplug.encoders.pictures import PictureEncoder
 from personaplug.errors import ConfigError, ItemError
+
+T = TypeVar("T")
 
 TEXT: Final = "text"
 PICTURE: Final = "picture"
@@ -109,20 +112,16 @@ class JointEncoder:
     def encode_items(self, contents: Sequence[Content], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors in order; see `base.encode_items`."""
         items = [ItemContent(content) if isinstance(content, str) else content for content in contents]
-        has_text = [isinstance(content, str) or bool(content.text) for content in contents]
-        texts = [item.text for item, there in zip(items, has_text, strict=True) if there]
-        blocks = [_block(has_text, self.text.encode(texts, batch_size=batch_size), width=self.text.width)]
-        pictures = [item.picture for item in items if item.picture is not None]
+        texts = [content if isinstance(content, str) else content.text or None for content in contents]
+        blocks = [_block(texts, partial(self.text.encode, batch_size=batch_size), width=self.text.width)]
+        pictures, outside = [item.picture for item in items], [item.vector for item in items]
         if self.pictures is not None:
-            rows = self.pictures.encode(pictures)
-            blocks.append(_block([item.picture is not None for item in items], rows, width=self.pictures.width))
-        elif pictures:
+            blocks.append(_block(pictures, self.pictures.encode, width=self.pictures.width))
+        elif any(pictures):
             raise _without_part(PICTURE, "+pictures:NAME")
-        outside = [item.vector for item in items if item.vector is not None]
         if self.outside is not None:
-            rows = self.outside.unit_rows(outside)
-            blocks.append(_block([item.vector is not None for item in items], rows, width=self.outside.width))
-        elif outside:
+            blocks.append(_block(outside, self.outside.unit_rows, width=self.outside.width))
+        elif any(outside):
             raise _without_part(OUTSIDE, "+vectors:NAME:WIDTH")
         joined = np.concatenate(blocks, axis=1)
         vectors: Vectors = joined / np.linalg.norm(joined, axis=1, keepdims=True)
@@ -180,11 +179,12 @@ def only_part(vectors: Tensor, identity: EncoderIdentity, part: str) -> Tensor:
     return kept
 
 
-def _block(is_there: Sequence[bool], rows: Vectors, *, width: int) -> Vectors:
-    """Return one part of n items, (n, W): the rows of the items that have it, zeros for the others."""
-    block = np.zeros((len(is_there), width), dtype=np.float32)
-    if len(rows):
-        block[np.flatnonzero(is_there)] = rows
+def _block(values: Sequence[T | None], encode: Callable[[list[T]], Vectors], *, width: int) -> Vectors:
+    """Return one part of n items, (n, W): the encoded values of the items that have it, zeros for the others."""
+    block = np.zeros((len(values), width), dtype=np.float32)
+    given = [value for value in values if value is not None]
+    if given:
+        block[[value is not None for value in values]] = encode(given)
     return block
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 from personaplug.data.picture_decoding import decoded
 from personaplug.data.pictures import Picture
 from personaplug.data.values import Flaw
-from personaplug.encoders.base import Vectors
+from personaplug.encoders.base import Vectors, check_finite
 from personaplug.errors import ItemError, MissingExtra
 
 if TYPE_CHECKING:
@@ -55,6 +55,24 @@ def decode(picture: Picture) -> Image.Image:
     except Flaw as flaw:
         place = f"The picture {picture.source}" if isinstance(picture.source, Path) else "A picture"
         raise ItemError(f"{place} cannot be used: {flaw}.") from None
+
+
+def encode_distinct(
+    pictures: Sequence[Picture], encode: Callable[[Sequence[Picture]], Vectors], *, width: int, batch_size: int
+) -> Vectors:
+    """Return (n, E) vectors in order; a repeated picture is encoded once.
+
+    Args:
+        encode: returns the vectors of a batch of pictures. Only one batch is decoded at a time.
+    """
+    distinct = list(dict.fromkeys(pictures))
+    vectors = np.zeros((len(distinct), width), dtype=np.float32)
+    for start in range(0, len(distinct), batch_size):
+        batch = distinct[start : start + batch_size]
+        vectors[start : start + len(batch)] = encode(batch)
+    check_finite(vectors)
+    index_of = {picture: index for index, picture in enumerate(distinct)}
+    return vectors[[index_of[picture] for picture in pictures]]
 
 
 class PixelEncoder:

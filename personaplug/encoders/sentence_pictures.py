@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from personaplug.data.pictures import Picture
-from personaplug.encoders.base import Vectors, check_finite
-from personaplug.encoders.pictures import decode
-from personaplug.encoders.sentence_transformer import load_model
+from personaplug.encoders.base import Vectors
+from personaplug.encoders.pictures import decode, encode_distinct
+from personaplug.encoders.sentence_transformer import load_model, weights_of, width_of
 from personaplug.errors import MissingModel
-from personaplug.infra.model_hub import find_model, fingerprint
+from personaplug.infra.model_hub import find_model
 
 _BATCH = 16
 
@@ -34,27 +34,16 @@ class SentencePictureEncoder:
         self._model = load_model(folder, name=name, device=device, dtype=torch.float32)
         if not self._model.supports("image"):
             raise MissingModel(name, tried=[f"{folder} (the model takes no pictures)"])
-        width = self._model.get_embedding_dimension()
-        if width is None:
-            raise MissingModel(name, tried=[f"{folder} (its files do not define the width of its vectors)"])
-        self.width = int(width)
+        self.width = width_of(self._model, name=name)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that identify the weights."""
-        weights = [fingerprint(getattr(module, "auto_model", module)) for module in self._model]
-        return hashlib.blake2b("|".join(["pictures", *weights]).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b("|".join(["pictures", *weights_of(self._model)]).encode(), digest_size=8).hexdigest()
 
     def encode(self, pictures: Sequence[Picture]) -> Vectors:
         """Return (n, E) float32 unit vectors; a repeated picture is encoded once."""
-        distinct = list(dict.fromkeys(pictures))
-        if not distinct:
-            return np.zeros((0, self.width), dtype=np.float32)
-        batches = (distinct[start : start + _BATCH] for start in range(0, len(distinct), _BATCH))
-        vectors = np.concatenate([self._encode(batch) for batch in batches])
-        check_finite(vectors)
-        index_of = {picture: index for index, picture in enumerate(distinct)}
-        return vectors[[index_of[picture] for picture in pictures]]
+        return encode_distinct(pictures, self._encode, width=self.width, batch_size=_BATCH)
 
     def _encode(self, pictures: Sequence[Picture]) -> Vectors:
         images = [decode(picture) for picture in pictures]

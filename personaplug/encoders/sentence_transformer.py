@@ -20,6 +20,7 @@ from personaplug.encoders.base import (
     FrozenQueries,
     QueryEncoder,
     Vectors,
+    batches_by_length,
     check_finite,
     to_numpy,
     to_unit,
@@ -87,9 +88,7 @@ class SentenceEncoder:
         self._model = load_model(folder, name=name, device=device, dtype=dtype)
         limit_length(self._model, max_length)
         self._counter = TokenCounter(self._model.tokenizer)
-        width = self._model.get_embedding_dimension()
-        if width is None:
-            raise MissingModel(name, tried=["its files (they do not define the width of its vectors)"])
+        width = width_of(self._model, name=name)
         self.identity = EncoderIdentity(
             name=name,
             revision=revision_of(name, folder),
@@ -190,8 +189,7 @@ class _CompiledQueries:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         vectors = np.zeros((len(texts), self._width), dtype=np.float32)
-        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-        batches = (order[start : start + _QUERY_BATCH] for start in range(0, len(order), _QUERY_BATCH))
+        batches = batches_by_length(texts, _QUERY_BATCH)
         features = ((batch, self._features([texts[index] for index in batch])) for batch in batches)
         self._compiled.encode_into(vectors, features)
         check_finite(vectors)
@@ -240,6 +238,20 @@ def load_model(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> S
     return model.eval().requires_grad_(False)
 
 
+def width_of(model: SentenceTransformer, *, name: str) -> int:
+    """Return the size of a model's vectors; MissingModel if its files do not define it."""
+    width = model.get_embedding_dimension()
+    if width is None:
+        raise MissingModel(name, tried=["its files (they do not define the width of its vectors)"])
+    return int(width)
+
+
+def weights_of(model: SentenceTransformer) -> list[str]:
+    """Return a fingerprint of the weights of each module."""
+    # Hash the inner model, because attribute names of its wrapper change between releases.
+    return [fingerprint(getattr(module, "auto_model", module)) for module in model]
+
+
 def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, task: str) -> dict[str, Tensor]:
     """Tokenize B texts into tensors. `prompt_length` also becomes a tensor; some models do not pool the prompt."""
     encodable = [_encodable(_readable(model, text)) for text in texts]
@@ -286,8 +298,6 @@ def _pooling(model: SentenceTransformer) -> str:
 
 def _encoder_fingerprint(model: SentenceTransformer) -> str:
     """Return a hash of the weights of all modules and of the tokens of a probe text, 16 hex digits."""
-    # Hash the inner model, because attribute names of its wrapper change between releases.
-    weights = [fingerprint(getattr(module, "auto_model", module)) for module in model]
     features = _features(model, [_FINGERPRINT_TEXT], prompt="", task="document")
     tokens = str(features["input_ids"].tolist()) if "input_ids" in features else ""
-    return hashlib.blake2b("|".join([*weights, tokens]).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("|".join([*weights_of(model), tokens]).encode(), digest_size=8).hexdigest()

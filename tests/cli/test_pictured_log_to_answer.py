@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_calls import call
 from picture_rows import BLUE, RED, data_url, log_rows, png
 
-from personaplug.cli.main import main
 from personaplug.data import open_dataset
 from personaplug.serving.service import Service
 
@@ -19,12 +18,6 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 OPENED = Path("/proc/self/fd")
 TOY = ("llm=toy", "encoder=hash:32+pictures:pixels", "dtype=float32", "batch_size=8", "max_steps=3", "controls=false")
 PROMPT = "Which verdict would this user choose? Answer with one of: kept, returned. product: a lamp"
-
-
-def call(*words: object) -> Result:
-    done = CliRunner().invoke(main, list(map(str, words)))
-    assert done.exit_code == 0, done.output
-    return done
 
 
 @pytest.fixture(scope="module")

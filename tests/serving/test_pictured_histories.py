@@ -16,9 +16,10 @@ import httpx
 import numpy as np
 import pytest
 from browser import check_accessibility, open_browser, open_page
+from drawn_pictures import noise_png, plain_png
 from live_server import ENCODER as TEXT_ENCODER
 from live_server import TASK, open_service, served
-from small_pictures import data_url, noise_png, plain_png
+from picture_rows import data_url
 
 from personaplug.data.task import Task
 from personaplug.encoders import open_encoder

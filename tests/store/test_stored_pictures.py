@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_pictures import data_url, noise_png
+from drawn_pictures import noise_png
+from picture_rows import data_url
 from stores import LABELS, Place, add, add_encoded
 
 from personaplug.cli.histories import histories_of_data

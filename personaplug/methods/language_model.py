@@ -20,7 +20,7 @@ from personaplug.methods.copy_heads import CopyingPrompter
 from personaplug.methods.costs import UserCost
 from personaplug.methods.divergence import divergence, plain_answers
 from personaplug.methods.identification import identification
-from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors
+from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors, StrangersPictures
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.sampled_answers import sampled_answers
@@ -256,6 +256,20 @@ class NoisePicturesMethod(LanguageModelMethod):
         encoder = context.models.encoder
         # Predictions and likelihoods share the noise, so it is encoded once.
         return context.once(("noise", seed), lambda: NoisePictures(context.embeddings, encoder, seed=seed))
+
+
+@dataclass(frozen=True)
+class StrangersPicturesMethod(LanguageModelMethod):
+    """The plug with the user's own texts and answers, and a stranger's pictures."""
+
+    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
+        personalizer = super().prompter(context, inputs, seed=seed)
+        assert isinstance(personalizer, Personalizer)
+        encoder = context.models.encoder.identity
+        return StrangersPictures(personalizer, inputs.samples, encoder=encoder, seed=seed)
+
+    def _differs_between_users(self, context: EvalContext) -> bool:
+        return False  # strangers are drawn to the samples with their own items only
 
 
 @dataclass(frozen=True)

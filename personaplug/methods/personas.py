@@ -1,4 +1,4 @@
-"""Stand-ins for items or a persona, in the controls `random-vectors`, `noise-pictures` and `mean-persona`."""
+"""Stand-ins for items, their pictures or a persona, in controls such as `random-vectors` and `wrong-pictures`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ import torch
 from personaplug.data.pictures import Picture
 from personaplug.data.records import ItemContent
 from personaplug.encoders import Encoder
-from personaplug.encoders.base import encode_items
+from personaplug.encoders.base import EncoderIdentity, encode_items
 from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.encoders.joint import PICTURE, part_slice
+from personaplug.encoders.strangers import strangers
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.personalizer import Personalizer, Vectors
 
@@ -70,6 +71,68 @@ class NoisePictures:
             draw = int.from_bytes(hashlib.blake2b(picture.tobytes(), digest_size=8).digest()) % len(self._noise)
             vector[self._values] = self._noise[draw] * np.linalg.norm(picture)
         return np.asarray(vectors, dtype=np.float16)
+
+
+class StrangersPictures:
+    """Soft prompts of users whose items have the pictures of one stranger; texts, answers and outside vectors stay.
+
+    Args:
+        personalizer: makes the soft prompts; its table has the vectors of all samples.
+        samples: the samples to which strangers are drawn, as in `strangers`.
+        encoder: the encoder of the vectors, which has a part for pictures.
+    """
+
+    def __init__(
+        self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, encoder: EncoderIdentity, seed: int
+    ) -> None:
+        sources = strangers([sample.owner for sample in samples], seed=seed)
+        self._strangers = {sample.id: samples[source] for sample, source in zip(samples, sources, strict=True)}
+        self._personalizer, self._values = personalizer, part_slice(encoder, PICTURE)
+
+    @property
+    def placement(self) -> str:
+        return self._personalizer.placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        """Return the soft prompts of some of the samples, (B, S, D)."""
+        vectors = np.concatenate([self._vectors(sample) for sample in samples])
+        ends = np.cumsum([len(sample.rows) for sample in samples])
+        samples = [
+            replace(sample, rows=np.arange(end - len(sample.rows), end))
+            for sample, end in zip(samples, ends, strict=True)
+        ]
+        plug, scale = self._personalizer.plug, self._personalizer.persona_scale
+        return Personalizer(plug, table=_Rows(vectors), persona_scale=scale).soft_prompt(samples)
+
+    def _vectors(self, sample: EncodedSample) -> Float16Array:
+        """Return the vectors of a sample's items with a stranger's pictures in turn, (N, E).
+
+        An item without a picture stays without one. If the stranger has no pictures, no item has one.
+        """
+        table = self._personalizer.table
+        assert table is not None, "samples refer to a vector table"
+        vectors = table.gather(sample.rows).astype(np.float32)
+        pictures = table.gather(self._strangers[sample.id].rows)[:, self._values].astype(np.float32)
+        lengths = np.linalg.norm(pictures, axis=1, keepdims=True)
+        units = (pictures / np.maximum(lengths, 1e-6))[lengths[:, 0] > 0]
+        own = np.linalg.norm(vectors[:, self._values], axis=1, keepdims=True)
+        vectors[:, self._values] = own * np.resize(units, (len(vectors), units.shape[1]))
+        return np.asarray(vectors, dtype=np.float16)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table of vectors in memory, (n, width)."""
+
+    vectors: Float16Array
+
+    @property
+    def width(self) -> int:
+        return self.vectors.shape[1]
+
+    def gather(self, rows: RowIds) -> Float16Array:
+        gathered: Float16Array = self.vectors[rows]
+        return gathered
 
 
 class MeanPersona:

@@ -16,7 +16,8 @@
     ROW@wrong-user  ROW@shuffled                             controls: another user's history, or another item order
     wrong-user  shuffled                                     short for plug@wrong-user and plug@shuffled
     random-vectors  mean-persona  population-persona         further controls of the plug
-    plug:text  plug:picture  plug:vector  noise-pictures     one part of the items alone; pictures of noise
+    plug:text  plug:picture  plug:vector                     one part of the items alone
+    noise-pictures  wrong-pictures                           pictures of noise, or a stranger's, beside the own texts
 
 The personal gain of a row is its distance from its wrong-user control. Rows without a language model show which scores
 are possible without one.
@@ -39,6 +40,7 @@ from personaplug.methods.language_model import (
     MeanPersonaMethod,
     NoisePicturesMethod,
     RandomVectorsMethod,
+    StrangersPicturesMethod,
 )
 from personaplug.methods.lora import LoraMethod, UserLoraMethod
 from personaplug.methods.no_lm import BaselineMethod
@@ -189,6 +191,11 @@ _FIXED: tuple[Method, ...] = (
         PLUG,
         info=MethodInfo("noise-pictures", "plug", "own", control_of="plug", is_seeded=True),
         rationale="how much of the plug's gain pictures of noise give too",
+    ),
+    StrangersPicturesMethod(
+        PLUG,
+        info=MethodInfo("wrong-pictures", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="how much of the plug's gain a stranger's pictures give too, beside the user's own texts",
     ),
     MeanPersonaMethod(
         PLUG,

@@ -15,8 +15,9 @@ from personaplug.encoders import HashEncoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.encoders.joint import part_slice
+from personaplug.encoders.strangers import strangers
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors
+from personaplug.methods.personas import MeanPersona, NoisePictures, RandomVectors, StrangersPictures
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -112,3 +113,27 @@ def test_noise_pictures_replace_pictures_and_nothing_else(tmp_path: Path) -> Non
     np.testing.assert_allclose(np.linalg.norm(noisy.astype(np.float64), axis=1), 1, atol=2e-3)
     assert (np.abs(noisy - vectors)[1:, pictures].max(axis=1) > 0.05).all()
     np.testing.assert_array_equal(noisy[1, pictures], noisy[3, pictures])
+
+
+def test_strangers_pictures_stand_beside_the_users_own_texts(tmp_path: Path) -> None:
+    encoder = open_encoder("hash:16+pictures:pixels")
+    colors = ["red", "blue", "green"]
+    table = EmbeddingStore.open(tmp_path, encoder)
+    rows = table.add([ItemContent(f"text {n}", drawn(color)) for color in colors for n in range(2)] + ["no picture"])
+    samples = [
+        replace(sample, rows=np.array([*rows[2 * k : 2 * k + 2], rows[-1]])) for k, sample in enumerate(_samples(3))
+    ]
+    spec = PlugSpec(LLMIdentity("toy", None, "0" * 16, 8), 0.25, encoder.identity)
+    torch.manual_seed(0)
+    personalizer = Personalizer(PersonaPlug(PAPER, spec=spec, encoder=encoder).eval(), table=table)
+    control = StrangersPictures(personalizer, samples, encoder=encoder.identity, seed=3)
+    stranger_of = dict(zip(range(3), strangers([sample.owner for sample in samples], seed=3), strict=True))
+    swapped = [
+        table.add([ItemContent(f"text {n}", drawn(colors[stranger_of[k]])) for n in range(2)] + ["no picture"])
+        for k in range(3)
+    ]
+    expected = [replace(sample, rows=rows) for sample, rows in zip(samples, swapped, strict=True)]
+    with torch.no_grad():
+        soft, own = control.soft_prompt(samples[1:]), personalizer.soft_prompt(samples[1:])
+        torch.testing.assert_close(soft.vectors, personalizer.soft_prompt(expected[1:]).vectors, atol=1e-3, rtol=1e-2)
+    assert not torch.allclose(soft.vectors, own.vectors, atol=1e-2)

@@ -3,7 +3,8 @@
 PersonaPlugError
 ├── UserError: the caller can fix it; the CLI prints it without a traceback
 │   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
-│   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
+│   ├── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError (PartError), StoreConflict, UserErased
+│   └── RequestError
 └── EngineFailure, TrainingDiverged, StorageError, WorkerFailure
 """
 
@@ -127,6 +128,18 @@ class ItemError(UserError):
     """An item for a history store is invalid; no item of its batch is stored."""
 
     http_status, code = 400, "item"
+
+
+class PartError(ItemError):
+    """An encoder cannot encode a part of an item.
+
+    Attributes:
+        part: the picture or the vector, by which a caller finds the item.
+    """
+
+    def __init__(self, message: str, part: object) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class StoreConflict(UserError):

@@ -212,10 +212,11 @@ def vector_of(value: object, what: str) -> bytes:
         packed = struct.pack(f"<{len(numbers)}f", *numbers)
     except (OverflowError, struct.error):
         packed = b""
-    if packed and not any(packed):
-        raise Flaw(f"{what} has only zeros, so it has no direction")
-    if not packed or not all(map(math.isfinite, struct.unpack(f"<{len(numbers)}f", packed))):
+    singles = struct.unpack(f"<{len(packed) // 4}f", packed)
+    if not singles or not all(map(math.isfinite, singles)):
         raise Flaw(f"{what} is no vector: a value of the list is not finite")
+    if not any(singles):
+        raise Flaw(f"{what} has only zeros, so it has no direction")
     return packed
 
 

@@ -36,8 +36,12 @@ _SIGNATURES = {
 FORMATS = tuple(_SIGNATURES)
 """The names of the formats that a picture may have."""
 
-_DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII)
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
 _FORMS = "a data URL such as data:image/png;base64,…"
+
+
+class MissingPicture(Flaw):
+    """A path names no file."""
 
 
 class StoredBytes(Protocol):
@@ -126,11 +130,16 @@ def picture_of(value: object, what: str, *, folder: Path | None = None) -> Pictu
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
     if match := _DATA_URL.match(value):
         return _checked(_decoded(value[match.end() :], what), what)
-    if value.startswith("data:"):
+    if value[:5].casefold() == "data:":
         raise Flaw(f"{what} is a data URL of another kind: expected {_FORMS}")
     if folder is None:
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
     return _file(folder / value, what)
+
+
+def is_picture_url(text: str) -> bool:
+    """Return whether a text is a data URL of a picture, of any form."""
+    return text[:11].casefold() == "data:image/"
 
 
 def format_of(content: bytes) -> str | None:
@@ -176,7 +185,7 @@ def _file(path: Path, what: str) -> Picture:
     except (OSError, ValueError):  # a name that is too long, or with a null character
         size = None
     if size is None:
-        raise Flaw(f"{what} names a file that does not exist")
+        raise MissingPicture(f"{what} names a file that does not exist")
     if size > MAX_PICTURE_BYTES:
         raise _too_large(what)
     with path.open("rb") as file:

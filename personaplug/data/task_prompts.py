@@ -63,6 +63,7 @@ class TaskPrompts:
             "answer_field": task.answer_field,
             "image_field": task.image_field,
             "vector_field": task.vector_field,
+            "name_field": task.name_field,
         }
 
     def _parse(self, prompt: str) -> TaskQuery:

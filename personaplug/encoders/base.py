@@ -118,7 +118,7 @@ def encode_items(encoder: Encoder | ItemEncoder, contents: Sequence[Content]) ->
 
     Raises:
         ConfigError: if an item has a picture or a vector that the encoder does not read.
-        ItemError: if a picture is damaged, or a vector has another width.
+        PartError: if a picture is damaged, or a vector has another width.
     """
     if isinstance(encoder, ItemEncoder):
         return encoder.encode_items(contents)

@@ -16,7 +16,9 @@ from personaplug.config import PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import ITEM_KINDS, HistoryItem, Options, Prompt, Sample
 from personaplug.encoders.embedding_store import EmbeddingStore, Float16Array, RowIds
+from personaplug.encoders.item_parts import named_by_question
 from personaplug.encoders.style_features import StyleArray, style_features_of
+from personaplug.errors import PartError
 from personaplug.infra.progress import Progress
 
 Int16Array = npt.NDArray[np.int16]
@@ -136,7 +138,10 @@ def encode_samples(
     done = 0
     for group in _groups(samples, chunk):
         texts = [item.encoded(with_answer=with_answer) for sample in group for item in sample.history]
-        row_ids = table.add(texts, chunk=max(chunk, len(texts)))
+        try:
+            row_ids = table.add(texts, chunk=max(chunk, len(texts)))
+        except PartError as error:
+            raise named_by_question(error, group) from None
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         encoded += [
             EncodedSample(

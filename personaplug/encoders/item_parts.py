@@ -1,15 +1,16 @@
-"""Check that an encoder has a part for each kind of content that the items of a task have."""
+"""Check that an encoder reads the parts of items, and name the item with a part that it cannot encode."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from personaplug.data.records import Sample
+from personaplug.data.ids import short_id
+from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.base import EncoderIdentity
 from personaplug.encoders.joint import OUTSIDE, PICTURE
-from personaplug.errors import ConfigError, PersonaPlugError
+from personaplug.errors import ConfigError, ItemError, PartError, PersonaPlugError
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,26 @@ def warn_of_unused_parts(identity: EncoderIdentity, tasks: Iterable[Task]) -> No
                 "WARNING: the encoder %s has a part for a %s, but the task declares no %s, so no item has one.",
                 *(identity.name, part, key),
             )
+
+
+def named_by_question(error: PartError, samples: Iterable[Sample]) -> ItemError:
+    """Return the error with the question and the item of the part."""
+    for sample in samples:
+        if index_of_part(error, sample.history) is not None:
+            return ItemError(f"Question {short_id(sample.id)}: {named_by_id(error, sample.history)}")
+    return error
+
+
+def named_by_id(error: PartError, items: Sequence[HistoryItem]) -> ItemError:
+    """Return the error with the id of the item that has the part."""
+    index = index_of_part(error, items)
+    return error if index is None else ItemError(f"item {short_id(items[index].id)}: {error}")
+
+
+def index_of_part(error: PartError, items: Sequence[HistoryItem]) -> int | None:
+    """Return the index of the first item that has the part; None if no item has it."""
+    parts = ((item.picture, item.vector) for item in items)
+    return next((index for index, part in enumerate(parts) if any(each is error.part for each in part)), None)
 
 
 def _without(identity: EncoderIdentity, field: str, what: str) -> str:

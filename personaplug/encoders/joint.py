@@ -22,7 +22,7 @@ from personaplug.encoders.base import (
     frozen_queries,
 )
 from personaplug.encoders.pictures import PictureEncoder
-from personaplug.errors import ConfigError, ItemError
+from personaplug.errors import ConfigError, PartError
 
 T = TypeVar("T")
 
@@ -50,16 +50,16 @@ class OutsideVectors:
         return hashlib.blake2b(f"vectors {self.name} {self.width}".encode(), digest_size=8).hexdigest()
 
     def unit_rows(self, vectors: Sequence[bytes]) -> Vectors:
-        """Return (n, E) unit vectors; raise ItemError for a vector of another width or of length 0."""
+        """Return (n, E) unit vectors; raise PartError for a vector of another width or of length 0."""
         for vector in vectors:
             if len(vector) != 4 * self.width:
-                raise ItemError(
-                    f"The vectors {self.name!r} have {self.width} numbers each; found one with {len(vector) // 4}."
-                )
+                message = f"The vectors {self.name!r} have {self.width} numbers each; found {len(vector) // 4}."
+                raise PartError(message, vector)
         rows = np.frombuffer(b"".join(vectors), dtype="<f4").reshape(-1, self.width).astype(np.float64)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        if not (norms > 0).all():
-            raise ItemError(f"A vector of {self.name!r} has only zeros, so it has no direction.")
+        if len(without_length := np.flatnonzero(norms == 0)):
+            message = f"The vector of {self.name!r} has only zeros, so it has no direction."
+            raise PartError(message, vectors[int(without_length[0])])
         unit: Vectors = (rows / norms).astype(np.float32)
         return unit
 

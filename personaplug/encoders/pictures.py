@@ -13,7 +13,7 @@ from personaplug.data.picture_decoding import decoded
 from personaplug.data.pictures import Picture
 from personaplug.data.values import Flaw
 from personaplug.encoders.base import Vectors, check_finite
-from personaplug.errors import ItemError, MissingExtra
+from personaplug.errors import MissingExtra, PartError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,14 +38,14 @@ class PictureEncoder(Protocol):
         """16 hex digits that identify the weights and the way in which pictures are prepared."""
 
     def encode(self, pictures: Sequence[Picture]) -> Vectors:
-        """Return (n, E) float32 unit vectors in order; raise ItemError for a damaged picture."""
+        """Return (n, E) float32 unit vectors in order; raise PartError for a damaged picture."""
 
 
 def decode(picture: Picture) -> Image.Image:
     """Return a picture in RGB, turned as its camera says, on white where it is transparent.
 
     Raises:
-        ItemError: if the bytes are damaged, or the picture has too many pixels.
+        PartError: if the bytes are damaged, or the picture has too many pixels.
         MissingExtra: if Pillow is not installed.
     """
     try:
@@ -53,8 +53,8 @@ def decode(picture: Picture) -> Image.Image:
     except ModuleNotFoundError:
         raise MissingExtra("Reading pictures", extra="pictures") from None
     except Flaw as flaw:
-        place = f"The picture {picture.source}" if isinstance(picture.source, Path) else "A picture"
-        raise ItemError(f"{place} cannot be used: {flaw}.") from None
+        place = f"The picture {picture.source}" if isinstance(picture.source, Path) else "The picture"
+        raise PartError(f"{place} cannot be used: {flaw}.", picture) from None
 
 
 def encode_distinct(

@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -120,15 +120,11 @@ class StrangersPictures:
         return np.asarray(vectors, dtype=np.float16)
 
 
-@dataclass(frozen=True)
 class _Rows:
     """A table of vectors in memory, (n, width)."""
 
-    vectors: Float16Array
-
-    @property
-    def width(self) -> int:
-        return self.vectors.shape[1]
+    def __init__(self, vectors: Float16Array) -> None:
+        self.vectors, self.width = vectors, int(vectors.shape[1])
 
     def gather(self, rows: RowIds) -> Float16Array:
         gathered: Float16Array = self.vectors[rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from personaplug.data.parsing import Flaw, as_text, item_of, target_of
+from personaplug.data.pictures import is_picture_url
 from personaplug.data.records import PREFERENCE, REJECTED, HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.task_registry import CHAT
@@ -18,7 +19,6 @@ MAX_TEXT = 100_000
 """Maximum characters of one field of an item. Encoders read only a few thousand."""
 
 _NO_ID = "no id"
-_PICTURE_URL = "data:image/"
 
 Rating = Literal["up", "down"]
 
@@ -170,8 +170,8 @@ def _item_of_record(
     task: Task, record: Mapping[str, Any], number: int, content_id: Callable[[HistoryItem], str]
 ) -> HistoryItem:
     for name, value in record.items():
-        if isinstance(value, str) and name != task.image_field:
-            _check_text(task, name, value, number=number)
+        if name not in _more_fields(task):
+            _check_value(task, name, value, number=number)
     try:
         for name in (task.answer_field or "", REJECTED):
             _check_is_reply(task, record.get(name), f"its {name!r}")
@@ -187,15 +187,23 @@ def _item_of_record(
     return item
 
 
-def _check_text(task: Task, name: str, value: str, *, number: int) -> None:
+def _check_value(task: Task, name: str, value: object, *, number: int) -> None:
     """Refuse a long text, and a picture in a field that the task does not read, because it would be lost."""
-    if value.startswith(_PICTURE_URL) and name not in (*task.field_names, PREFERENCE, REJECTED):
+    if name not in (*task.field_names, PREFERENCE, REJECTED) and _holds_picture(value):
         place = f"Send it as {task.image_field!r}." if task.image_field else "Leave it out."
         message = f"item {number}: it has a picture in a field that is no field for pictures of {task.name}. {place}"
         raise RequestError(message, code="item")
-    if len(value) > MAX_TEXT:
+    if isinstance(value, str) and len(value) > MAX_TEXT:
         message = f"item {number}: a field may have at most {MAX_TEXT:,} characters. Shorten its text."
         raise RequestError(message, http_status=422, code="invalid_value")
+
+
+def _holds_picture(value: object) -> bool:
+    """Return whether a value is a data URL of a picture, or an object or a list with one, as other APIs take it."""
+    if isinstance(value, str):
+        return is_picture_url(value)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(part, str) and is_picture_url(part) for part in values)
 
 
 def _check_is_reply(task: Task, answer: object, what: str) -> None:

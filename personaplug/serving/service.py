@@ -13,7 +13,8 @@ from personaplug.data.task import Task, TaskKind
 from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
 from personaplug.encoders.concepts import Concept, FoundConcepts
-from personaplug.errors import ConfigError, RequestError, UserErased
+from personaplug.encoders.item_parts import index_of_part
+from personaplug.errors import ConfigError, PartError, RequestError, UserErased
 from personaplug.serving.concepts import ConceptFinder, read_pictures
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
@@ -288,7 +289,11 @@ class Service:
 
     def _add_records(self, ticket: Ticket, records: Sequence[dict[str, Any]], *, tasks: Sequence[Task]) -> AddResult:
         items = items_of_records(tasks, records, content_id=self.store.content_id)
-        return self.store.add(ticket, items)
+        try:
+            return self.store.add(ticket, items)
+        except PartError as error:
+            number = (index_of_part(error, items) or 0) + 1
+            raise RequestError(f"item {number}: {error}", code=error.code) from None
 
     def _state_preferences(self, ticket: Ticket, preferences: Sequence[str]) -> ReplaceResult:
         items = preference_items(preferences, content_id=self.store.content_id)

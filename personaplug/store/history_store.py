@@ -25,6 +25,7 @@ from personaplug.errors import (
     EncoderMismatch,
     ItemError,
     MissingData,
+    PartError,
     StorageError,
     StoreConflict,
     UserError,
@@ -195,7 +196,7 @@ class HistoryStore:
         return ReplaceResult(*result, removed=len(keys))
 
     def encode(self, users: Sequence[str], items: Sequence[HistoryItem]) -> EncodedItems:
-        """Encode items of users; raise ItemError if the encoder does not read a part of an item."""
+        """Encode items of users; raise ItemError if a part of an item cannot be encoded."""
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
         contents = [item.encoded(with_answer=self.settings.encodes_answers) for item in items]
@@ -203,6 +204,8 @@ class HistoryStore:
             vectors = encode_items(self.encoder, contents)
         except ConfigError as error:  # the encoder reads no pictures, or no vectors
             raise ItemError(f"{error} Nothing was stored.") from None
+        except PartError as error:
+            raise PartError(f"{error} No item of its batch was stored.", error.part) from None
         return EncodedItems(users, items, vectors, self.encoder.identity)
 
     def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:

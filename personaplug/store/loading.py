@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.errors import ConfigError, UserErased
+from personaplug.encoders.item_parts import named_by_id
+from personaplug.errors import ConfigError, PartError, UserErased
 from personaplug.store import writes
 from personaplug.store.database import Connection, execute
 from personaplug.store.history_store import AddResult, HistoryStore
@@ -122,4 +123,9 @@ def _digests(
 def _add(store: HistoryStore, ticket: Ticket, changed: Sequence[tuple[str, HistoryItem]]) -> AddResult:
     if not changed:
         return AddResult(0, 0, 0)
-    return store.add_encoded(ticket, store.encode([user for user, _ in changed], [item for _, item in changed]))
+    users, items = [user for user, _ in changed], [item for _, item in changed]
+    try:
+        encoded = store.encode(users, items)
+    except PartError as error:
+        raise named_by_id(error, items) from None
+    return store.add_encoded(ticket, encoded)

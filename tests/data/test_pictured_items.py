@@ -117,6 +117,8 @@ def test_all_digits_of_single_precision_survive_json() -> None:
         ([math.inf], "a value of the list is not finite"),
         ([1e39], "a value of the list is not finite"),
         ([10**400], "a value of the list is not finite"),
+        ([0, 0.0], "has only zeros"),
+        ([0.0, -0.0], "has only zeros"),
     ],
 )
 def test_other_values_are_no_vectors(value: object, reason: str) -> None:

@@ -221,6 +221,14 @@ def test_missing_files_are_dropped_as_missing_and_other_files_as_damaged(tmp_pat
     assert _pictures(log)[0] == b""
 
 
+def test_a_path_in_a_structure_that_names_no_file_is_dropped_as_missing(tmp_path: Path) -> None:
+    rows: Rows = [row | {"photo": {"bytes": row["photo"], "path": None}} for row in log_rows()]
+    rows[0]["photo"] = {"bytes": None, "path": "elsewhere.png"}
+    rows[1]["photo"] = {"bytes": b"no picture", "path": None}
+    log = _read(_parquet(tmp_path / "log.parquet", rows))
+    assert log.report.dropped == {"whose picture file does not exist": 1, "with a damaged picture": 1}
+
+
 def test_a_row_with_a_picture_alone_is_in_histories_but_not_asked(tmp_path: Path) -> None:
     rows = log_rows()
     for row in rows[::2]:
@@ -281,13 +289,23 @@ def test_vectors_are_read_and_written(form: str, tmp_path: Path) -> None:
     assert [item.vector for item in items] == [packed(day, -0.5, 0.1) for day in range(4)]
 
 
+_BROKEN_VECTOR = "whose vector is no list of finite numbers, has only zeros, or is not as wide as the first"
+
+
 def test_rows_with_broken_vectors_are_dropped() -> None:
     rows = _vector_rows()
     for number, value in enumerate([[1, None], [], "text", [1, float("nan")], None]):
         rows[number]["embedding"] = value
     log = _read(rows)
-    assert log.report.dropped == {"whose vector is no list of finite numbers or has only zeros": 4}
+    assert log.report.dropped == {_BROKEN_VECTOR: 4}
     assert len(log.rows) == 26
+
+
+def test_rows_whose_vectors_are_not_as_wide_as_the_first_are_dropped() -> None:
+    rows = _vector_rows()
+    rows[1]["embedding"], rows[2]["embedding"] = [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]
+    log = _read(rows)
+    assert log.report.dropped == {_BROKEN_VECTOR: 2}
 
 
 @pytest.mark.parametrize("role", ["image", "vector"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from picture_rows import RED, packed, png
+from picture_rows import RED, cut_png, packed, png
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
@@ -19,8 +19,10 @@ from personaplug.data.pictures import Picture
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.encoders import open_encoder
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.encoded_sample import encode_samples
 from personaplug.encoders.item_parts import check_item_parts, warn_of_unused_parts
-from personaplug.errors import ConfigError
+from personaplug.errors import ConfigError, ItemError
 from personaplug.run import Run, open_models
 from personaplug.training.parts import train
 
@@ -74,6 +76,23 @@ def test_the_width_is_left_open_if_no_item_shows_it(tmp_path: Path) -> None:
     (data / "train_questions.json").write_text('[{"id": "broken"}]')
     with pytest.raises(ConfigError, match="NAME:WIDTH"):
         check_item_parts(open_encoder("hash:32").identity, open_dataset(data, "train"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"picture": Picture(cut_png())}, "cannot be used: it cannot be decoded"),
+        ({"vector": packed(1, 2)}, "have 3 numbers each; found 2"),
+    ],
+)
+def test_the_item_with_a_part_that_cannot_be_encoded_is_named(
+    parts: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    data = _data(tmp_path / "data", replace(PICTURED, vector_field="v"), **parts)
+    table = EmbeddingStore.open(tmp_path / "table", open_encoder("hash:32+pictures:pixels+vectors:shop:3"))
+    with pytest.raises(ItemError, match=rf"^Question 0: item 2: .*{reason}"):
+        encode_samples(open_dataset(data, "train"), table)
 
 
 @pytest.mark.parametrize("command", ["train", "encode", "estimate"])

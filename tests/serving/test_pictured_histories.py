@@ -164,8 +164,11 @@ def test_listed_item_is_refused_without_its_picture(url: str) -> None:
         ({"photo": 17}, "expected a data URL"),
         ({"photo": data_url(noise_png(1)[:600])}, "cannot be decoded"),
         ({"photo": data_url(_png_of_size(9_000, 9_000))}, "at most 50,000,000 pixels"),
-        ({"photo": data_url(_png_of_size(60_000, 60_000))}, "A picture"),
-        ({"embedding": [1, 2, 3]}, "have 4 numbers each; found one with 3"),
+        ({"photo": data_url(_png_of_size(60_000, 60_000))}, "item 2: The picture"),
+        (
+            {"embedding": [1, 2, 3]},
+            "item 2: The vectors 'catalogue' have 4 numbers each; found 3. No item of its batch",
+        ),
         ({"embedding": [1, 2, float("nan"), 4]}, "not finite"),
         ({"embedding": [1, 2, 1e39, 4]}, "not finite"),
         ({"embedding": [0, 0, 0, 0]}, "only zeros"),
@@ -217,6 +220,8 @@ def test_task_without_pictures_refuses_one_and_ignores_other_fields(toy: CausalL
         reply = _post(url, "ann", {"text": "a chair", "score": "4", "photo": photo})
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "item")
         assert "no field for pictures of Films. Leave it out." in reply.json()["error"]["message"]
+        for other in (photo.replace("data:image", "DATA:Image"), [photo], {"url": photo}):
+            assert _post(url, "ann", {"text": "a chair", "score": "4", "photo": other}).status_code == 400
         assert _post(url, "ann", {"text": "a chair", "score": "4", "photo": "a word", "x": [1]}).json()["new"] == 1
 
 
@@ -224,6 +229,7 @@ def test_task_route_names_the_fields_of_pictures_and_vectors(url: str) -> None:
     about = httpx.get(f"{url}/v1/task").json()
     assert (about["image_field"], about["vector_field"]) == ("photo", "embedding")
     assert about["item_fields"] == ["text", "score"]
+    assert about["name_field"] is None
 
 
 def test_fields_of_a_picture_decide_among_several_tasks() -> None:

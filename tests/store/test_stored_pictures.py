@@ -208,6 +208,14 @@ def test_item_with_a_part_that_the_encoder_does_not_read_is_refused(place: Place
     assert store.version("t", "u") == 0
 
 
+def test_loading_names_the_item_with_a_vector_of_another_width(place: Place) -> None:
+    store = place.open(ENCODER, settings=SETTINGS)
+    items = [pictured("right", numbers=numbers_of(1)), pictured("narrow", numbers=[1.0, 2.0])]
+    with pytest.raises(ItemError, match=r"^item narrow: .* each; found 2\. No item of its batch was stored\."):
+        load_histories(store, "t", {"u": items})
+    assert store.version("t", "u") == 0
+
+
 def test_backup_has_the_pictures_and_finds_a_damaged_one(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     with closing(Place(str(path)).open(ENCODER, settings=SETTINGS, secret=None)) as store:

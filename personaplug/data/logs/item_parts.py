@@ -17,7 +17,7 @@ import numpy.typing as npt
 from personaplug.data.logs.column_names import IMAGE_NAMES, VECTOR_NAMES, key_of, rank_of
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.parsing import vector_of
-from personaplug.data.pictures import PICTURE_KEYS, Picture, format_of, picture_of
+from personaplug.data.pictures import PICTURE_KEYS, Picture, format_of, is_picture_url, picture_of
 from personaplug.data.values import Flaw
 from personaplug.errors import StorageError
 from personaplug.infra.json_parsing import parse_json
@@ -98,6 +98,7 @@ class PartReader:
     folder: Path
     file: PictureFile | None
     _names: dict[str, tuple[bool, bool]] = field(default_factory=dict)
+    _widths: dict[str, int] = field(default_factory=dict)
 
     def part_of(self, name: str, value: object) -> Part | None:
         """Return the picture or the vector in a column, or its defect; None for a value of another kind."""
@@ -110,7 +111,7 @@ class PartReader:
     def _find(self, name: str, value: object) -> Part | None:
         options = self.options
         if name == options.vector:
-            return _vector_of(value)
+            return self._vector_in(name, value)
         if name == options.image:
             return self._picture_at(value) if is_path(value) else _picture_of(value, self.folder)
         if not options.detects_parts:
@@ -120,10 +121,17 @@ class PartReader:
             self._names[name] = rank_of(key, IMAGE_NAMES) is not None, rank_of(key, VECTOR_NAMES) is not None
         may_be_picture, may_be_vector = self._names[name]
         if may_be_vector and not isinstance(value, str):
-            return _vector_of(value)
+            return self._vector_in(name, value)
         if may_be_picture and is_path(value):
             return self._picture_at(value) if _is_picture_name(str(value)) else None
         return _picture_of(value, self.folder) if _must_be_picture(value) else None
+
+    def _vector_in(self, name: str, value: object) -> Vector | None:
+        """Return the vector in a column; raise a Flaw if the column's first vector has another width."""
+        vector = _vector_of(value)
+        if vector is not None and len(vector) != (width := self._widths.setdefault(name, len(vector))):
+            raise Flaw(f"it has {len(vector)} numbers, and the first vector of its column has {width}")
+        return vector
 
     def _picture_at(self, value: object) -> Picture | None:
         """Return the picture of a file; None if there is no such file, because the value may be something else."""
@@ -137,7 +145,7 @@ class PartReader:
 
 def is_path(value: object) -> bool:
     """Return True for a text that is no data URL: it may be the path of a picture, or a text."""
-    return isinstance(value, PurePath) or (isinstance(value, str) and not value.startswith("data:"))
+    return isinstance(value, PurePath) or (isinstance(value, str) and value[:5].casefold() != "data:")
 
 
 def _is_picture_name(text: str) -> bool:
@@ -151,7 +159,7 @@ def _picture_of(value: object, folder: Path) -> Picture | None:
 def _must_be_picture(value: object) -> bool:
     """Return True for a value that is a picture and cannot be a text."""
     if isinstance(value, str):
-        return value.startswith("data:image/")
+        return is_picture_url(value)
     if isinstance(value, bytes | bytearray | memoryview):
         start = bytes(value[:32])
         return format_of(start) is not None and b"\0" in start

@@ -18,7 +18,7 @@ from personaplug.data.logs.answers import AnswerKind, labels_of
 from personaplug.data.logs.date_forms import DateForms
 from personaplug.data.logs.item_parts import Part, PartReader, is_path
 from personaplug.data.picture_decoding import is_damaged
-from personaplug.data.pictures import PICTURE_KEYS, Picture
+from personaplug.data.pictures import PICTURE_KEYS, MissingPicture, Picture
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text
 
@@ -29,6 +29,7 @@ Parts = Mapping[str, Part]
 """The pictures and vectors of a row by their columns."""
 
 _NO_PARTS: Parts = MappingProxyType({})
+_NO_FILE = "whose picture file does not exist"
 
 _WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
@@ -114,7 +115,11 @@ class RowForm:
         found: dict[str, Part] = {}
         for column, kind, defect in (
             (self.mapping.image, Picture, "with a damaged picture"),
-            (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers or has only zeros"),
+            (
+                self.mapping.vector,
+                np.ndarray,
+                "whose vector is no list of finite numbers, has only zeros, or is not as wide as the first",
+            ),
         ):
             if column is None:
                 continue
@@ -122,7 +127,9 @@ class RowForm:
             if part is None and text is not None:
                 if is_missing(text):
                     continue
-                return "whose picture file does not exist" if kind is Picture else defect
+                return _NO_FILE if kind is Picture else defect
+            if isinstance(part, MissingPicture):
+                return _NO_FILE
             if part is None or not isinstance(part, kind) or self._is_damaged(part):
                 return defect
             found[column] = part

@@ -159,7 +159,7 @@ def read_rows(source: object, form: RowForm, **settings: Any) -> EventLogReader:
     parts = replace(options, image=mapping.image, vector=mapping.vector, detects_parts=False)
     (name,), rows = _read_rows([source], parts, report)
     columns = _columns(rows)
-    if any(row.parts for row in rows):
+    if any(row.parts or not is_missing(row.texts.get(mapping.image or "", "")) for row in rows):
         others = [column.name for column in columns if column.name not in form.columns]
         options = replace(options, questions=tuple(q for q in form.questions if get_close_matches(q, others)))
     check_named(columns, options)

@@ -339,7 +339,7 @@ def test_a_log_is_read_for_the_task_of_a_run() -> None:
 
 def test_a_history_of_one_missing_picture_says_so() -> None:
     form = _read(log_rows()).form
-    with pytest.raises(RecordError, match="item 1: it is a row whose picture file does not exist"):
+    with pytest.raises(RecordError, match="row 1: it is a row whose picture file does not exist"):
         list(read_rows([{"customer": "c1", "day": "2026-01-01", "verdict": "kept", "photo": "missing.png"}], form))
 
 

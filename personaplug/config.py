@@ -16,6 +16,9 @@ LEARNING_RATES = {"learning_rate": 0.001, "token_learning_rate": 0.1}
 CHAT_LEARNING_RATES = {"learning_rate": 0.1, "token_learning_rate": 1.0}
 """Defaults for labels and texts, and for conversations. Each was chosen on held-out users."""
 
+WARMUP_RATIO, PARTS_WARMUP_RATIO = 0.05, 0.2
+"""Defaults for items of texts alone, and for items with pictures or vectors, where a short warmup can diverge."""
+
 MAX_PERSONA_SCALE = 10
 """Upper bound of `persona_scale`; see `PersonaPlug.forward`."""
 
@@ -264,8 +267,9 @@ class TrainingConfig:
     )
     weight_decay: float = Field(default=1e-4, description="weight decay of AdamW", ge=0, le=1)
     warmup_ratio: float = Field(
-        default=0.05,
-        description="share of the steps in which the learning rate rises; it then falls linearly to 0",
+        default=0.0,
+        description="share of the steps in which the learning rate rises; it then falls linearly to 0; 0 = 0.2 if "
+        "items have pictures or vectors, 0.05 otherwise",
         ge=0,
         le=1,
     )

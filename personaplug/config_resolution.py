@@ -1,18 +1,18 @@
-"""Resolve settings that depend on the task: `auto` values and learning rates of 0."""
+"""Resolve settings that depend on the task: `auto` values, and rates of 0."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from personaplug.analysis.metrics import get_metric
-from personaplug.config import CHAT_LEARNING_RATES, LEARNING_RATES, Config
+from personaplug.config import CHAT_LEARNING_RATES, LEARNING_RATES, PARTS_WARMUP_RATIO, WARMUP_RATIO, Config
 from personaplug.config_parsing import with_values
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 
 
 def resolved(config: Config, task: Task) -> Config:
-    """Return the config with all `auto` values, and learning rates of 0, resolved for the task.
+    """Return the config with all `auto` values, and rates of 0, resolved for the task.
 
     Raises:
         ConfigError: if a setting needs something that the task does not have.
@@ -46,11 +46,17 @@ def resolved(config: Config, task: Task) -> Config:
         values["plug.options"] = "compare" if task.has_options else "ignore"
     if config.plug.label_prior == "auto":
         values["plug.label_prior"] = "neighbors" if scores_labels and config.plug.persona_tokens else "none"
-    return with_learning_rates(with_values(config, values), [task])
+    return with_rates(with_values(config, values), [task])
 
 
-def with_learning_rates(config: Config, tasks: Sequence[Task]) -> Config:
-    """Replace learning rates of 0 by the default of the tasks; use the rates of conversations if any task is one."""
+def with_rates(config: Config, tasks: Sequence[Task]) -> Config:
+    """Replace a learning rate or a warmup ratio of 0 by the default of the tasks.
+
+    If any task is a conversation, use the learning rates of conversations. If any has pictures or vectors, use their
+    warmup ratio.
+    """
+    has_parts = any(task.image_field or task.vector_field for task in tasks)
     rates = CHAT_LEARNING_RATES if any(task.kind == "chat" for task in tasks) else LEARNING_RATES
+    rates = rates | {"warmup_ratio": PARTS_WARMUP_RATIO if has_parts else WARMUP_RATIO}
     missing = {f"training.{name}": rate for name, rate in rates.items() if not getattr(config.training, name)}
     return with_values(config, missing)

@@ -17,7 +17,7 @@ from typing import Any
 
 from personaplug.config import Config
 from personaplug.config_parsing import with_values
-from personaplug.config_resolution import with_learning_rates
+from personaplug.config_resolution import with_rates
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import storage_errors, write_checked_json
@@ -190,7 +190,7 @@ def _shared_config(config: Config, tasks: Sequence[Task]) -> Config:
         )
     if config.plug.label_prior not in ("auto", "none"):
         raise ConfigError("A label prior works for one task only; tasks that share a plug need label_prior=none.")
-    return with_learning_rates(with_values(config, {"plug.answer_channel": "all", "plug.label_prior": "none"}), tasks)
+    return with_rates(with_values(config, {"plug.answer_channel": "all", "plug.label_prior": "none"}), tasks)
 
 
 def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from personaplug.config import Config
 from personaplug.config_parsing import load_config
-from personaplug.config_resolution import resolved, with_learning_rates
+from personaplug.config_resolution import resolved, with_rates
 from personaplug.data.task import Task
 from personaplug.data.task_registry import CHAT
 
@@ -31,10 +33,17 @@ def test_resolved_keeps_an_explicit_learning_rate() -> None:
     assert _rates(resolved(config, CHAT)) == (0.02, 1)
 
 
+def test_warmup_is_longer_for_pictures_and_vectors_unless_it_is_given() -> None:
+    pictured = [replace(RATING, image_field="photo"), replace(RATING, vector_field="embedding")]
+    assert [resolved(load_config(), task).training.warmup_ratio for task in (RATING, *pictured)] == [0.05, 0.2, 0.2]
+    assert with_rates(load_config(), [RATING, pictured[0]]).training.warmup_ratio == 0.2
+    assert resolved(load_config(overrides=["warmup_ratio=0.1"]), pictured[0]).training.warmup_ratio == 0.1
+
+
 def test_shared_tasks_have_the_learning_rates_of_the_conversation() -> None:
     for tasks in ([RATING, CHAT], [CHAT, RATING]):
-        assert _rates(with_learning_rates(load_config(), tasks)) == CHAT_RATES
-    assert _rates(with_learning_rates(load_config(), [RATING, TITLES])) == OTHER_RATES
+        assert _rates(with_rates(load_config(), tasks)) == CHAT_RATES
+    assert _rates(with_rates(load_config(), [RATING, TITLES])) == OTHER_RATES
 
 
 @pytest.mark.parametrize(("task", "channel"), [(CHAT, "style"), (RATING, "label"), (TITLES, "style")])

@@ -25,7 +25,7 @@ from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.config import SPEED_ONLY, Config, ModelConfig
-from personaplug.config_resolution import resolved, with_learning_rates
+from personaplug.config_resolution import resolved, with_rates
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -349,7 +349,7 @@ class _Table:
         return _hash([self._data_hash, *sampling])
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
-        config = with_learning_rates(self.config, [self.task])  # so keys match trials with explicit learning rates
+        config = with_rates(self.config, [self.task])  # so keys match trials with explicit rates
         if not self._adds_label_prior(method):
             config = replace(config, plug=replace(config.plug, label_prior="none"))
         return trial_key(config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)

@@ -12,7 +12,8 @@ twice, so vLLM's prefix cache has only the task's wording.
              *persona* is ours
 *retrieval*  the question with the four best items of the history (BM25) in its prompt, sent to vLLM
 
-Then the embedded engine answers requests one at a time, and sixteen at once.
+The processor time of our server is counted, too. Then the embedded engine answers requests one at a time, and sixteen
+at once. It may end an answer early; both rows get the same questions.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import torch
 from free_ports import free_port
 
@@ -109,6 +111,24 @@ def our_server(run: Path, store: Path, engine: str, *options: str) -> Iterator[s
         process.wait()
 
 
+class ServerProcessor:
+    """Counts the processor seconds of our server, the only child of this process."""
+
+    def __init__(self) -> None:
+        (self._server,) = psutil.Process().children()
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def counted(self, *, is_ours: bool) -> Iterator[None]:
+        before = self._now()
+        yield
+        self.seconds += self._now() - before if is_ours else 0.0
+
+    def _now(self) -> float:
+        times = self._server.cpu_times()
+        return float(times.user + times.system)
+
+
 def summary(rounds: list[tuple[float, list[float]]]) -> dict[str, float]:
     """Return the requests per second and the times to the first token, over all rounds."""
     firsts = np.concatenate([firsts for _, firsts in rounds])
@@ -131,8 +151,8 @@ def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
 def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str, Any]:
     """Return a question as the body of a request."""
     body = {"messages": [{"role": "user", "content": sample.prompt}], "max_tokens": tokens, "temperature": 0}
-    # All rows get answers of the same length, because the model does not stop early.
-    return body | {"stream": True, "ignore_eos": True} | ({"model": model} if model else {})
+    # On vLLM, all rows get answers of the same length, because the model does not stop early.
+    return body | {"stream": True} | ({"model": model, "ignore_eos": True} if model else {})
 
 
 def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -157,18 +177,23 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, arguments:
         return ServerRequest(vllm, plain(sample).body | {"messages": [{"role": "user", "content": text}]})
 
     rows = {"plain": plain, "embeds": embeds, "persona": persona, "retrieval": retrieval}
-    unused = iter(samples)
+    unused, processor = iter(samples), ServerProcessor()
     for number in range(arguments.rounds):
         for name in np.random.default_rng(number).permutation(list(rows)):
             requests = [rows[name](sample) for sample in islice(unused, arguments.requests)]
-            times[name].append(asyncio.run(load(requests, concurrency=arguments.at_once)))
+            with processor.counted(is_ours=name == "persona"):
+                times[name].append(asyncio.run(load(requests, concurrency=arguments.at_once)))
             print(number, name, summary(times[name][-1:]), flush=True)
     table: dict[str, Any] = {name: summary(rounds) for name, rounds in times.items()}
     ratios = {
         name: round(float(np.median([b[0] / a[0] for a, b in zip(times["persona"], times[name], strict=True)])), 3)
         for name in ("plain", "embeds", "retrieval")
     }
-    return table | {"throughput_of_persona_over": ratios}
+    served = arguments.rounds * arguments.requests
+    return table | {
+        "throughput_of_persona_over": ratios,
+        "our_processor_ms_per_request": round(1e3 * processor.seconds / served, 2),
+    }
 
 
 def on_ours(samples: list[Sample], *, ours: str, arguments: argparse.Namespace) -> dict[str, Any]:

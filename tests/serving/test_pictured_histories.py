@@ -26,6 +26,7 @@ from personaplug.encoders import open_encoder
 from personaplug.errors import RequestError
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys, create_key
+from personaplug.serving.fair_executor import FairExecutor
 from personaplug.serving.feedback import MAX_TEXT, items_of_records
 
 ENCODER = open_encoder("hash:32+pictures:pixels+vectors:catalogue:4")
@@ -202,6 +203,22 @@ def test_picture_may_be_longer_than_a_text(url: str) -> None:
     for fields in ({"text": photo}, {"preference": photo}, {"text": "x" * (MAX_TEXT + 1)}):
         assert _post(url, "long", {"score": "4", **fields}).status_code in (400, 422)
     assert _post(url, "long", {"score": "4", "text": photo}).status_code == 422
+
+
+def test_a_picture_counts_as_several_texts_when_tenants_share_the_encoder(
+    toy: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs: list[float] = []
+    run = FairExecutor.run_weighted
+
+    async def noted(self: FairExecutor, *arguments: Any, cost: float) -> Any:
+        costs.append(cost)
+        return await run(self, *arguments, cost=cost)
+
+    with served(open_service(toy, tmp_path, task=PICTURED, encoder=ENCODER)) as url:
+        monkeypatch.setattr(FairExecutor, "run_weighted", noted)
+        _post(url, "ann", {"text": "a chair", "score": "4"}, {"text": "a lamp", "score": "2", "photo": PHOTO})
+    assert 1 + (1 + 10) in costs
 
 
 def test_encoder_without_a_part_for_pictures_refuses_them(toy: CausalLM, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from personaplug.data.parsing import (
     short_id,
     target_of,
 )
-from personaplug.data.pictures import Picture, format_of
+from personaplug.data.pictures import Picture, format_of, is_data_url, is_file
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
@@ -131,7 +131,7 @@ def _copy_pictures(source: Path, target: Path, image_field: str) -> None:
         for _, question in stream_values(questions, "item", opening=b"[", unit="question"):
             for name in _paths_in(question, image_field):
                 copy = target / name
-                if (source / name).is_file() and not copy.exists():
+                if is_file(source / name) and not copy.exists():
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source / name, copy)
 
@@ -141,7 +141,7 @@ def _paths_in(question: object, image_field: str) -> Iterator[PurePath]:
     profile = question.get("profile") if isinstance(question, Mapping) else None
     for item in profile if isinstance(profile, list) else ():
         value = item.get(image_field) if isinstance(item, Mapping) else None
-        if isinstance(value, str) and value and not value.startswith("data:"):
+        if isinstance(value, str) and value and not is_data_url(value):
             path = PurePath(value)
             if not path.is_absolute() and ".." not in path.parts:
                 yield path

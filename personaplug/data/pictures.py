@@ -130,16 +130,29 @@ def picture_of(value: object, what: str, *, folder: Path | None = None) -> Pictu
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
     if match := _DATA_URL.match(value):
         return _checked(_decoded(value[match.end() :], what), what)
-    if value[:5].casefold() == "data:":
+    if is_data_url(value):
         raise Flaw(f"{what} is a data URL of another kind: expected {_FORMS}")
     if folder is None:
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
     return _file(folder / value, what)
 
 
+def is_data_url(text: str) -> bool:
+    """Return whether a text is a data URL, so no path."""
+    return text[:5].casefold() == "data:"
+
+
 def is_picture_url(text: str) -> bool:
-    """Return whether a text is a data URL of a picture, of any form."""
-    return text[:11].casefold() == "data:image/"
+    """Return whether a text is a data URL of a picture, also with spaces before it."""
+    return text[:64].lstrip()[:11].casefold() == "data:image/"
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path names a file; False for a name that is too long, or with a null character."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def format_of(content: bytes) -> str | None:
@@ -180,13 +193,9 @@ def _checked(content: bytes, what: str) -> Picture:
 
 
 def _file(path: Path, what: str) -> Picture:
-    try:
-        size = path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # a name that is too long, or with a null character
-        size = None
-    if size is None:
+    if not is_file(path):
         raise MissingPicture(f"{what} names a file that does not exist")
-    if size > MAX_PICTURE_BYTES:
+    if path.stat().st_size > MAX_PICTURE_BYTES:
         raise _too_large(what)
     with path.open("rb") as file:
         if format_of(file.read(16)) is None:

@@ -63,7 +63,7 @@ def warn_of_unused_parts(identity: EncoderIdentity, tasks: Iterable[Task]) -> No
 
 
 def named_by_question(error: PartError, samples: Iterable[Sample]) -> ItemError:
-    """Return the error with the question and the item of the part."""
+    """Return the error with the question and the item of the part; the error itself if no item has it."""
     for sample in samples:
         if index_of_part(error, sample.history) is not None:
             return ItemError(f"Question {short_id(sample.id)}: {named_by_id(error, sample.history)}")
@@ -71,7 +71,7 @@ def named_by_question(error: PartError, samples: Iterable[Sample]) -> ItemError:
 
 
 def named_by_id(error: PartError, items: Sequence[HistoryItem]) -> ItemError:
-    """Return the error with the id of the item that has the part."""
+    """Return the error with the id of the item that has the part; the error itself if none has it."""
     index = index_of_part(error, items)
     return error if index is None else ItemError(f"item {short_id(items[index].id)}: {error}")
 

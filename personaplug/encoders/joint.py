@@ -57,9 +57,9 @@ class OutsideVectors:
                 raise PartError(message, vector)
         rows = np.frombuffer(b"".join(vectors), dtype="<f4").reshape(-1, self.width).astype(np.float64)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        if len(without_length := np.flatnonzero(norms == 0)):
-            message = f"The vector of {self.name!r} has only zeros, so it has no direction."
-            raise PartError(message, vectors[int(without_length[0])])
+        if len(without_direction := np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))):
+            message = f"The vector of {self.name!r} has only zeros or a value that is not finite: it has no direction."
+            raise PartError(message, vectors[int(without_direction[0])])
         unit: Vectors = (rows / norms).astype(np.float32)
         return unit
 

@@ -316,7 +316,7 @@ class _Table:
         samples, trials = self._file(point).load()
         if samples is None or samples.key != self._samples_key:
             return None, []
-        samples = replace(samples, about=replace(samples.about, config=asdict(self.config)))
+        samples = replace(samples, about=replace(samples.about, config=asdict(resolved(self.config, self.task))))
         by_key = {trial.key: trial for trial in trials}
         keys = [
             self._key(method, seed, point) for method in self.experiment.methods for seed in self.config.training.seeds

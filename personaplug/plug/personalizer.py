@@ -22,7 +22,9 @@ from personaplug.encoders.encoded_sample import (
     no_style,
     style_of_answers,
 )
+from personaplug.encoders.item_parts import named_by_id
 from personaplug.encoders.joint import only_part
+from personaplug.errors import PartError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
@@ -70,7 +72,10 @@ class Personalizer:
         """Encode the items of a user that the plug uses; see `used_items`."""
         items = self.used_items(items)
         contents = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
-        vectors = encode_items(encoder, contents) if contents else np.empty((0, encoder.width))
+        try:
+            vectors = encode_items(encoder, contents) if contents else np.empty((0, encoder.width))
+        except PartError as error:
+            raise named_by_id(error, items) from None
         style = style_of_answers(items) if self.plug.config.reads_style else no_style(len(items))
         return EncodedHistory(
             vectors.astype(np.float16), label_ids(items, self.plug.spec.labels), style, kind_ids(items)

@@ -199,11 +199,11 @@ def _check_value(task: Task, name: str, value: object, *, number: int) -> None:
 
 
 def _holds_picture(value: object) -> bool:
-    """Return whether a value is a data URL of a picture, or an object or a list with one, as other APIs take it."""
+    """Return whether a value is a data URL of a picture, or holds one, as in `image_url` of a chat."""
     if isinstance(value, str):
         return is_picture_url(value)
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(part, str) and is_picture_url(part) for part in values)
+    return any(map(_holds_picture, values))
 
 
 def _check_is_reply(task: Task, answer: object, what: str) -> None:

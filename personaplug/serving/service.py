@@ -296,8 +296,9 @@ class Service:
         try:
             return self.store.add(ticket, items)
         except PartError as error:
-            number = (index_of_part(error, items) or 0) + 1
-            raise RequestError(f"item {number}: {error}", code=error.code) from None
+            index = index_of_part(error, items)
+            place = "" if index is None else f"item {index + 1}: "
+            raise RequestError(f"{place}{error}", code=error.code) from None
 
     def _state_preferences(self, ticket: Ticket, preferences: Sequence[str]) -> ReplaceResult:
         items = preference_items(preferences, content_id=self.store.content_id)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from picture_rows import BLUE, GREEN, RED, packed, png
+from picture_rows import BLUE, GREEN, RED, data_url, packed, png
 
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.lamp_writer import PICTURES, copy_with_train
@@ -92,7 +92,8 @@ def test_a_copy_with_another_train_split_keeps_the_pictures_of_the_other_splits(
     (source / "photos" / "green.png").write_bytes(png(GREEN))
     (source / "photos" / "unused.png").write_bytes(png(GREEN))
     item = {"id": "1", "product": "lamp", "verdict": "kept"}
-    photos = ["photos/green.png", str(source / "photos" / "green.png"), "photos/gone.png"]
+    no_paths = [data_url(png(GREEN, side=64)).replace("data:", "DATA:"), "x" * 5000]
+    photos = ["photos/green.png", str(source / "photos" / "green.png"), "photos/gone.png", *no_paths]
     profile = [{**item, "photo": photo} for photo in photos]
     question = {"id": "q", "input": "Choose for: lamp", "profile": profile}
     (source / "dev_questions.json").write_text(json.dumps([question, "broken"]))

@@ -289,23 +289,23 @@ def test_vectors_are_read_and_written(form: str, tmp_path: Path) -> None:
     assert [item.vector for item in items] == [packed(day, -0.5, 0.1) for day in range(4)]
 
 
-_BROKEN_VECTOR = "whose vector is no list of finite numbers, has only zeros, or is not as wide as the first"
-
-
 def test_rows_with_broken_vectors_are_dropped() -> None:
     rows = _vector_rows()
     for number, value in enumerate([[1, None], [], "text", [1, float("nan")], None]):
         rows[number]["embedding"] = value
     log = _read(rows)
-    assert log.report.dropped == {_BROKEN_VECTOR: 4}
+    assert log.report.dropped == {"whose vector is no list of finite numbers or has only zeros": 4}
     assert len(log.rows) == 26
 
 
-def test_rows_whose_vectors_are_not_as_wide_as_the_first_are_dropped() -> None:
+@pytest.mark.parametrize("odd", [0, 5])
+def test_rows_whose_vectors_are_not_as_wide_as_most_are_dropped(odd: int) -> None:
     rows = _vector_rows()
-    rows[1]["embedding"], rows[2]["embedding"] = [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]
-    log = _read(rows)
-    assert log.report.dropped == {_BROKEN_VECTOR: 2}
+    rows[odd]["embedding"], rows[odd + 1]["embedding"] = [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]
+    for options in (LogOptions(), LogOptions(vector="embedding")):
+        log = read_log([rows[:8], rows[8:]], options)
+        assert log.task.vector_field == "embedding"
+        assert log.report.dropped == {"whose vector is not as wide as most": 2}
 
 
 @pytest.mark.parametrize("role", ["image", "vector"])

@@ -81,7 +81,11 @@ def test_item_with_a_part_that_the_encoder_does_not_read_is_refused(name: str, c
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [([1.0, 2.0], "'shop-1' have 3 numbers each; found 2"), ([0.0, 0.0, 0.0], "only zeros")],
+    [
+        ([1.0, 2.0], "'shop-1' have 3 numbers each; found 2"),
+        ([0.0, 0.0, 0.0], "only zeros"),
+        ([1.0, float("nan"), 0.0], "not finite"),
+    ],
 )
 def test_outside_vector_of_another_width_or_without_direction_is_refused(numbers: list[float], message: str) -> None:
     with pytest.raises(ItemError, match=message):

@@ -237,7 +237,8 @@ def test_task_without_pictures_refuses_one_and_ignores_other_fields(toy: CausalL
         reply = _post(url, "ann", {"text": "a chair", "score": "4", "photo": photo})
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "item")
         assert "no field for pictures of Films. Leave it out." in reply.json()["error"]["message"]
-        for other in (photo.replace("data:image", "DATA:Image"), [photo], {"url": photo}):
+        chat_part = {"type": "image_url", "image_url": {"url": photo}}
+        for other in (photo.replace("data:image", "DATA:Image"), f" {photo}", [photo], chat_part, [chat_part]):
             assert _post(url, "ann", {"text": "a chair", "score": "4", "photo": other}).status_code == 400
         assert _post(url, "ann", {"text": "a chair", "score": "4", "photo": "a word", "x": [1]}).json()["new"] == 1
 

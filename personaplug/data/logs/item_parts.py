@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from personaplug.data.logs.column_names import IMAGE_NAMES, VECTOR_NAMES, key_of, rank_of
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.parsing import vector_of
-from personaplug.data.pictures import PICTURE_KEYS, Picture, format_of, is_picture_url, picture_of
+from personaplug.data.pictures import PICTURE_KEYS, Picture, format_of, is_data_url, is_file, is_picture_url, picture_of
 from personaplug.data.values import Flaw
 from personaplug.errors import StorageError
 from personaplug.infra.json_parsing import parse_json
@@ -98,7 +99,6 @@ class PartReader:
     folder: Path
     file: PictureFile | None
     _names: dict[str, tuple[bool, bool]] = field(default_factory=dict)
-    _widths: dict[str, int] = field(default_factory=dict)
 
     def part_of(self, name: str, value: object) -> Part | None:
         """Return the picture or the vector in a column, or its defect; None for a value of another kind."""
@@ -111,7 +111,7 @@ class PartReader:
     def _find(self, name: str, value: object) -> Part | None:
         options = self.options
         if name == options.vector:
-            return self._vector_in(name, value)
+            return _vector_of(value)
         if name == options.image:
             return self._picture_at(value) if is_path(value) else _picture_of(value, self.folder)
         if not options.detects_parts:
@@ -121,31 +121,36 @@ class PartReader:
             self._names[name] = rank_of(key, IMAGE_NAMES) is not None, rank_of(key, VECTOR_NAMES) is not None
         may_be_picture, may_be_vector = self._names[name]
         if may_be_vector and not isinstance(value, str):
-            return self._vector_in(name, value)
+            return _vector_of(value)
         if may_be_picture and is_path(value):
             return self._picture_at(value) if _is_picture_name(str(value)) else None
         return _picture_of(value, self.folder) if _must_be_picture(value) else None
 
-    def _vector_in(self, name: str, value: object) -> Vector | None:
-        """Return the vector in a column; raise a Flaw if the column's first vector has another width."""
-        vector = _vector_of(value)
-        if vector is not None and len(vector) != (width := self._widths.setdefault(name, len(vector))):
-            raise Flaw(f"it has {len(vector)} numbers, and the first vector of its column has {width}")
-        return vector
-
     def _picture_at(self, value: object) -> Picture | None:
         """Return the picture of a file; None if there is no such file, because the value may be something else."""
         path = str(value).strip()
-        try:
-            exists = bool(path) and (self.folder / path).is_file()
-        except (OSError, ValueError):  # a name that is too long, or with a null character
-            exists = False
-        return _picture_of(path, self.folder) if exists else None
+        return _picture_of(path, self.folder) if path and is_file(self.folder / path) else None
+
+
+class OtherWidth(Flaw):
+    """A vector is not as wide as most of its column."""
+
+
+def with_one_width(parts: Sequence[Mapping[str, Part]], column: str) -> list[Mapping[str, Part]]:
+    """Return the parts of rows with `OtherWidth` for each vector that is not as wide as most of its column."""
+    widths = Counter(len(part) for of_row in parts if isinstance(part := of_row.get(column), np.ndarray))
+    width = widths.most_common(1)[0][0] if widths else 0
+    return [
+        {**of_row, column: OtherWidth(f"it has {len(part)} numbers, and most have {width}")}
+        if isinstance(part := of_row.get(column), np.ndarray) and len(part) != width
+        else of_row
+        for of_row in parts
+    ]
 
 
 def is_path(value: object) -> bool:
     """Return True for a text that is no data URL: it may be the path of a picture, or a text."""
-    return isinstance(value, PurePath) or (isinstance(value, str) and value[:5].casefold() != "data:")
+    return isinstance(value, PurePath) or (isinstance(value, str) and not is_data_url(value))
 
 
 def _is_picture_name(text: str) -> bool:

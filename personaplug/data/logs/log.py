@@ -18,7 +18,7 @@ from personaplug.data.logs.answers import AnswerKind, check_answers, decide_answ
 from personaplug.data.logs.columns import Column, FoundColumns, check_named, find_columns
 from personaplug.data.logs.declaration import declare, declare_for, field_name, is_request
 from personaplug.data.logs.file_form import find_form
-from personaplug.data.logs.item_parts import PartReader, PictureFile
+from personaplug.data.logs.item_parts import PartReader, PictureFile, with_one_width
 from personaplug.data.logs.options import LogOptions
 from personaplug.data.logs.row_form import Parts, RowForm, Texts, is_missing, texts_and_parts
 from personaplug.data.pictures import Picture
@@ -114,6 +114,9 @@ def read_log(
         if not report.repeated:
             raise
         raise ConfigError(f"{error} Not read: {_repeated(report.repeated)}.") from None
+    if found.vector:
+        checked = with_one_width([row.parts for row in rows], found.vector)
+        rows = [row._replace(parts=parts) for row, parts in zip(rows, checked, strict=True)]
     if task is None:
         answers = _decide(rows, found, options)
         name = options.name or Path(names[0]).name.partition(".")[0] or "log"

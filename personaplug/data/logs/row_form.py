@@ -16,7 +16,7 @@ from personaplug.data.event_log import ColumnMapping
 from personaplug.data.ids import as_id
 from personaplug.data.logs.answers import AnswerKind, labels_of
 from personaplug.data.logs.date_forms import DateForms
-from personaplug.data.logs.item_parts import Part, PartReader, is_path
+from personaplug.data.logs.item_parts import OtherWidth, Part, PartReader, is_path
 from personaplug.data.picture_decoding import is_damaged
 from personaplug.data.pictures import PICTURE_KEYS, MissingPicture, Picture
 from personaplug.data.task import Task
@@ -30,6 +30,7 @@ Parts = Mapping[str, Part]
 
 _NO_PARTS: Parts = MappingProxyType({})
 _NO_FILE = "whose picture file does not exist"
+_OTHER_WIDTH = "whose vector is not as wide as most"
 
 _WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
@@ -118,7 +119,7 @@ class RowForm:
             (
                 self.mapping.vector,
                 np.ndarray,
-                "whose vector is no list of finite numbers, has only zeros, or is not as wide as the first",
+                "whose vector is no list of finite numbers or has only zeros",
             ),
         ):
             if column is None:
@@ -128,8 +129,8 @@ class RowForm:
                 if is_missing(text):
                     continue
                 return _NO_FILE if kind is Picture else defect
-            if isinstance(part, MissingPicture):
-                return _NO_FILE
+            if isinstance(part, MissingPicture | OtherWidth):
+                return _NO_FILE if isinstance(part, MissingPicture) else _OTHER_WIDTH
             if part is None or not isinstance(part, kind) or self._is_damaged(part):
                 return defect
             found[column] = part

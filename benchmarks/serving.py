@@ -185,13 +185,17 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, arguments:
                 times[name].append(asyncio.run(load(requests, concurrency=arguments.at_once)))
             print(number, name, summary(times[name][-1:]), flush=True)
     table: dict[str, Any] = {name: summary(rounds) for name, rounds in times.items()}
-    ratios = {
-        name: round(float(np.median([b[0] / a[0] for a, b in zip(times["persona"], times[name], strict=True)])), 3)
-        for name in ("plain", "embeds", "retrieval")
-    }
+
+    def over(base: str, *others: str) -> dict[str, float]:
+        """Return the median of the rounds' ratios of throughput, `base` over each of the others."""
+        ratios = {name: [b[0] / a[0] for a, b in zip(times[base], times[name], strict=True)] for name in others}
+        return {name: round(float(np.median(each)), 3) for name, each in ratios.items()}
+
     served = arguments.rounds * arguments.requests
     return table | {
-        "throughput_of_persona_over": ratios,
+        "throughput_of_persona_over": over("persona", "plain", "embeds", "retrieval"),
+        "throughput_of_embeds_over": over("embeds", "plain"),
+        "throughput_of_retrieval_over": over("retrieval", "plain"),
         "our_processor_ms_per_request": round(1e3 * processor.seconds / served, 2),
     }
 

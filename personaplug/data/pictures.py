@@ -128,6 +128,7 @@ def picture_of(value: object, what: str, *, folder: Path | None = None) -> Pictu
         value = str(value)
     if not isinstance(value, str):
         raise Flaw(f"{what} is no picture: expected {_FORMS}")
+    value = value.strip()
     if match := _DATA_URL.match(value):
         return _checked(_decoded(value[match.end() :], what), what)
     if is_data_url(value):
@@ -138,12 +139,12 @@ def picture_of(value: object, what: str, *, folder: Path | None = None) -> Pictu
 
 
 def is_data_url(text: str) -> bool:
-    """Return whether a text is a data URL, so no path."""
-    return text[:5].casefold() == "data:"
+    """Return whether a text is a data URL, so no path; spaces before it do not count."""
+    return text[:64].lstrip()[:5].casefold() == "data:"
 
 
 def is_picture_url(text: str) -> bool:
-    """Return whether a text is a data URL of a picture, also with spaces before it."""
+    """Return whether a text is a data URL of a picture; spaces before it do not count."""
     return text[:64].lstrip()[:11].casefold() == "data:image/"
 
 

@@ -23,6 +23,7 @@ FORMS: dict[str, Callable[[Path], object]] = {
     "memoryview": lambda _: memoryview(PNG),
     "data URL": lambda _: data_url(PNG),
     "data URL of another type": lambda _: data_url(PNG).replace("image/png", "image/svg+xml"),
+    "data URL in capitals, after spaces": lambda _: "  " + data_url(PNG).replace("data:image/png", "DATA:Image/PNG"),
     "bytes of Hugging Face": lambda _: {"bytes": PNG, "path": "elsewhere.png"},
     "path of Hugging Face": lambda _: {"bytes": None, "path": "red.png"},
     "relative path": lambda _: "red.png",

@@ -30,7 +30,6 @@ Parts = Mapping[str, Part]
 
 _NO_PARTS: Parts = MappingProxyType({})
 _NO_FILE = "whose picture file does not exist"
-_OTHER_WIDTH = "whose vector is not as wide as most"
 
 _WHOLE_NUMBER = re.compile(r"(0|[1-9]\d*)\.0", re.ASCII)
 _MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
@@ -116,11 +115,7 @@ class RowForm:
         found: dict[str, Part] = {}
         for column, kind, defect in (
             (self.mapping.image, Picture, "with a damaged picture"),
-            (
-                self.mapping.vector,
-                np.ndarray,
-                "whose vector is no list of finite numbers or has only zeros",
-            ),
+            (self.mapping.vector, np.ndarray, "whose vector is no list of finite numbers or has only zeros"),
         ):
             if column is None:
                 continue
@@ -129,8 +124,10 @@ class RowForm:
                 if is_missing(text):
                     continue
                 return _NO_FILE if kind is Picture else defect
-            if isinstance(part, MissingPicture | OtherWidth):
-                return _NO_FILE if isinstance(part, MissingPicture) else _OTHER_WIDTH
+            if isinstance(part, MissingPicture):
+                return _NO_FILE
+            if isinstance(part, OtherWidth):
+                return "whose vector is not as wide as most"
             if part is None or not isinstance(part, kind) or self._is_damaged(part):
                 return defect
             found[column] = part

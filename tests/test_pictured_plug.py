@@ -106,7 +106,7 @@ def test_explanations_keep_the_pictures(plug: Plug) -> None:
         ),
         (_row("gone.png"), "item 1: it is a row whose picture file does not exist"),
         (_row(None, embedding=[1, "x"]), "item 1: it is a row whose vector is no list of finite numbers"),
-        (_row(None, embedding=[1, 2, 3]), "The vectors 'cat' have 2 numbers each; found one with 3"),
+        (_row(None, embedding=[1, 2, 3]), "item row-1: The vectors 'cat' have 2 numbers each; found 3"),
         (_row(None, embedding=[0, 0]), "has only zeros"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from personaplug.data import read_items
 from personaplug.data.ids import as_id
-from personaplug.data.parsing import Flaw, as_name, as_record, context_of, numbers_of
+from personaplug.data.parsing import Flaw, as_name, as_record, context_of
 from personaplug.data.picture_decoding import is_damaged
 from personaplug.data.records import PREFERENCE, REJECTED, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
@@ -114,8 +114,6 @@ class RowParser:
             numbers = len(item.vector) // 4
             if numbers != self.vector_width:
                 raise Flaw(f"a vector of its 'history' has {numbers} numbers; expected {self.vector_width}")
-            if not any(numbers_of(item.vector)):
-                raise Flaw("a vector of its 'history' has only zeros")
 
 
 def _prompt_of(value: object) -> Prompt:

@@ -100,7 +100,7 @@ def test_a_row_with_a_broken_part_gets_an_error_and_stops_no_job(run: Run, tmp_p
         (_item(cut_png()), "a picture of its 'history' cannot be decoded"),
         (_item(SECRET.encode()), "item 1: its 'photo' is no picture in one of the formats"),
         (_item(None, embedding=[1.0, 2.0, 3.0]), "a vector of its 'history' has 3 numbers; expected 2"),
-        (_item(None, embedding=[0.0, -0.0]), "a vector of its 'history' has only zeros"),
+        (_item(None, embedding=[0.0, -0.0]), "item 1: its 'embedding' has only zeros, so it has no direction"),
         (_item(None, embedding=[]), "item 1: its 'embedding' is no vector"),
     ]
     rows = [{"prompt": PROMPT, "history": [item]} for item, _ in broken]

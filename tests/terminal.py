@@ -18,8 +18,6 @@ import pyte
 
 _ROWS = 60
 _PATIENCE_S = 120
-_INTERRUPT_S = 8
-_CTRL_C = b"\x03"
 
 
 class Terminal:
@@ -85,19 +83,6 @@ class Terminal:
         while not is_reached(self):
             assert time.monotonic() < deadline, f"the screen does not get there; it shows:\n{self.text}"
             assert self._read(), f"the command has ended; the screen shows:\n{self.text}"
-
-    def interrupt(self) -> int:
-        """Press Ctrl-C, once more if the command still runs after some seconds; return its exit code.
-
-        Python drops an interrupt that arrives while an object is being deleted.
-        """
-        self.send(_CTRL_C)
-        deadline = time.monotonic() + _INTERRUPT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            self._read()
-        if self.process.poll() is None:
-            self.send(_CTRL_C)
-        return self.wait()
 
     def wait(self) -> int:
         """Read the output until the command ends; return its exit code."""

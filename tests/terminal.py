@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +19,12 @@ import pyte
 
 _ROWS = 60
 _PATIENCE_S = 120
+
+
+def _take_terminal() -> None:
+    """Make standard input the controlling terminal; let Ctrl-C work, which a shell disables in background jobs."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Terminal:
@@ -57,7 +64,7 @@ class Terminal:
             stderr=other_end,
             env={**inherited, "TERM": "xterm-256color", **(variables or {})},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(other_end)
 

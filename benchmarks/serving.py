@@ -119,10 +119,10 @@ class ServerProcessor:
         self.seconds = 0.0
 
     @contextlib.contextmanager
-    def counted(self, *, is_ours: bool) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
         before = self._now()
         yield
-        self.seconds += self._now() - before if is_ours else 0.0
+        self.seconds += self._now() - before
 
     def _now(self) -> float:
         times = self._server.cpu_times()
@@ -181,7 +181,7 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, arguments:
     for number in range(arguments.rounds):
         for name in np.random.default_rng(number).permutation(list(rows)):
             requests = [rows[name](sample) for sample in islice(unused, arguments.requests)]
-            with processor.counted(is_ours=name == "persona"):
+            with processor.counted() if name == "persona" else contextlib.nullcontext():
                 times[name].append(asyncio.run(load(requests, concurrency=arguments.at_once)))
             print(number, name, summary(times[name][-1:]), flush=True)
     table: dict[str, Any] = {name: summary(rounds) for name, rounds in times.items()}

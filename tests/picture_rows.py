@@ -10,6 +10,15 @@ from typing import Any
 RED, BLUE, GREEN = (200, 20, 20), (20, 20, 200), (20, 160, 20)
 COLORS = {"red": RED, "blue": BLUE}
 
+DECLARED: dict[str, Any] = {
+    "name": "Kept",
+    "kind": "label",
+    "labels": ["kept", "returned"],
+    "item_fields": ["product"],
+    "answer_field": "verdict",
+}
+"""The `task.json` of `log_rows`, without a field for pictures."""
+
 
 def png(color: tuple[int, int, int], *, side: int = 8) -> bytes:
     """Return a PNG of one color."""

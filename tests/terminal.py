@@ -24,7 +24,7 @@ _PATIENCE_S = 120
 def _take_terminal() -> None:
     """Make standard input the controlling terminal; let Ctrl-C work, which a shell disables in background jobs."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Terminal:

@@ -65,8 +65,8 @@ def warn_of_unused_parts(identity: EncoderIdentity, tasks: Iterable[Task]) -> No
 def named_by_question(error: PartError, samples: Iterable[Sample]) -> ItemError:
     """Return the error with the question and the item of the part; the error itself if no item has it."""
     for sample in samples:
-        if index_of_part(error, sample.history) is not None:
-            return ItemError(f"Question {short_id(sample.id)}: {named_by_id(error, sample.history)}")
+        if (named := named_by_id(error, sample.history)) is not error:
+            return ItemError(f"Question {short_id(sample.id)}: {named}")
     return error
 
 

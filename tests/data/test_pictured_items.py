@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_rows import RED, data_url, packed, png
+from picture_rows import DECLARED, RED, data_url, packed, png
 
 from personaplug.data import load_task, read_items
 from personaplug.data.parsing import Flaw, item_of, numbers_of, record_of, vector_of
@@ -19,16 +19,8 @@ from personaplug.data.task_registry import parse_task
 from personaplug.errors import ConfigError, RecordError
 
 SECRET = "zanzibar"
-DECLARED: dict[str, Any] = {
-    "name": "Kept",
-    "kind": "label",
-    "labels": ["kept", "returned"],
-    "item_fields": ["product"],
-    "answer_field": "verdict",
-    "image_field": "photo",
-    "vector_field": "embedding",
-}
-TASK = parse_task(DECLARED)
+WITH_PARTS = {**DECLARED, "image_field": "photo", "vector_field": "embedding"}
+TASK = parse_task(WITH_PARTS)
 PNG = png(RED)
 
 
@@ -76,7 +68,7 @@ def test_broken_items_are_refused(values: dict[str, Any], reason: str) -> None:
 
 
 def test_other_tasks_ignore_keys_with_these_names() -> None:
-    task = parse_task({**DECLARED, "image_field": None, "vector_field": None})
+    task = parse_task({**WITH_PARTS, "image_field": None, "vector_field": None})
     item = item_of(task, {"id": "1", "product": "lamp", "verdict": "kept", "photo": SECRET, "embedding": SECRET})[1]
     assert (item.picture, item.vector) == (None, None)
 
@@ -153,7 +145,7 @@ def test_paths_of_items_start_in_the_folder_of_their_file(tmp_path: Path) -> Non
     ],
 )
 def test_wrong_fields_of_a_task_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    (tmp_path / "task.json").write_text(json.dumps({**DECLARED, **changes}))
+    (tmp_path / "task.json").write_text(json.dumps({**WITH_PARTS, **changes}))
     with pytest.raises(ConfigError) as caught:
         load_task(tmp_path)
     assert reason in str(caught.value)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from picture_rows import BLUE, RED, cut_png, data_url, log_rows, packed, png
+from picture_rows import BLUE, DECLARED, RED, cut_png, data_url, log_rows, packed, png
 
 from personaplug.cli.main import main
 from personaplug.data import open_dataset
@@ -28,13 +28,6 @@ from personaplug.data.task_registry import parse_task
 from personaplug.errors import ConfigError, MissingData, RecordError, StorageError, UserError
 
 Rows = list[dict[str, Any]]
-DECLARED: dict[str, Any] = {
-    "name": "Kept",
-    "kind": "label",
-    "labels": ["kept", "returned"],
-    "item_fields": ["product"],
-    "answer_field": "verdict",
-}
 
 
 def _parquet(path: Path, rows: Rows, column: Callable[[bytes | None], object] = lambda content: content) -> Path:
